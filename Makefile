@@ -1,0 +1,80 @@
+# Every target does its own set-up in .venv: no root, and the network only through pip.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Arguments of pip for torch alone. On Linux PyPI has CUDA builds; a CPU build is enough and much smaller:
+#   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+# Test processes: one per core, but one in all on a Mac, where they would share the GPU.
+WORKERS ?= $(if $(filter Darwin,$(shell uname)),0,auto)
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# On Linux the simulator is compiled by clang >= 19: the one on PATH, else the one in the package ziglang.
+ZIGLANG := $(shell [ "$$(uname)" = Darwin ] || clang++ -dumpversion 2>/dev/null | awk -F. '{ok = $$1 >= 19} END {exit !ok}' || echo "'ziglang>=0.17'")
+# pyproject.toml's build-system.requires, without torch; cmake and ninja may be missing on the machine.
+BUILD_REQUIREMENTS := 'scikit-build-core>=1.1' 'nanobind>=3.1' 'nanobind-backend>=1.0' 'numpy>=2.2' cmake ninja $(ZIGLANG)
+NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -not -name '*.pyc')
+STAMP := .venv/stamp
+FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
+
+.PHONY: demo test lint format build wheel clean help
+
+help:
+	@echo "make demo            attention on the best device there is, compared with float64"
+	@echo "make test [ARGS=..]  pytest; ARGS go to pytest, for example ARGS='-k causal'"
+	@echo "make lint            ruff, mypy, clang-format, the MSL lint"
+	@echo "make format          ruff and clang-format, in place"
+	@echo "make build           the package, editable, in .venv"
+	@echo "make wheel           a wheel in dist/"
+	@echo "make clean           forget .venv, builds and caches"
+
+build: $(STAMP)/build
+
+demo: build
+	$(BIN)/python -m mfa demo
+
+test: build $(STAMP)/test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: build $(STAMP)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/python csrc/simulator/lint.py $(wildcard metal/*.h metal/*.metal)
+
+format: $(STAMP)/dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+wheel: build
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "mfa needs Python >= 3.10: set PYTHON")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --upgrade 'pip>=25.1'
+	mkdir -p $(STAMP) && touch $@
+
+# torch comes first and alone, so that no other requirement chooses its version or build.
+$(STAMP)/torch: $(STAMP)/venv
+	$(PIP) install $(TORCH_ARGS) '$(TORCH)'
+	touch $@
+
+$(STAMP)/requirements: $(STAMP)/torch pyproject.toml
+	$(PIP) install $(BUILD_REQUIREMENTS)
+	touch $@
+
+$(STAMP)/build: $(STAMP)/requirements $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(STAMP)/test $(STAMP)/dev: $(STAMP)/%: $(STAMP)/torch pyproject.toml
+	$(PIP) install --group $*
+	touch $@

@@ -1,0 +1,38 @@
+# add_metal_library(name STANDARD metal3.1 DEPLOYMENT_TARGET 14.0 SOURCES a.metal ...)
+# compiles each source to .air and links them to ${CMAKE_CURRENT_BINARY_DIR}/${name}.metallib, rebuilt when a header changes.
+function(add_metal_library name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "STANDARD;DEPLOYMENT_TARGET" "SOURCES")
+
+  # `xcrun --find metal` succeeds without the toolchain, so ask the compiler itself.
+  execute_process(COMMAND xcrun -sdk macosx metal --version RESULT_VARIABLE result OUTPUT_QUIET ERROR_VARIABLE message)
+  if(result)
+    message(FATAL_ERROR "The Metal toolchain is missing. Install Xcode, then run\n"
+                        "  xcodebuild -downloadComponent MetalToolchain\n${message}")
+  endif()
+
+  set(airs)
+  foreach(source IN LISTS arg_SOURCES)
+    cmake_path(ABSOLUTE_PATH source)
+    cmake_path(GET source STEM stem)
+    set(air "${CMAKE_CURRENT_BINARY_DIR}/${name}.dir/${stem}.air")
+    add_custom_command(
+      OUTPUT "${air}"
+      COMMAND xcrun -sdk macosx metal -std=${arg_STANDARD} -mmacosx-version-min=${arg_DEPLOYMENT_TARGET}
+              -fno-fast-math -Wall -Wextra -MMD -MF "${air}.d" -c "${source}" -o "${air}"
+      DEPENDS "${source}"
+      DEPFILE "${air}.d"
+      COMMENT "Metal ${stem}"
+      VERBATIM)
+    list(APPEND airs "${air}")
+  endforeach()
+  file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/${name}.dir")
+
+  set(metallib "${CMAKE_CURRENT_BINARY_DIR}/${name}.metallib")
+  add_custom_command(
+    OUTPUT "${metallib}"
+    COMMAND xcrun -sdk macosx metallib ${airs} -o "${metallib}"
+    DEPENDS ${airs}
+    COMMENT "Metal library ${name}"
+    VERBATIM)
+  add_custom_target(${name}_metallib ALL DEPENDS "${metallib}")
+endfunction()

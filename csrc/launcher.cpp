@@ -1,0 +1,19 @@
+#include "launcher.h"
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+std::atomic<mfa::Launcher*> simulator = nullptr;
+
+}  // namespace
+
+mfa::Launcher* mfa::simulated_launcher() { return simulator.load(); }
+
+mfa::Launcher& mfa::metal_launcher() {
+  throw std::runtime_error(std::string("attention on MPS tensors needs Metal, but ") + kNoMetal);
+}
+
+mfa::Launcher* mfa_set_simulated_launcher(mfa::Launcher* launcher) { return simulator.exchange(launcher); }

@@ -1,0 +1,64 @@
+// The table of contents: every op of the namespace, and what runs it.
+//
+// Schemas are defined here, so that a program without Python can load the ops; fake tensors, autograd, autocast and
+// vmap are in src/mfa/_ops.py.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+
+#include "attention.h"
+
+namespace {
+
+// mfa::attention has no kernel: Python decomposes it, since a C++ composite would see lengths as constants.
+constexpr const char* kSchemas[] = {
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor",
+
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, "
+    "float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) "
+    "-> (Tensor out, Tensor lse)",
+
+    // output_mask says which gradients are wanted, in the order of the results; one that is not is of size 0.
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
+    "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state, bool[6] output_mask) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks, "
+    "Tensor grad_alibi)",
+};
+
+template <typename Function>
+Function* find(const char* name) {
+  return reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
+}
+
+// STABLE_TORCH_LIBRARY_FRAGMENT, with tags where torch has them (2.12 on; the headers of our target, 2.10, don't name
+// them). FRAGMENT, because another package may own the namespace. Errors are left to _ops.py, which looks for every op:
+// throwing from a static initialiser would end the process.
+struct Definitions {
+  TorchLibraryHandle library = nullptr;
+
+  Definitions() {
+    if (aoti_torch_library_init_fragment("mfa", __FILE__, __LINE__, &library) != AOTI_TORCH_SUCCESS) return;
+    auto* define_with_tags = find<AOTITorchError(TorchLibraryHandle, const char*, const std::int32_t*, std::int32_t)>(
+        "torch_library_def_with_tags");
+    auto* fixed_stride_order = find<std::int32_t()>("torch_tag_needs_fixed_stride_order");
+    auto* pt2_compliant = find<std::int32_t()>("torch_tag_pt2_compliant_tag");
+    for (const char* schema : kSchemas) {
+      if (define_with_tags && fixed_stride_order && pt2_compliant) {
+        const std::int32_t tags[] = {fixed_stride_order(), pt2_compliant()};
+        define_with_tags(library, schema, tags, 2);
+      } else {
+        aoti_torch_library_def(library, schema);
+      }
+    }
+  }
+  ~Definitions() {
+    if (library) aoti_torch_delete_library_object(library);
+  }
+  Definitions(const Definitions&) = delete;
+  Definitions& operator=(const Definitions&) = delete;
+} definitions;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) { m.impl("attention_forward", TORCH_BOX(&mfa::attention_forward)); }

@@ -1,0 +1,26 @@
+// The GPU, and what decides which kernels it runs.
+#pragma once
+
+#include <string>
+
+#include "../plan.h"
+#include "metal.h"
+
+namespace mfa::metal {
+
+struct Device {
+  NS::SharedPtr<MTL::Device> handle;  // null without a GPU
+  std::string name;                   // "Apple M2 Pro"
+  std::string architecture;           // "applegpu_g14s"
+  int generation = 0;                 // 13 is M1, 14 M2, 15 M3, 16 M4, 17 M5; 0 is unknown
+  Family family = Family::apple7;
+  std::string system;                         // "Version 14.5 (Build 23F79)"
+  NS::OperatingSystemVersion system_version;  // 14.5.0
+  std::string why_not;                        // empty if the kernels run here
+
+  bool is_system_at_least(int major, int minor) const;
+};
+
+Device open_device();
+
+}  // namespace mfa::metal

@@ -1,0 +1,110 @@
+#include "interface.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "json.h"
+#include "launch.h"
+
+namespace mfa {
+namespace {
+
+std::filesystem::path library_directory() {
+  Dl_info info{};
+  if (!dladdr(reinterpret_cast<void*>(&mfa_metal_info), &info)) return {};
+  return std::filesystem::path(info.dli_fname).parent_path();
+}
+
+// One for the process, made by the first MPS op and never destroyed: Metal and torch may be gone before our statics.
+// If it throws, the next call tries again.
+MetalLauncher& process_launcher() {
+  static metal::TorchQueue& queue = *new metal::TorchQueue(metal::find_torch_functions());
+  static MetalLauncher& launcher =
+      *new MetalLauncher(metal::open_device(), queue, library_directory(), metal::default_cache_directory());
+  return launcher;
+}
+
+FunctionConstant constant_named(const char* wanted) {
+  for (unsigned index = 0;; ++index) {
+    const auto constant = static_cast<FunctionConstant>(index);
+    if (std::strcmp(name(constant), wanted) == 0) return constant;  // name() throws behind the last one
+  }
+}
+
+template <typename Function>
+char* reason(Function&& function) {
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  }
+}
+
+std::vector<std::string> why_not(const metal::Device& device) {
+  std::vector<std::string> reasons;
+  if (!device.why_not.empty()) reasons.push_back(device.why_not);
+  try {
+    metal::find_torch_functions();
+  } catch (const std::exception& error) {
+    reasons.push_back(error.what());
+  }
+  return reasons;
+}
+
+}  // namespace
+
+Launcher& metal_launcher() {
+  try {
+    return process_launcher();
+  } catch (const std::exception& error) {
+    throw std::runtime_error("attention on MPS tensors needs Metal, but " + std::string(error.what()));
+  }
+}
+
+}  // namespace mfa
+
+char* mfa_metal_info() {
+  using namespace mfa;
+  const metal::Device device = metal::open_device();
+  const std::vector<std::string> reasons = why_not(device);
+  metal::JsonObject json;
+  json.add("name", device.name);
+  json.add("architecture", device.architecture);
+  json.add("generation", device.generation);
+  json.add("family", device.why_not.empty() ? "apple" + std::to_string(static_cast<int>(device.family)) : "");
+  json.add("system", device.system);
+  json.add("torch", metal::torch_version());
+  if (reasons.empty()) {
+    const MetalLauncher& launcher = process_launcher();
+    json.add("metallib", launcher.library().description());
+    json.add("archive", launcher.archive().file().string());
+    json.add("pipelines_compiled", static_cast<std::int64_t>(launcher.pipelines().compiled()));
+    json.add("notes", launcher.notes().messages());
+  }
+  json.add("why_not", reasons);
+  return strdup(json.text().c_str());
+}
+
+char* mfa_metal_precompile(const char* kernel, const char* const* constant_names, const unsigned char* constant_values,
+                           int constant_count) {
+  using namespace mfa;
+  return reason([&] {
+    Launch launch{kernel, {}, {1, 1, 1}, {1, 1, 1}, 0};
+    for (int i = 0; i < constant_count; ++i)
+      launch.constants.push_back({constant_named(constant_names[i]), constant_values[i] != 0});
+    process_launcher().precompile(launch);
+  });
+}
+
+char* mfa_metal_clear_cache() {
+  return mfa::reason([] { mfa::process_launcher().clear_cache(); });
+}
+
+void mfa_metal_free(char* text) { std::free(text); }

@@ -1,0 +1,78 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace mfa {
+namespace {
+
+using metal::Pipeline;
+
+static_assert(sizeof(AttentionParams) <= 4096, "Metal's limit of setBytes");
+
+metal::Device usable(metal::Device device) {
+  if (!device.why_not.empty()) throw std::runtime_error(device.why_not);
+  return device;
+}
+
+MTL::Size size_of(const std::array<std::uint32_t, 3>& extent) { return MTL::Size(extent[0], extent[1], extent[2]); }
+
+bool is_empty(const Launch& launch) { return std::ranges::find(launch.grid, 0u) != launch.grid.end(); }
+
+// A captured GPU trace shows the dispatch under the kernel's name.
+class DebugGroup {
+ public:
+  DebugGroup(MTL::ComputeCommandEncoder& encoder, const NS::String* label) : encoder_(encoder) {
+    encoder_.pushDebugGroup(label);
+  }
+  ~DebugGroup() { encoder_.popDebugGroup(); }
+  DebugGroup(const DebugGroup&) = delete;
+  DebugGroup& operator=(const DebugGroup&) = delete;
+
+ private:
+  MTL::ComputeCommandEncoder& encoder_;
+};
+
+// Everything is set on every dispatch: torch's ops use the same encoder, before us and after.
+void encode(MTL::ComputeCommandEncoder& encoder, const Pipeline& pipeline, const Launch& launch,
+            const AttentionParams& params, const Arguments& arguments) {
+  const DebugGroup group(encoder, pipeline.label.get());
+  encoder.setComputePipelineState(pipeline.state.get());
+  for (NS::UInteger index = 0; index < arguments.size(); ++index)
+    if (arguments[index].storage)
+      encoder.setBuffer(static_cast<const MTL::Buffer*>(arguments[index].storage), arguments[index].offset, index);
+  encoder.setBytes(&params, sizeof params, kParams);
+  encoder.dispatchThreadgroups(size_of(launch.grid), size_of(launch.group));
+}
+
+}  // namespace
+
+MetalLauncher::MetalLauncher(metal::Device device, metal::TorchQueue& queue,
+                             const std::filesystem::path& library_directory,
+                             const std::filesystem::path& cache_directory)
+    : device_(usable(std::move(device))),
+      queue_(queue),
+      library_(device_, library_directory, notes_),
+      archive_(device_, library_.hash(), cache_directory, notes_),
+      pipelines_(device_, library_, archive_) {}
+
+void MetalLauncher::run(const Plan& plan, const Arguments& arguments) {
+  // Pipelines come before the block: while it runs, every op on this stream waits.
+  std::vector<std::pair<const Launch*, Pipeline>> steps;
+  for (const Launch& launch : plan.launches)
+    if (!is_empty(launch)) steps.emplace_back(&launch, pipelines_.get(launch));
+  if (steps.empty()) return;
+  // Dispatches that depend on one another need no barrier: torch's encoder is a serial one.
+  queue_.run([&](MTL::ComputeCommandEncoder& encoder) {
+    for (const auto& [launch, pipeline] : steps) encode(encoder, pipeline, *launch, plan.params, arguments);
+  });
+}
+
+void MetalLauncher::clear_cache() {
+  pipelines_.clear();
+  archive_.clear();
+}
+
+}  // namespace mfa

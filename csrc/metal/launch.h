@@ -1,0 +1,43 @@
+// A plan on the GPU: bind, dispatch on torch's own encoder. No commit, no wait, no copy.
+#pragma once
+
+#include <filesystem>
+
+#include "../launcher.h"
+#include "archive.h"
+#include "device.h"
+#include "library.h"
+#include "notes.h"
+#include "pipeline.h"
+#include "torch_queue.h"
+
+namespace mfa {
+
+class MetalLauncher final : public Launcher {
+ public:
+  // Metallibs are looked for in `library_directory`, the pipeline archive is in `cache_directory`.
+  // Throws std::runtime_error with the reason why the kernels can't run here.
+  MetalLauncher(metal::Device device, metal::TorchQueue& queue, const std::filesystem::path& library_directory,
+                const std::filesystem::path& cache_directory);
+
+  Family family() const override { return device_.family; }
+  void run(const Plan& plan, const Arguments& arguments) override;
+
+  void precompile(const Launch& launch) { pipelines_.get(launch); }
+  void clear_cache();  // in memory and on disk
+
+  const metal::Library& library() const { return library_; }
+  const metal::Archive& archive() const { return archive_; }
+  const metal::Pipelines& pipelines() const { return pipelines_; }
+  const metal::Notes& notes() const { return notes_; }
+
+ private:
+  metal::Notes notes_;
+  metal::Device device_;
+  metal::TorchQueue& queue_;
+  metal::Library library_;
+  metal::Archive archive_;
+  metal::Pipelines pipelines_;
+};
+
+}  // namespace mfa

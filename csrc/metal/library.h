@@ -1,0 +1,57 @@
+// Where kernels come from: metallibs beside libmfa, or, without one, the embedded source, compiled at run time.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <filesystem>
+#include <mutex>
+#include <set>
+#include <span>
+#include <string>
+
+#include "device.h"
+#include "notes.h"
+
+namespace mfa::metal {
+
+// A .metal file with its own headers inlined, so that it compiles from a string (cmake/embed_kernels.py).
+struct KernelSource {
+  const char* name;  // of the file, without its suffix
+  const char* text;
+};
+
+std::span<const KernelSource> kernel_sources();
+
+class Library {
+ public:
+  // Looks for the metallibs in `directory`.
+  Library(const Device& device, const std::filesystem::path& directory, Notes& notes);
+
+  // A kernel specialised by its constants. Throws std::runtime_error.
+  NS::SharedPtr<MTL::Function> function(const Launch& launch);
+
+  std::uint64_t hash() const { return hash_; }                    // of everything that can be compiled
+  const std::string& description() const { return description_; }  // paths, or where the source came from
+
+ private:
+  // One metallib, or one source that is compiled when a kernel of it is asked for.
+  struct Unit {
+    std::string name;  // of the source
+    const char* source = nullptr;  // null for a metallib
+    std::mutex mutex;
+    NS::SharedPtr<MTL::Library> library;
+    std::set<std::string> kernels;
+  };
+
+  void load(const std::filesystem::path& file, Notes& notes);
+  void embed();
+  void compile(Unit& unit);
+  MTL::Library* find(const std::string& kernel);
+
+  MTL::Device* device_;
+  std::deque<Unit> units_;  // in order of preference
+  std::uint64_t hash_;
+  std::string description_;
+};
+
+}  // namespace mfa::metal

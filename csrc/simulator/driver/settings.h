@@ -1,0 +1,29 @@
+// What the device pretends to be, and how it runs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace mfa::driver {
+
+enum class Execution {
+  eager,    // a dispatch runs within dispatchThreadgroups
+  lazy,     // it runs when someone waits for its command buffer, in the queue's order
+  nothing,  // it is validated and forgotten: for measuring the host
+};
+
+struct Settings {
+  bool present = true;        // false: MTLCreateSystemDefaultDevice() returns null
+  int family = 7;             // Apple GPU family
+  int os_major = 15, os_minor = 0;
+  std::string kernel_library;  // what newLibrary with source or an unnamed metallib stands for
+  Execution execution = Execution::eager;
+  std::uint32_t checks = 0;   // MFA_SIM_CHECK_*
+  std::uint64_t seed = 0;
+  bool all_constants = true;  // a function needs every constant of its library
+};
+
+Settings settings();
+void change_settings(const Settings& value);
+
+}  // namespace mfa::driver

@@ -1,0 +1,170 @@
+// dBias = dS, summed over the dimensions in which the bias broadcasts. One threadgroup per tile of the bias: it visits, in
+// a fixed order, every (batch, head) and every tile of queries and keys that this part of the bias was added to, and
+// recomputes dS there. So the sum needs neither atomics nor memory beyond the bias's own size.
+//
+//   for each batch, head, query tile, key tile that the tile of the bias stands for:
+//     P = exp2(score - lse), dP = dO V', sum += P (dP - delta)
+//   reduce over rows and columns where they broadcast, store
+#pragma once
+
+#include "backward.h"
+
+namespace mfa {
+
+template <typename T, int kHeadDim, int kValueDim, int kBlockKeys>
+struct BackwardBias {
+  static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
+
+  Fragment<float> sum[1][kKeyTiles];
+  Lane lane;
+
+  explicit BackwardBias(ushort lane_index) : lane(lane_index) { clear(sum); }
+
+  // Eight queries from first_row on, kBlockKeys keys from first_key on.
+  void add_tile(constant AttentionParams& params, Scores<T> scores, Dropout dropout, GuardedRows<T> queries,
+                GuardedRows<T> keys, GuardedRows<T> values, GuardedRows<T> grad_outs, const device float2* statistics,
+                int first_row, int first_key) {
+    Fragment<float> score[1][kKeyTiles];
+    Fragment<float> dp[1][kKeyTiles];
+    multiply_transposed<T, kHeadDim / kSetWidth>(score, ReadRows<T, GuardedRows<T>>{queries}, keys, lane);
+    multiply_transposed<T, kValueDim / kSetWidth>(dp, ReadRows<T, GuardedRows<T>>{grad_outs}, values, lane);
+    const int query = first_row + lane.row;
+    const Range seen = query < params.query_length ? visible_keys(params, query) : Range{0, -1};
+    const float2 row = query < params.query_length ? statistics[query] : float2(kUnseenLse, 0);
+#pragma unroll
+    for (short n = 0; n < kKeyTiles; ++n) {
+      const int key = first_key + n * kFragment + lane.column;
+      float2 derivative;
+      float2 p =
+          probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), float2(row.x), derivative);
+      p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
+      float2 grad = elements(dp[0][n]);
+      if (has_dropout) {
+        grad *= dropout.of_keys(query, key);
+      }
+      elements(sum[0][n]) += p * (grad - row.y);
+    }
+  }
+
+  void sum_rows() {
+#pragma unroll
+    for (short n = 0; n < kKeyTiles; ++n) {
+      float2 x = elements(sum[0][n]);
+      x += simd_shuffle_xor(x, 2);
+      x += simd_shuffle_xor(x, 4);
+      elements(sum[0][n]) = x + simd_shuffle_xor(x, 16);
+    }
+  }
+
+  // Afterwards element (row, 0) holds its row's sum.
+  void sum_columns() {
+    float2 x = float2(0);
+#pragma unroll
+    for (short n = 0; n < kKeyTiles; ++n) {
+      x += elements(sum[0][n]);
+    }
+    elements(sum[0][0]) = float2(row_sum(x.x + x.y), 0);
+  }
+};
+
+template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dbias(
+    const device T* query [[buffer(kQuery)]], const device T* key [[buffer(kKey)]],
+    const device T* value [[buffer(kValue)]], const device T* grad_out [[buffer(kGradOut)]],
+    const device float2* statistics [[buffer(kStatistics)]], const device uchar* bias [[buffer(kBias)]],
+    const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
+    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
+    device float* grad_bias [[buffer(kGradBias)]], constant AttentionParams& params [[buffer(kParams)]],
+    uint3 position [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane_index [[thread_index_in_simdgroup]]) {
+  threadgroup float2 partial[kSimdgroups][kBlockKeys / 2];  // column sums, where rows broadcast
+  const bool one_row = params.bias_rows == 1;
+  const bool one_column = params.bias_columns == 1;
+  const int bias_batch = position.z / params.bias_heads;
+  const int bias_head = position.z % params.bias_heads;
+  const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
+  const int value_dim = is_exact_head ? kValueDim : params.value_dim;
+
+  // A broadcast dimension is visited whole, any other one in this tile alone.
+  const int batch_end = params.bias_batch == 1 ? params.batch : bias_batch + 1;
+  const int head_end = params.bias_heads == 1 ? params.query_heads : bias_head + 1;
+  const int own_row = (position.y * kSimdgroups + simdgroup) * kFragment;
+  const int row_end = one_row ? params.query_length : min(own_row + kFragment, params.query_length);
+  const int own_key = position.x * kBlockKeys;
+  const int key_end = one_column ? params.key_length : min(own_key + kBlockKeys, params.key_length);
+
+  BackwardBias<T, kHeadDim, kValueDim, kBlockKeys> tile(lane_index);
+  for (int b = bias_batch; b < batch_end; ++b) {
+    for (int h = bias_head; h < head_end; ++h) {
+      const int key_head = h / params.group_size;
+      const device T* queries = query + b * params.query_strides[0] + h * params.query_strides[1];
+      const device T* grad_outs = grad_out + b * params.grad_out_strides[0] + h * params.grad_out_strides[1];
+      const device T* keys = key + b * params.key_strides[0] + key_head * params.key_strides[1];
+      const device T* values = value + b * params.value_strides[0] + key_head * params.value_strides[1];
+      const Scores<T> scores(params, bias, alibi_slopes, b, h);
+      const Dropout dropout(params, rng_state, b * params.query_heads + h);
+      for (int row = own_row; row < row_end; row += kSimdgroups * kFragment) {
+        const View view = view_of_queries(params, row, row + kFragment);
+        for (int first = own_key; first < key_end; first += kBlockKeys) {
+          if (view.sees(first, kBlockKeys)) {
+            const int rows = params.query_length - row;
+            const int columns = params.key_length - first;
+            tile.add_tile(params, scores, dropout,
+                          {queries + row * params.query_strides[2], long(params.query_strides[2]), rows, head_dim},
+                          {keys + first * params.key_strides[2], long(params.key_strides[2]), columns, head_dim},
+                          {values + first * params.value_strides[2], long(params.value_strides[2]), columns, value_dim},
+                          {grad_outs + row * params.grad_out_strides[2], long(params.grad_out_strides[2]), rows,
+                           value_dim},
+                          statistics + (long(b) * params.query_heads + h) * params.query_length, row, first);
+          }
+        }
+      }
+    }
+  }
+
+  if (one_column) {
+    tile.sum_columns();
+  }
+  const Lane lane = tile.lane;
+  device float* target = grad_bias + long(position.z) * params.bias_rows * params.bias_columns;
+  if (one_row) {
+    tile.sum_rows();
+#pragma unroll
+    for (short n = 0; n < kBlockKeys / kFragment; ++n) {
+      if (lane.row == 0) {
+        partial[simdgroup][(n * kFragment + lane.column) / 2] = elements(tile.sum[0][n]);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const int column = own_key + lane_index;
+    if (simdgroup == 0 && lane_index < kBlockKeys && column < params.bias_columns) {
+      float total = 0;
+#pragma unroll
+      for (short s = 0; s < kSimdgroups; ++s) {
+        total += partial[s][lane_index / 2][lane_index % 2];
+      }
+      target[column] = total;
+    }
+    return;
+  }
+  const int row = own_row + lane.row;
+  if (row < params.query_length) {
+#pragma unroll
+    for (short n = 0; n < kBlockKeys / kFragment; ++n) {
+#pragma unroll
+      for (short e = 0; e < 2; ++e) {
+        const int column = own_key + n * kFragment + lane.column + e;
+        if (column < params.bias_columns) {
+          target[long(row) * params.bias_columns + column] = elements(tile.sum[0][n])[e];
+        }
+      }
+    }
+  }
+}
+
+#define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                                           \
+  template [[host_name("backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys)]] \
+  [[kernel]] decltype(backward_dbias<dtype, head_dim, value_dim, simdgroups, block_keys>)                            \
+      backward_dbias<dtype, head_dim, value_dim, simdgroups, block_keys>;
+
+}  // namespace mfa

@@ -1,0 +1,114 @@
+// dQ' = scale K' dS', dS' as backward_dkdv left it: the fifth GEMM of the five-GEMM backward. One threadgroup per (query
+// head, query tile, batch); a SIMD-group owns kQueryTiles * 8 queries.
+//
+//   for each key block that a row of the tile sees:
+//     dQ' += K' dS'
+//   store scale dQ
+#pragma once
+
+#include "backward.h"
+#include "score_gradient.h"
+
+namespace mfa {
+
+template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_from_ds(
+    const device T* key [[buffer(kKey)]], device T* score_gradient [[buffer(kScoreGradient)]],
+    device T* grad_query [[buffer(kGradQuery)]], constant AttentionParams& params [[buffer(kParams)]],
+    constant int& first_unit [[buffer(kFirstUnit)]], uint3 position [[threadgroup_position_in_grid]],
+    uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
+  constexpr int kThreads = kSimdgroups * 32;
+  constexpr int kRows = kQueryTiles * kFragment;
+  constexpr int kSets = kHeadDim / kSetWidth;
+  typedef StagedRows<T, kHeadDim> Keys;
+  threadgroup uint4 memory[kBlockKeys * padded_row_bytes(kHeadDim, sizeof(T)) / 16];
+  threadgroup T* keys = (threadgroup T*)memory;
+
+  const Lane lane(lane_index);
+  const int unit = first_unit + position.x / params.group_size;  // (batch, key head)
+  const int batch = unit / params.key_heads;
+  const int key_head = unit % params.key_heads;
+  const int head = key_head * params.group_size + position.x % params.group_size;
+  const int tile = params.heavy_first ? grid.y - 1 - position.y : position.y;
+  const int first_tile_row = tile * kSimdgroups * kRows;
+  const int first_row = first_tile_row + simdgroup * kRows;
+  const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
+  const device T* head_keys = key + batch * params.key_strides[0] + key_head * params.key_strides[1];
+  const ScoreGradient<T> blobs(score_gradient, params, position.x, lane_index);
+
+  Fragment<float> result[kQueryTiles][kSets * kSetFragments];  // [q][4s + j]: row 4 * lane.row + j of set s, transposed
+  clear(result);
+  const View tile_view = view_of_queries(params, first_tile_row, first_tile_row + kSimdgroups * kRows);
+  const int begin = tile_view.first_block(kBlockKeys);
+  const int end = tile_view.end_block(kBlockKeys);
+  for (int block = begin; block < end; ++block) {
+    const int first_key = block * kBlockKeys;
+    if (block > begin) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(
+        keys,
+        GuardedRows<T>{head_keys + first_key * params.key_strides[2], long(params.key_strides[2]),
+                       params.key_length - first_key, head_dim},
+        thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (short k = 0; k < kBlockKeys / kFragment; ++k) {
+      Fragment<T> ds[kQueryTiles];
+#pragma unroll
+      for (short q = 0; q < kQueryTiles; ++q) {
+        const int row = first_row + q * kFragment;
+        elements(ds[q]) = vec<T, 2>(0);
+        if (view_of_queries(params, row, row + kFragment).sees(first_key + k * kFragment, kFragment)) {
+          blobs.load(ds[q], first_key / kFragment + k, row / kFragment);
+        }
+      }
+#pragma unroll
+      for (short s = 0; s < kSets; ++s) {
+        const Keys rows = {keys};
+        const short n = k * kFragment + lane.column;
+        const short d = s * kSetWidth + 4 * lane.row;
+        Fragment<T> a[kSetFragments];  // K' as left operand: row r of fragment j is d = 4r + j
+        fill_right_transposed(a, rows.quad(n, d), rows.quad(n + 1, d));
+#pragma unroll
+        for (short j = 0; j < kSetFragments; ++j) {
+#pragma unroll
+          for (short q = 0; q < kQueryTiles; ++q) {
+            thread Fragment<float>& c = result[q][s * kSetFragments + j];
+            simdgroup_multiply_accumulate(c, a[j], ds[q], c);
+          }
+        }
+      }
+    }
+  }
+
+  // This lane holds d = 4 * lane.row + j of queries lane.column and lane.column + 1.
+  device T* out =
+      grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1];
+#pragma unroll
+  for (short q = 0; q < kQueryTiles; ++q) {
+#pragma unroll
+    for (short s = 0; s < kSets; ++s) {
+#pragma unroll
+      for (short e = 0; e < 2; ++e) {
+        const int row = first_row + q * kFragment + lane.column + e;
+        if (row < params.query_length) {
+          float4 x;
+#pragma unroll
+          for (short j = 0; j < kSetFragments; ++j) {
+            x[j] = elements(result[q][s * kSetFragments + j])[e] * params.scale;
+          }
+          store_quad_guarded(out + row * params.grad_query_strides[2], x, s * kSetWidth + 4 * lane.row, head_dim);
+        }
+      }
+    }
+  }
+}
+
+#define BACKWARD_DQ_FROM_DS(dtype, head_dim, simdgroups, query_tiles, block_keys)                                                     \
+  template [[host_name("backward_dq_from_ds_" #dtype "_d" #head_dim "_s" #simdgroups "_q" #query_tiles "_k" #block_keys)]] [[kernel]] \
+  decltype(backward_dq_from_ds<dtype, head_dim, simdgroups, query_tiles, block_keys>)                                                 \
+      backward_dq_from_ds<dtype, head_dim, simdgroups, query_tiles, block_keys>;
+
+}  // namespace mfa

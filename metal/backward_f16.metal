@@ -1,0 +1,12 @@
+// Backward kernels, f16.
+#define MFA_INSTANCES_WITHOUT_BF16
+#define MFA_INSTANCES_WITHOUT_F32
+#include "backward_dbias.h"
+#include "backward_delta.h"
+#include "backward_dkdv.h"
+#include "backward_dq.h"
+#include "backward_dq_from_ds.h"
+
+namespace mfa {
+#include "instances.def"
+}

@@ -1,0 +1,22 @@
+// Function constants: what a pipeline is specialised for. A feature that is off costs nothing, since the driver compiles
+// its branch away.
+#pragma once
+
+#include "params.h"
+
+constant bool has_window [[function_constant(mfa::kHasWindow)]];
+constant bool writes_lse [[function_constant(mfa::kWritesLse)]];
+constant bool is_aligned [[function_constant(mfa::kAligned)]];
+constant bool is_exact_head [[function_constant(mfa::kExactHead)]];
+constant bool has_bias [[function_constant(mfa::kHasBias)]];
+constant bool has_mask [[function_constant(mfa::kHasMask)]];
+constant bool has_float_bias [[function_constant(mfa::kHasFloatBias)]];
+constant bool has_softcap [[function_constant(mfa::kHasSoftcap)]];
+constant bool has_alibi [[function_constant(mfa::kHasAlibi)]];
+constant bool has_sinks [[function_constant(mfa::kHasSinks)]];
+constant bool has_dropout [[function_constant(mfa::kHasDropout)]];
+constant bool has_grad_lse [[function_constant(mfa::kHasGradLse)]];
+constant bool wants_grad_key [[function_constant(mfa::kWantsGradKey)]];
+constant bool wants_grad_value [[function_constant(mfa::kWantsGradValue)]];
+constant bool wants_grad_alibi [[function_constant(mfa::kWantsGradAlibi)]];
+constant bool writes_score_gradient [[function_constant(mfa::kWritesScoreGradient)]];

@@ -1,0 +1,8 @@
+// Forward kernels, f16.
+#define MFA_INSTANCES_WITHOUT_BF16
+#define MFA_INSTANCES_WITHOUT_F32
+#include "forward.h"
+
+namespace mfa {
+#include "instances.def"
+}

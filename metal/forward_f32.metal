@@ -1,0 +1,8 @@
+// Forward kernels, f32.
+#define MFA_INSTANCES_WITHOUT_F16
+#define MFA_INSTANCES_WITHOUT_BF16
+#include "forward.h"
+
+namespace mfa {
+#include "instances.def"
+}

@@ -1,0 +1,148 @@
+// 8x8 fragments and the three ways to fill four of them ("a set", 32 values of the head dimension) from contiguous
+// memory. The only file that knows which lane holds which element.
+//
+// Lane l owns elements (row, column) and (row, column + 1). A contraction may visit its index in any order that both
+// operands share, and the columns of a result may be dealt out in any order, so each lane takes what is contiguous:
+//   left   X[row][4*column .. +7]        fragment j = (x[j], x[4+j])     X as left operand; slot s of j is d = 4s + j
+//   right' X[column], X[column+1] at [4*row .. +3]    j = (x[j], y[j])   X transposed as right operand, same slots
+//   right  X[row][4*column .. +7]        fragment j = (x[2j], x[2j+1])   X as right operand
+// A result accumulated over `right` sets holds X[row][4*column + 2j], [.. + 1]: four fragments are eight neighbours.
+#pragma once
+
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+#include <metal_stdlib>
+
+namespace mfa {
+
+using namespace metal;
+
+#ifdef __MFA_SIMULATOR__
+#define MFA_COUNT_FRAGMENT_LOAD() mfa_sim_count_fragment_load()
+#else
+#define MFA_COUNT_FRAGMENT_LOAD()
+#endif
+
+typedef half f16;
+typedef bfloat bf16;
+typedef float f32;
+
+constant constexpr int kFragment = 8;       // rows and columns
+constant constexpr int kSetFragments = 4;   // fragments per set
+constant constexpr int kSetWidth = 32;      // values of the head dimension per set
+
+template <typename T>
+using Fragment = simdgroup_matrix<T, 8, 8>;
+
+// Apple's thread_elements() has a wider storage type; the reference cast is the one portable way to it.
+template <typename T>
+inline thread vec<T, 2>& elements(thread Fragment<T>& fragment) {
+  return reinterpret_cast<thread vec<T, 2>&>(fragment.thread_elements());
+}
+
+struct Lane {
+  short row, column;
+
+  explicit Lane(ushort index)
+      : row(((index / 4) & 4) + (index / 2) % 4), column(((index / 4) & 2) * 2 + (index % 2) * 2) {}
+};
+
+// Four lanes share a row; they differ in bits 0 and 3 of the lane index.
+inline float row_max(float x) {
+  x = max(x, simd_shuffle_xor(x, 1));
+  return max(x, simd_shuffle_xor(x, 8));
+}
+
+inline float row_sum(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+
+// Eight consecutive elements.
+template <typename T>
+struct Octet {
+  vec<T, 4> low, high;
+};
+
+// Wide loads. 16-bit octets are one 16-byte load; MSL has no 8-wide vectors, hence uint4.
+template <typename T>
+inline Octet<T> load_octet(const threadgroup T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  const uint4 words = *(const threadgroup uint4*)source;
+  return {as_type<vec<T, 4>>(words.xy), as_type<vec<T, 4>>(words.zw)};
+}
+
+template <typename T>
+inline Octet<T> load_octet(const device T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  const uint4 words = *(const device uint4*)source;
+  return {as_type<vec<T, 4>>(words.xy), as_type<vec<T, 4>>(words.zw)};
+}
+
+inline Octet<float> load_octet(const threadgroup float* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  MFA_COUNT_FRAGMENT_LOAD();
+  const threadgroup float4* words = (const threadgroup float4*)source;
+  return {words[0], words[1]};
+}
+
+inline Octet<float> load_octet(const device float* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  MFA_COUNT_FRAGMENT_LOAD();
+  const device float4* words = (const device float4*)source;
+  return {words[0], words[1]};
+}
+
+template <typename T>
+inline vec<T, 4> load_quad(const threadgroup T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  return *(const threadgroup vec<T, 4>*)source;
+}
+
+template <typename T>
+inline vec<T, 4> load_quad(const device T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  return *(const device vec<T, 4>*)source;
+}
+
+template <typename T>
+inline void store_octet(device T* target, Octet<T> x) {
+  *(device uint4*)target = uint4(as_type<uint2>(x.low), as_type<uint2>(x.high));
+}
+
+inline void store_octet(device float* target, Octet<float> x) {
+  device float4* words = (device float4*)target;
+  words[0] = x.low;
+  words[1] = x.high;
+}
+
+template <typename T>
+inline void fill_left(thread Fragment<T>* set, Octet<T> x) {
+#pragma unroll
+  for (short j = 0; j < kSetFragments; ++j) {
+    elements(set[j]) = vec<T, 2>(x.low[j], x.high[j]);
+  }
+}
+
+template <typename T>
+inline void fill_right_transposed(thread Fragment<T>* set, vec<T, 4> x, vec<T, 4> y) {
+#pragma unroll
+  for (short j = 0; j < kSetFragments; ++j) {
+    elements(set[j]) = vec<T, 2>(x[j], y[j]);
+  }
+}
+
+template <typename T>
+inline void fill_right(thread Fragment<T>* set, Octet<T> x) {
+  elements(set[0]) = x.low.xy;
+  elements(set[1]) = x.low.zw;
+  elements(set[2]) = x.high.xy;
+  elements(set[3]) = x.high.zw;
+}
+
+// The eight neighbours that a lane holds of a result accumulated over `right` sets.
+inline Octet<float> octet_of(thread Fragment<float>* set) {
+  return {float4(elements(set[0]), elements(set[1])), float4(elements(set[2]), elements(set[3]))};
+}
+
+}  // namespace mfa

@@ -1,0 +1,128 @@
+// Rows of a tensor on their way to fragments: guarded loads from device memory, and copies into threadgroup memory.
+#pragma once
+
+#include "features.h"
+#include "fragment.h"
+#include "geometry.h"
+
+namespace mfa {
+
+// A tile of rows in threadgroup memory. Tails are zeros already, so loads need no guard.
+template <typename T, int kDim>
+struct StagedRows {
+  static constant constexpr int kStride = padded_row_bytes(kDim, sizeof(T)) / sizeof(T);
+
+  const threadgroup T* base;
+
+  vec<T, 4> quad(short row, short d) const { return load_quad(base + row * kStride + d); }
+  Octet<T> octet(short row, short d) const { return load_octet(base + row * kStride + d); }
+};
+
+// Rows in device memory, all aligned and of the instance's head dimension. Rows from `valid` on read as zeros: they may
+// hold NaN, and 0 * NaN would reach the output.
+template <typename T>
+struct DeviceRows {
+  const device T* base;
+  long stride;
+  int valid;
+
+  vec<T, 4> quad(short row, short d) const { return row < valid ? load_quad(base + row * stride + d) : vec<T, 4>(0); }
+  Octet<T> octet(short row, short d) const {
+    if (row < valid) {
+      return load_octet(base + row * stride + d);
+    }
+    return {vec<T, 4>(0), vec<T, 4>(0)};
+  }
+};
+
+// Rows in device memory of any alignment and any head dimension: zeros where the rows or the dimension end.
+template <typename T>
+struct GuardedRows {
+  const device T* base;
+  long stride;
+  int valid, dim;
+
+  vec<T, 4> quad(short row, short d) const {
+    const device T* source = base + row * stride + d;
+    if (is_aligned && row < valid && d + 4 <= dim) {
+      return load_quad(source);
+    }
+    vec<T, 4> x;
+#pragma unroll
+    for (short e = 0; e < 4; ++e) {
+      x[e] = row < valid && d + e < dim ? source[e] : T(0);
+    }
+    return x;
+  }
+
+  Octet<T> octet(short row, short d) const {
+    const device T* source = base + row * stride + d;
+    if (is_aligned && row < valid && d + 8 <= dim) {
+      return load_octet(source);
+    }
+    Octet<T> x;
+#pragma unroll
+    for (short e = 0; e < 4; ++e) {
+      x.low[e] = row < valid && d + e < dim ? source[e] : T(0);
+      x.high[e] = row < valid && d + 4 + e < dim ? source[4 + e] : T(0);
+    }
+    return x;
+  }
+};
+
+template <typename T>
+inline void store_octet_guarded(device T* row, Octet<float> x, int d, int dim) {
+  const Octet<T> y = {vec<T, 4>(x.low), vec<T, 4>(x.high)};
+  if (is_aligned && d + 8 <= dim) {
+    store_octet(row + d, y);
+    return;
+  }
+#pragma unroll
+  for (short e = 0; e < 4; ++e) {
+    if (d + e < dim) {
+      row[d + e] = y.low[e];
+    }
+    if (d + 4 + e < dim) {
+      row[d + 4 + e] = y.high[e];
+    }
+  }
+}
+
+template <typename T>
+inline void store_quad_guarded(device T* row, float4 x, int d, int dim) {
+  const vec<T, 4> y = vec<T, 4>(x);
+  if (is_aligned && d + 4 <= dim) {
+    *(device vec<T, 4>*)(row + d) = y;
+    return;
+  }
+#pragma unroll
+  for (short e = 0; e < 4; ++e) {
+    if (d + e < dim) {
+      row[d + e] = y[e];
+    }
+  }
+}
+
+// Copies kRows rows of up to kDim elements into a padded tile, with zeros from row `valid` and element `dim` on. Walks
+// 16-byte chunks, not rows: kThreads does not divide every row length.
+template <typename T, int kRows, int kDim, int kThreads>
+inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_index) {
+  constexpr int kChunk = 16 / sizeof(T);
+  constexpr int kChunksPerRow = kDim / kChunk;
+  for (int chunk = thread_index; chunk < kRows * kChunksPerRow; chunk += kThreads) {
+    const int row = chunk / kChunksPerRow;
+    const int d = chunk % kChunksPerRow * kChunk;
+    const device T* source = rows.base + row * rows.stride + d;
+    threadgroup T* target = tile + row * StagedRows<T, kDim>::kStride + d;
+    if (is_aligned && row < rows.valid && d + kChunk <= rows.dim) {
+      *(threadgroup uint4*)target = *(const device uint4*)source;
+      continue;
+    }
+#pragma unroll
+    for (short e = 0; e < kChunk; ++e) {
+      target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);
+    }
+  }
+}
+
+}  // namespace mfa

@@ -1,0 +1,87 @@
+// What host and kernels agree on: argument indices, function-constant indices, and the parameter block.
+// Compiled as MSL and as C++.
+#pragma once
+
+#ifdef __METAL_VERSION__
+#include <metal_stdlib>
+#define MFA_INT64 long
+#else
+#include <cstdint>
+#define MFA_INT64 std::int64_t
+#endif
+
+namespace mfa {
+
+// Every kernel binds a tensor at the same index, so a launch is a kernel name plus one table of arguments.
+enum Argument : unsigned {
+  kQuery = 0,
+  kKey = 1,
+  kValue = 2,
+  kOut = 3,
+  kLse = 4,  // float32 [batch, query_heads, query_length], natural logarithm
+  kParams = 5,
+  kFirstUnit = 6,    // one int: the first (batch, key head) of a chunk
+  kBias = 7,         // bool, float32 or the query's dtype, see bias_strides
+  kSinks = 8,        // float32 [query_heads]
+  kAlibiSlopes = 9,  // float32 [query_heads] or [batch, query_heads]
+  kRngState = 10,    // two int64: seed, offset
+  kGradOut = 11,
+  kGradLse = 12,     // float32, as kLse
+  kStatistics = 13,  // float32 [batch, query_heads, query_length, 2]: log-sum-exp in base 2, delta
+  kGradQuery = 14,
+  kGradKey = 15,
+  kGradValue = 16,
+  kScoreGradient = 17,  // scratch of the five-GEMM backward, see score_gradient.h
+  kGradAlibi = 18,      // float32 [batch, query_heads, query_length]: each row's part of the gradient of its slope
+  kGradBias = 19,       // float32, contiguous, of the bias's own shape
+  kArgumentCount = 31,
+};
+
+// Indices of the function constants in features.h. All are bools.
+enum FunctionConstant : unsigned {
+  kHasWindow = 0,    // window_left or window_right hides a key from some query
+  kWritesLse = 1,    // the caller wants the log-sum-exp
+  kAligned = 2,      // all base addresses and row strides are multiples of 16 bytes
+  kExactHead = 3,    // D and Dv equal the instance's head dimensions: no tail
+  kHasBias = 4,      // a bias is bound, of the query's dtype unless one of the next two is set
+  kHasMask = 5,      // ... of bools: true = attend
+  kHasFloatBias = 6, // ... of float32
+  kHasSoftcap = 7,
+  kHasAlibi = 8,
+  kHasSinks = 9,
+  kHasDropout = 10,
+  kHasGradLse = 11,  // the caller passed a gradient of the log-sum-exp
+  kWantsGradKey = 12,
+  kWantsGradValue = 13,
+  kWantsGradAlibi = 14,
+  kWritesScoreGradient = 15,  // five-GEMM backward: dS goes to scratch
+};
+
+// One attention problem, as a kernel sees it. Lengths and strides are in elements.
+struct AttentionParams {
+  int batch, query_heads, key_heads, group_size;  // group_size = query_heads / key_heads
+  int query_length, key_length;                   // Lq, Lk
+  int head_dim, value_dim;                        // D, Dv
+  int window_left, window_right;  // query i sees key j iff i+Lk-Lq-left <= j <= i+Lk-Lq+right; clamped to +-(Lq+Lk)
+  float scale;
+  float scale_log2;        // scale * log2(e)
+  float softcap;
+  int heavy_first;         // 1: the last query tile runs first (causal: it has the most keys)
+  int dropout_threshold;   // of 65536: a draw below it drops
+  float dropout_factor;    // 65536 / (65536 - dropout_threshold)
+  int alibi_batch_stride;  // 0 or query_heads
+  int bias_batch, bias_heads, bias_rows, bias_columns;  // the bias's own shape: 1 where it broadcasts
+  MFA_INT64 bias_strides[4];   // batch, head, query, key; 0 where it broadcasts
+  MFA_INT64 query_strides[3];  // batch, head, row; the last dimension is contiguous
+  MFA_INT64 key_strides[3];
+  MFA_INT64 value_strides[3];
+  MFA_INT64 out_strides[3];
+  MFA_INT64 grad_out_strides[3];
+  MFA_INT64 grad_query_strides[3];
+  MFA_INT64 grad_key_strides[3];
+  MFA_INT64 grad_value_strides[3];
+};
+
+}  // namespace mfa
+
+#undef MFA_INT64

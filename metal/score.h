@@ -1,0 +1,60 @@
+// From products q.k to the scores that softmax sees, in base 2: scale -> softcap -> + bias, ALiBi -> mask. Every feature is
+// a function constant; with all of them off a kernel folds the scale into the exponential and never calls this.
+#pragma once
+
+#include "features.h"
+#include "softmax.h"
+
+namespace mfa {
+
+// The rules of one (batch, query head).
+template <typename T>
+struct Scores {
+  const device uchar* bias;
+  float slope_log2;
+
+  Scores(constant AttentionParams& params, const device uchar* bias_, const device float* slopes, int batch, int head)
+      : bias(bias_), slope_log2(0) {
+    if (has_bias) {
+      const int size = has_mask ? 1 : has_float_bias ? sizeof(float) : sizeof(T);
+      bias += (batch * params.bias_strides[0] + head * params.bias_strides[1]) * size;
+    }
+    if (has_alibi) {
+      slope_log2 = slopes[batch * params.alibi_batch_stride + head] * M_LOG2E_F;
+    }
+  }
+
+  static bool are_modified() { return has_softcap || has_bias || has_alibi; }
+
+  // Two neighbours: queries `query` and keys `key` of products `product`. `derivative` is d score / d (scale product).
+  float2 apply(constant AttentionParams& params, float2 product, int2 query, int2 key, thread float2& derivative) const {
+    float2 x = product * params.scale_log2;
+    derivative = float2(1);
+    if (has_softcap) {
+      const float2 t = tanh(product * (params.scale / params.softcap));
+      x = t * (params.softcap * M_LOG2E_F);
+      derivative = 1 - t * t;
+    }
+    // A tile may reach past the last query or key; what it would read there is masked, but must not be read.
+    const int2 q = min(query, int2(params.query_length - 1));
+    const int2 k = min(key, int2(params.key_length - 1));
+    if (has_bias) {
+      x = float2(with_bias(params, x.x, q.x, k.x), with_bias(params, x.y, q.y, k.y));
+    }
+    if (has_alibi) {
+      x -= slope_log2 * float2(abs(q + (params.key_length - params.query_length) - k));
+    }
+    return x;
+  }
+
+  float with_bias(constant AttentionParams& params, float x, int query, int key) const {
+    const long index = query * params.bias_strides[2] + key * params.bias_strides[3];
+    if (has_mask) {
+      return bias[index] != 0 ? x : kMasked;
+    }
+    const float b = has_float_bias ? ((const device float*)bias)[index] : float(((const device T*)bias)[index]);
+    return x + b * M_LOG2E_F;
+  }
+};
+
+}  // namespace mfa

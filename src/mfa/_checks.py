@@ -1,0 +1,258 @@
+"""What the package refuses, and the sentences it does that with: the argument, what it was, what it must be.
+
+ValueError for shapes and values, TypeError for dtypes, NotImplementedError for legal requests that nothing here can do
+yet. Called through `torch.ops`, the same sentences are RuntimeErrors (`as_runtime_errors`).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+LARGEST_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+METAL_DTYPES = DTYPES[:3]
+# Fake tensors have the device that they stand for; "meta" computes shapes.
+DEVICES = ("mps", "cpu", "meta")
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def as_runtime_errors(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """What an op's kernel raises: RuntimeError, as from a kernel in C++ (NotImplementedError already is one)."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise RuntimeError(str(error)) from error
+
+    return wrapper
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def check_is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is of type {type(value).__name__}; it must be a tensor")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def check_window(window: object) -> tuple[int | None, int | None]:
+    """A pair of bounds, each None (open) or an integer of 64 bits."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window is {window!r}; it must be a pair (left, right)")
+    for side in window:
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"window is {tuple(window)!r}; its entries must be integers or None")
+        if not -(2**62) <= side <= 2**62:
+            raise ValueError(f"window is {tuple(window)!r}; its entries must be within -2^62 ... 2^62, or None for open")
+    return window[0], window[1]
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, ranks: tuple[int, ...]) -> None:
+    """Rank, layout, device and dtype of the three; sizes are left to `check_shapes`."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise NotImplementedError(f"{name} has layout {layout}; only strided tensors are supported: pad it")
+        if tensor.dim() not in ranks:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have {_listed(tuple(map(str, ranks)))}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
+        if tensor.dtype not in DTYPES:
+            names = _listed(tuple(map(dtype_name, DTYPES)))
+            raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"{name} has dtype {dtype_name(tensor.dtype)}; it must have that of query, {dtype_name(query.dtype)}"
+            )
+    if query.device.type not in DEVICES:
+        raise NotImplementedError(
+            f"query is on {query.device}; only mps and cpu tensors are supported: move it, or use "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Sizes of query [B,Hq,Lq,D], key [B,Hkv,Lk,D], value [B,Hkv,Lk,Dv]."""
+    (batch, heads, _, dim), (_, key_heads, length, _) = query.shape, key.shape
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name} has batch size {tensor.shape[0]}; it must be that of query, {batch}")
+    if value.shape[1] != key_heads:
+        raise ValueError(f"value has {value.shape[1]} heads; it must have those of key, {key_heads}")
+    if value.shape[2] != length:
+        raise ValueError(f"value has length {value.shape[2]}; it must have that of key, {length}")
+    if key.shape[3] != dim:
+        raise ValueError(f"key has head dimension {key.shape[3]}; it must have that of query, {dim}")
+    if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
+        raise ValueError(f"query has {heads} heads; it must have a multiple of those of key, {key_heads}")
+    for name, size in (("query", dim), ("value", value.shape[3])):
+        if size == 0:
+            raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {LARGEST_HEAD_DIM}")
+        if size > LARGEST_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name} has head dimension {size}; it must be within 1 ... {LARGEST_HEAD_DIM}: use "
+                "torch.nn.functional.scaled_dot_product_attention"
+            )
+
+
+def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
+    """A mask, or additive bias, that broadcasts to [B,Hq,Lq,Lk]."""
+    check_is_tensor(name, bias)
+    if bias.device != query.device:
+        raise ValueError(f"{name} is on {bias.device}; it must be on the device of query, {query.device}")
+    if bias.dtype not in (torch.bool, torch.float32, query.dtype):
+        names = tuple(dict.fromkeys(["bool", "float32", dtype_name(query.dtype)]))
+        raise TypeError(f"{name} has dtype {dtype_name(bias.dtype)}; it must be {_listed(names)}")
+    full = (*query.shape[:3], key.shape[2])
+    sizes = zip(reversed(bias.shape), reversed(full), strict=False)
+    if bias.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(f"{name} has shape {_shape(bias)}; it must broadcast to [B,Hq,Lq,Lk] = {list(full)}")
+
+
+def check_per_head(
+    name: str, tensor: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], per_batch: bool = False
+) -> None:
+    """A tensor [Hq], or with `per_batch` also [B,Hq]."""
+    check_is_tensor(name, tensor)
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
+    if tensor.dtype not in dtypes:
+        names = _listed(tuple(dict.fromkeys(map(dtype_name, dtypes))))
+        raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
+    batch, heads = query.shape[:2]
+    matches = tensor.dim() == 1 and tensor.shape[0] == heads
+    if per_batch and tensor.dim() == 2:
+        matches = tensor.shape[0] == batch and tensor.shape[1] == heads
+    if not matches:
+        shapes = f"[Hq] = [{heads}]" + (f" or [B,Hq] = [{batch}, {heads}]" if per_batch else "")
+        raise ValueError(f"{name} has shape {_shape(tensor)}; it must have shape {shapes}")
+
+
+def check_scale(scale: float) -> None:
+    if not isinstance(scale, torch.SymFloat) and math.isnan(scale):
+        raise ValueError("scale is nan; it must be a number")
+
+
+def check_values(scale: float, softcap: float, dropout_p: float) -> None:
+    check_scale(scale)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; it must be 0 (off) or more, and finite")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be within [0, 1)")
+
+
+def check_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    *,
+    metal: bool,
+    bias_name: str = "bias",
+) -> None:
+    """Everything about the arguments of `mfa::attention_forward`. `metal`: the Metal kernels are going to run."""
+    check_tensors(query, key, value, ranks=(4,))
+    check_shapes(query, key, value)
+    if bias is not None:
+        check_bias(bias_name, bias, query, key)
+        if bias.dim() != 4:
+            raise ValueError(f"{bias_name} has {bias.dim()} dimensions; it must have 4")
+    if sinks is not None:
+        check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,), per_batch=True)
+    check_values(scale, softcap, dropout_p)
+    if dropout_p != 0 or rng_state is not None:
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}; dropout is not supported yet: use "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+    if metal:
+        _check_metal(query, bias, sinks, alibi_slopes, softcap, bias_name)
+
+
+def _check_metal(
+    query: Tensor, bias: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, softcap: float, bias_name: str
+) -> None:
+    if query.dtype not in METAL_DTYPES:
+        names = _listed(tuple(map(dtype_name, METAL_DTYPES)))
+        raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")
+    features = {
+        bias_name: bias is not None,
+        "sinks": sinks is not None,
+        "alibi_slopes": alibi_slopes is not None,
+        "softcap": softcap != 0,
+    }
+    for name, used in features.items():
+        if used:
+            raise NotImplementedError(
+                f"{name} is not supported by the Metal kernels yet; leave it out, or use a CPU tensor"
+            )
+
+
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """Until the Metal kernels have a backward pass: refuse, instead of returning something without a gradient."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} requires grad, and the Metal kernels have no backward pass yet: call under torch.no_grad(), "
+                "or use a CPU tensor"
+            )
+
+
+def check_results(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, value: Tensor
+) -> None:
+    """The arguments that `mfa::attention_backward` has besides those of the forward pass."""
+    rows = query.shape[:3]
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, (*rows, value.shape[3]), query.dtype),
+        ("out", out, (*rows, value.shape[3]), query.dtype),
+        ("grad_lse", grad_lse, rows, torch.float32),
+        ("lse", lse, rows, torch.float32),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; it must have shape {list(shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {dtype_name(dtype)}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")

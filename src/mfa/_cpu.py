@@ -1,0 +1,272 @@
+"""Attention on ATen for CPU tensors: blockwise, O(L) memory, every feature, float16 to float64.
+
+    for each chunk of heads:                      only as many as fit the scratch budget
+        for each block of query rows:             rows that see no key are never visited
+            keys <- those that some row sees      what a window hides costs nothing
+            mask <- window + bias + ALiBi         None where every row sees every key
+            out, lse <- softmax(scale * Q K' + mask) V
+
+A block is ATen's own fused kernel, or, with a softcap, three matrix operations. Half types are computed in float32,
+chunk by chunk: as fast as ATen's half kernels without AMX, and exact to the last rounding.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._blocks import HIDDEN, Cut, Terms, Window, part
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised `out` [B,Hq,Lq,Dv] and `lse` float32 [B,Hq,Lq], laid out as every backend lays them out.
+
+    Both are contiguous, except that `out` is B,L,H,D in memory when the query is.
+    """
+    batch, heads, length, _ = query.shape
+    if heads > 1 and length > 1 and query.stride(1) < query.stride(2):
+        out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
+    else:
+        out = query.new_empty((batch, heads, length, value_dim))
+    return out, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`mfa::attention_forward` for CPU tensors, without dropout. The caller has checked the arguments.
+
+    Args:
+        query: [B,Hq,Lq,D], any strides; float16, bfloat16, float32 or float64.
+        key, value: [B,Hkv,Lk,D] and [B,Hkv,Lk,Dv].
+        bias: bool (True = attend) or floating, 4 dimensions, each 1 or that of [B,Hq,Lq,Lk]; never expanded.
+        sinks: [Hq]. alibi_slopes: [Hq] or [B,Hq].
+        window_left, window_right: relative to the lower-right diagonal, None = open.
+
+    Returns:
+        out [B,Hq,Lq,Dv] and lse float32 [B,Hq,Lq], strided as `empty_outputs` says.
+    """
+    batch, query_heads, query_length, dim = query.shape
+    key_heads, value_dim = key.shape[1], value.shape[3]
+    out, lse = empty_outputs(query, value_dim)
+    window = Window.of(query_length, key.shape[2], window_left, window_right)
+    visible = window.rows()
+    if visible.stop - visible.start < query_length:  # the rows that see nothing
+        for rows in (slice(0, visible.start), slice(visible.stop, None)):
+            out[:, :, rows] = 0
+            lse[:, :, rows] = HIDDEN if sinks is None else sinks[:, None].to(lse.dtype)
+    if lse.numel() == 0 or visible.start == visible.stop:
+        return out, lse
+
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # ATen's kernel takes one width for D and Dv.
+    width, value_width = (max(dim, value_dim),) * 2 if softcap == 0 else (dim, value_dim)
+    # One block is all, if nothing has to be added to its scores (ATen multiplies its causal -inf by the scale).
+    keys = window.keys(visible)
+    plain = bias is None and alibi_slopes is None and softcap == 0
+    causal = plain and scale > 0 and window.is_causal(visible.start)
+    whole = causal or (plain and not window.hides(visible, keys))
+    operands = ((query, width), (key, width), (value, value_width))
+    copied = any(_is_copied(tensor, dtype, columns) for tensor, columns in operands)
+
+    if whole and not copied and sinks is None and visible.stop - visible.start == query_length:
+        whole_out, whole_lse = _attend(query, key[:, :, keys], value[:, :, keys], None, scale, softcap, causal)
+        same = whole_out.stride() == out.stride() and whole_out.dtype == out.dtype
+        return whole_out if same else out.copy_(whole_out), lse.copy_(whole_lse)
+
+    group = query_heads // key_heads
+    rows_per_head = group * query_length + key.shape[2]
+    operand_bytes = (width + value_width) * rows_per_head * dtype.itemsize if copied else 0
+    terms = Terms(window, bias, _slopes(alibi_slopes, query_heads, dtype), dtype)
+    cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 0 if softcap == 0 else 1)
+    for batches, heads, q_heads in cut.chunks():
+        q = _operand(query[batches, q_heads], dtype, width)
+        k = _operand(key[batches, heads], dtype, width)
+        v = _operand(value[batches, heads], dtype, value_width)
+        for rows, columns in [(visible, keys)] if whole else cut.blocks():
+            mask = None if whole else terms.mask(batches, q_heads, rows, columns)
+            block = q[:, :, rows], k[:, :, columns], v[:, :, columns]
+            block_out, block_lse = _attend(*block, mask, scale, softcap, causal)
+            if sinks is not None:
+                block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
+            out[batches, q_heads, rows] = block_out[..., :value_dim]
+            lse[batches, q_heads, rows] = block_lse
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    bias_needs_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `attention_forward` in O(L) memory, from its results: scores are computed again, block by block.
+
+        delta = rowsum(dO * O) - dLSE,  P = exp(S - LSE),  dS = P * (dO V' - delta)
+        dQ = scale dS K,  dK = scale dS' Q,  dV = P' dO,  dbias = dS,  dsink = -sum exp(sink - LSE) delta
+
+    Args:
+        grad_out, out: [B,Hq,Lq,Dv]. grad_lse, lse: float32 [B,Hq,Lq]. The rest as in `attention_forward`.
+        bias_needs_grad: whether to compute the gradient of a floating bias.
+
+    Returns:
+        Gradients of query, key, value, bias, sinks, alibi_slopes, each in its tensor's shape and dtype, contiguous;
+        None for a bias without gradient and for what wasn't given.
+    """
+    batch, query_heads, query_length, dim = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    inputs = (query, key, value, bias if bias_needs_grad else None, sinks, alibi_slopes)
+    grads = [None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in inputs]
+    grad_query, grad_key, grad_value = grads[:3]
+    assert grad_query is not None and grad_key is not None and grad_value is not None
+    window = Window.of(query_length, key_length, window_left, window_right)
+    delta = torch.empty(lse.shape, dtype=dtype)
+    terms = Terms(window, bias, _slopes(alibi_slopes, query_heads, dtype), dtype)
+    grad_terms = [None if grad is None else grad.to(dtype) for grad in grads[3:]]
+    grad_bias, _, grad_slopes = grad_terms
+
+    group = query_heads // max(1, key_heads)
+    operand_bytes = (2 * (dim + value_dim) * (group * query_length + key_length)) * dtype.itemsize
+    cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 4)
+    for batches, heads, q_heads in cut.chunks() if lse.numel() else ():
+        q, o, d_out = (tensor[batches, q_heads].to(dtype) for tensor in (query, out, grad_out))
+        k, v = key[batches, heads].to(dtype), value[batches, heads].to(dtype)
+        chunk_delta = (o * d_out).sum(-1)
+        if grad_lse is not None:
+            chunk_delta -= grad_lse[batches, q_heads]
+        delta[batches, q_heads] = chunk_delta
+        chunk_lse = lse[batches, q_heads, :, None].to(dtype)
+        chunk_lse = chunk_lse.masked_fill(chunk_lse == HIDDEN, math.inf)  # P is 0 in a row that sees nothing
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys in cut.blocks():
+            raw = _scores(q[:, :, rows], k[:, :, keys], scale, softcap)
+            mask = terms.mask(batches, q_heads, rows, keys)
+            scores = raw if mask is None else raw + mask
+            probability = (scores - chunk_lse[:, :, rows]).exp_()
+            d_rows = _grouped(d_out[:, :, rows], k.shape[1])
+            dv[:, :, keys] += _grouped(probability, k.shape[1]).transpose(-1, -2) @ d_rows
+            d_scores = (d_rows @ v[:, :, keys].transpose(-1, -2)).view(scores.shape)
+            d_scores.sub_(chunk_delta[:, :, rows, None]).mul_(probability)
+            if grad_bias is not None:
+                target = part(grad_bias, batches, q_heads, rows, keys)
+                target += d_scores.sum_to_size(target.shape)
+            if grad_slopes is not None:
+                slopes = grad_slopes.view(-1, query_heads)
+                target = part(slopes, batches)[:, q_heads]
+                target -= (d_scores * terms.distances(rows, keys).abs_()).sum((-1, -2)).sum_to_size(target.shape)
+            if softcap > 0:
+                d_scores *= 1 - (raw / softcap).square_()
+            d_grouped = _grouped(d_scores.mul_(scale), k.shape[1])
+            dk[:, :, keys] += d_grouped.transpose(-1, -2) @ _grouped(q[:, :, rows], k.shape[1])
+            grad_query[batches, q_heads, rows] = (d_grouped @ k[:, :, keys]).view(q[:, :, rows].shape).to(query.dtype)
+        grad_key[batches, heads], grad_value[batches, heads] = dk, dv
+    if sinks is not None:
+        share = torch.exp(sinks[:, None] - lse).masked_fill_(lse == HIDDEN, 0)
+        grads[4] = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    for index, grad in ((3, grad_bias), (5, grad_slopes)):
+        original = inputs[index]
+        grads[index] = None if grad is None or original is None else grad.to(original.dtype)
+    return grad_query, grad_key, grad_value, grads[3], grads[4], grads[5]
+
+
+def _slopes(alibi_slopes: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
+    return None if alibi_slopes is None else alibi_slopes.reshape(-1, heads, 1, 1).to(dtype)
+
+
+def _is_copied(tensor: Tensor, dtype: torch.dtype, width: int) -> bool:
+    return tensor.dtype != dtype or tensor.shape[-1] != width or tensor.stride(-1) != 1
+
+
+def _operand(tensor: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """The tensor in `dtype`, rows contiguous and padded with zeros to `width` (ATen's kernel assumes both)."""
+    if tensor.shape[-1] == width:
+        operand = tensor.to(dtype)
+        return operand if operand.stride(-1) == 1 else operand.contiguous()
+    operand = torch.zeros((*tensor.shape[:-1], width), dtype=dtype)
+    operand[..., : tensor.shape[-1]] = tensor
+    return operand
+
+
+def _grouped(tensor: Tensor, key_heads: int) -> Tensor:
+    """[B,Hq,rows,X] as [B,Hkv,Hq/Hkv*rows,X]: the heads of a group then share a key without a copy of it."""
+    return tensor.reshape(tensor.shape[0], key_heads, -1, tensor.shape[-1])
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
+    """softcap(scale * Q K') [B,Hq,rows,keys]."""
+    scores = _grouped(query * scale, key.shape[1]) @ key.transpose(-1, -2)
+    if softcap > 0:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    return scores.view(*query.shape[:3], key.shape[2])
+
+
+def _softmax_block(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    scores = _scores(query, key, scale, softcap)
+    if mask is not None:
+        scores += mask
+    maximum = scores.amax(-1, keepdim=True)
+    maximum.masked_fill_(maximum == HIDDEN, 0)
+    total = scores.sub_(maximum).exp_().sum(-1, keepdim=True)
+    out = (_grouped(scores, key.shape[1]) @ value).view(*query.shape[:3], value.shape[3])
+    return out.div_(total.masked_fill(total == 0, 1)), maximum.add_(total.log_()).squeeze(-1)
+
+
+def _fused_block(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    out, lse = _fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    if mask is not None:  # ATen reports 0 for a row that sees nothing
+        lse = lse.masked_fill(mask.amax(-1) == HIDDEN, HIDDEN)
+    return out, lse
+
+
+def _overflows(query: Tensor, key: Tensor) -> bool:
+    """Whether q.k may leave float32 although q and k are finite."""
+    query_bound, key_bound = (max(abs(float(bound)) for bound in torch.aminmax(tensor)) for tensor in (query, key))
+    return torch.finfo(torch.float32).max < query_bound * key_bound * query.shape[-1] < math.inf
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """One block. Scores that leave float32 before they are scaled are computed again in float64."""
+    if softcap > 0:
+        out, lse = _softmax_block(query, key, value, mask, scale, softcap)
+    else:
+        out, lse = _fused_block(query, key, value, mask, scale, causal)
+    if query.dtype == torch.float32 and not math.isfinite(lse.sum()) and _overflows(query, key):
+        mask = None if mask is None else mask.double()
+        return _attend(query.double(), key.double(), value.double(), mask, scale, softcap, causal)
+    return out, lse
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with one more logit, `sinks` [heads,1], in the softmax's denominator."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype))
+    share = torch.exp(lse - total).masked_fill_(lse == HIDDEN, 0)
+    return out * share[..., None], total

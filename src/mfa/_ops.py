@@ -1,0 +1,274 @@
+"""The ops: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order.
+
+Schemas and the kernels on MPS are in csrc/library.cpp. `mfa::attention` decomposes in attention.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _checks, _cpu, _library, simulator
+
+_library.load()
+ops = torch.ops.mfa
+LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops in this namespace too
+
+_FORWARD, _BACKWARD = "mfa::attention_forward", "mfa::attention_backward"
+_MPS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
+
+
+# -- attention_forward ----------------------------------------------------------------------------------------------
+
+
+@_checks.as_runtime_errors
+def _forward_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    simulation = simulator.active()
+    tensors = (query, key, value, bias, sinks, alibi_slopes)
+    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
+    window = (window_left, window_right)
+    if simulation is not None:  # what an MPS tensor reaches
+        arguments = (*tensors, scale, *window, softcap, dropout_p, rng_state)
+        outputs: tuple[Tensor, Tensor] = simulation.run(
+            lambda: ops.attention_forward.default.redispatch(_MPS, *arguments)
+        )
+        return outputs
+    with torch._C._AutoDispatchBelowAutograd():
+        return _cpu.attention_forward(*tensors, scale, *window, softcap)
+
+
+@_checks.as_runtime_errors
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    tensors = (query, key, value, bias, sinks, alibi_slopes)
+    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=query.device.type == "mps")
+    return _cpu.empty_outputs(query, value.shape[3])
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bias, sinks, alibi_slopes, *ctx.scalars, rng_state = inputs
+    if query.device.type == "mps" or simulator.active() is not None:
+        _checks.check_no_grad(query=query, key=key, value=value)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, bias, sinks, alibi_slopes, rng_state)
+
+
+def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, bias, sinks, alibi_slopes, rng_state = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    tensors = (query, key, value, out, lse, bias, sinks, alibi_slopes)
+    grads = ops.attention_backward(grad_out, grad_lse, *tensors, *ctx.scalars, rng_state, list(ctx.needs_input_grad[:6]))
+    grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return (*grads, *(None for _ in ctx.scalars), None)
+
+
+def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    bias, sinks, *others = rest
+    device = query.device.type
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    with torch._C._ExcludeDispatchKeyGuard(off):
+        tensors = autocast(device, query, key, value, bias, sinks)
+        outputs: tuple[Tensor, Tensor] = ops.attention_forward(*tensors, *others)
+    return outputs
+
+
+def autocast(
+    device: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What autocast makes of the arguments: its dtype, except for float64, and float32 where an op takes that too."""
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None, kept: tuple[torch.dtype, ...]) -> Any:
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype not in kept
+        return tensor.to(dtype) if eligible and tensor is not None else tensor
+
+    wide = (torch.float32, torch.float64)
+    return (*(cast(tensor, wide[1:]) for tensor in (query, key, value)), cast(bias, wide), cast(sinks, wide))
+
+
+def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    if in_dims[4] is not None:  # sinks are per head, not per batch
+        return _one_by_one(ops.attention_forward, info.batch_size, in_dims, args)
+    tensors = _fold(info.batch_size, in_dims[:6], args[:6], query=0)
+    return _unfold(ops.attention_forward(*tensors, *args[6:]), info.batch_size)
+
+
+def _forward_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    batch, heads, length, dim = query
+    return 2 * batch * heads * length * key[2] * (dim + value[3])
+
+
+# -- attention_backward ---------------------------------------------------------------------------------------------
+
+
+@_checks.as_runtime_errors
+def _backward_cpu(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    simulation = simulator.active()
+    tensors = (query, key, value, bias, sinks, alibi_slopes)
+    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
+    _checks.check_results(grad_out, grad_lse, out, lse, query, value)
+    results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
+    window = (window_left, window_right)
+    if simulation is not None:  # what an MPS tensor reaches
+        arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask)
+        outputs: tuple[Tensor, ...] = simulation.run(
+            lambda: ops.attention_backward.default.redispatch(_MPS, *arguments)
+        )
+        return outputs
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = _cpu.attention_backward(*results, scale, *window, softcap, output_mask[3])
+    return tuple(
+        grad if wanted and grad is not None else query.new_empty(0)
+        for grad, wanted in zip(grads, output_mask, strict=True)
+    )
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, bias, sinks, alibi_slopes)
+    return tuple(
+        tensor.new_empty(tensor.shape) if wanted and tensor is not None else query.new_empty(0)
+        for tensor, wanted in zip(inputs, output_mask, strict=True)
+    )
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("grad_out requires grad, and second derivatives of attention are not supported")
+
+
+def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    if any(args[16][3:]):  # summed over the batch
+        return _one_by_one(ops.attention_backward, info.batch_size, in_dims, args)
+    tensors = _fold(info.batch_size, in_dims[:10], args[:10], query=2)
+    *grads, empty_bias, empty_sinks, empty_slopes = ops.attention_backward(*tensors, *args[10:])
+    unfolded, dims = _unfold(grads, info.batch_size)
+    empty = [tensor.expand(info.batch_size, 0) for tensor in (empty_bias, empty_sinks, empty_slopes)]
+    return (*unfolded, *empty), (*dims, 0, 0, 0)
+
+
+def _backward_flops(
+    grad_out: Sequence[int], grad_lse: object, query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    batch, heads, length, dim = query
+    return 2 * batch * heads * length * key[2] * (3 * dim + 2 * value[3])
+
+
+# -- vmap: the mapped dimension becomes part of the batch -----------------------------------------------------------
+
+
+def _fold(size: int, in_dims: Sequence[int | None], args: Sequence[Any], query: int) -> list[Any]:
+    """The tensors with their mapped dimension in front of the batch, and merged with it; `query` is an index."""
+    batch = args[query].movedim(in_dims[query], 0).shape[1] if in_dims[query] is not None else args[query].shape[0]
+    return [_fold_one(size, batch, dim, tensor) for dim, tensor in zip(in_dims, args, strict=True)]
+
+
+def _fold_one(size: int, batch: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    if dim is None:
+        if tensor.dim() == 1 or (tensor.shape[0] == 1 and tensor.dim() == 4 and batch != 1):
+            return tensor  # slopes, or a bias, for all batches alike
+        tensor = tensor.expand(size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(dim, 0)
+        if tensor.dim() == 2:  # slopes [Hq]
+            tensor = tensor.unsqueeze(1)
+    return tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
+
+
+def _unfold(tensors: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return tuple(tensor.unflatten(0, (size, -1)) for tensor in tensors), (0,) * len(tensors)
+
+
+def _one_by_one(
+    op: Any, size: int, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    results = [
+        op(*(arg if dim is None else arg.select(dim, index) for dim, arg in zip(in_dims, args, strict=True)))
+        for index in range(size)
+    ]
+    return tuple(torch.stack(tensors) for tensors in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+# -- registration ---------------------------------------------------------------------------------------------------
+
+LIBRARY.impl("attention_forward", _forward_cpu, "CPU")
+torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
+torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+LIBRARY.impl("attention_forward", _forward_autocast, "AutocastCPU")
+LIBRARY.impl("attention_forward", _forward_autocast, "AutocastMPS")
+torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
+register_flop_formula(ops.attention_forward)(_forward_flops)
+
+LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
+torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
+register_flop_formula(ops.attention_backward)(_backward_flops)

@@ -1,0 +1,174 @@
+"""What users call: arguments are checked and made canonical here, then the op runs."""
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import _checks, simulator
+from ._ops import LIBRARY, autocast, ops
+
+_Bound = int | None
+# Defaults are written 0, not 0.0: torch.compile(dynamic=True) makes a symbol of a float default, then compiles again.
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * Q K' + mask) V in memory that grows with the lengths, not with their product.
+
+    The first eight arguments are those of `torch.nn.functional.scaled_dot_product_attention`, with its meaning; leading
+    dimensions broadcast as there. Scores, softmax and sums are float32 (float64 for float64).
+
+    Args:
+        query: [B,Hq,Lq,D] or [Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
+        key: [B,Hkv,Lk,D] or [Hkv,Lk,D], of the same dtype and device.
+        value: [B,Hkv,Lk,Dv] or [Hkv,Lk,Dv], of the same dtype and device; Dv <= 256.
+        attn_mask: broadcasts to [B,Hq,Lq,Lk] and is never expanded. bool (True = attend), or float32 or the query's
+            dtype, added to the scaled scores; -inf, or at most -1e38, masks a key. May be given together with is_causal.
+        dropout_p: within [0, 1). Not supported yet, other than 0.
+        is_causal: query i sees key j iff j <= i (aligned to the upper left).
+        scale: of the scores; None is 1/sqrt(D).
+        enable_gqa: allows Hq to be a multiple of Hkv; query head h then uses key head h // (Hq/Hkv).
+        window: (left, right): query i sees key j iff i+Lk-Lq-left <= j <= i+Lk-Lq+right. None is open; bounds may be
+            negative. Flash-attention's causal is (None, 0).
+        softcap: > 0 replaces a scaled score s by softcap*tanh(s/softcap), before mask and ALiBi (Gemma 2).
+        alibi_slopes: float32 [Hq] or [B,Hq]: adds -slope*|i+Lk-Lq-j| (Press et al. 2022, as in flash-attention).
+        sinks: [Hq], float32 or the query's dtype: one more logit per head that takes probability and has no value
+            (gpt-oss).
+        return_lse: also return the log-sum-exp of the scores, in natural logarithms.
+
+    Returns:
+        out [B,Hq,Lq,Dv] in the query's dtype, without B if no input has it; B,L,H,D in memory if the query is. With
+        return_lse also lse [B,Hq,Lq], float32. A row that sees no key: out 0, lse -inf (with sinks: lse is the sink).
+
+    Raises:
+        ValueError: shapes, lengths or values out of range; tensors on different devices.
+        TypeError: dtypes that differ or aren't supported.
+        NotImplementedError: a legal request that isn't supported: a device, a head dimension, dropout; with the Metal
+            kernels also, for now, attn_mask, softcap, alibi_slopes, sinks and inputs that require grad.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _checks.check_is_tensor(name, tensor)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        _checks.check_flag(name, flag)
+    for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
+        _checks.check_number(name, number)
+    left, right = _checks.check_window(window)
+    device = query.device.type
+    if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
+        query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
+
+    _checks.check_tensors(query, key, value, ranks=(3, 4))
+    has_batch = max(query.dim(), key.dim(), value.dim()) == 4
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    bias = attn_mask
+    if bias is not None:
+        _checks.check_bias("attn_mask", bias, query, key)
+        bias = bias[(None,) * (4 - bias.dim())]
+    metal = device == "mps" or simulator.active() is not None
+    _checks.check_forward(
+        *(query, key, value, bias, sinks, alibi_slopes),
+        *(1.0 if scale is None else scale, softcap, dropout_p, None),
+        metal=metal,
+        bias_name="attn_mask",
+    )
+    if metal:
+        _checks.check_no_grad(query=query, key=key, value=value)
+
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[3])
+    if is_causal:  # aligned to the upper left; windows are relative to the lower right
+        diagonal = query.shape[2] - key.shape[2]
+        right = diagonal if right is None else torch.sym_min(right, diagonal)
+    out, lse = ops.attention_forward(
+        query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, None
+    )
+    if not has_batch:
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views with 4 dimensions and one batch size; with heads that the op takes, or else left for it to refuse."""
+    tensors = [tensor if tensor.dim() == 4 else tensor.unsqueeze(0) for tensor in (query, key, value)]
+    batch = _common([tensor.shape[0] for tensor in tensors], "batch size {}; it must be 1 or that of {}, {}")
+    query, key, value = (tensor if tensor.shape[0] == batch else tensor.expand(batch, -1, -1, -1) for tensor in tensors)
+    if not enable_gqa:
+        what = "{} heads; it must have 1, or those of {}, {}, unless enable_gqa is True"
+        heads = _common([tensor.shape[1] for tensor in (query, key, value)], what)
+        if query.shape[1] != heads:
+            query = query.expand(-1, heads, -1, -1)
+    if key.shape[1] != value.shape[1]:  # one of them has a single head
+        key_heads = _common([1, key.shape[1], value.shape[1]], "{} heads; it must have 1, or those of {}, {}")
+        key, value = (
+            tensor if tensor.shape[1] == key_heads else tensor.expand(-1, key_heads, -1, -1) for tensor in (key, value)
+        )
+    return query, key, value
+
+
+def _common(sizes: list[int], what: str) -> int:
+    """The size that the sizes of query, key and value broadcast to."""
+    names = ("query", "key", "value")
+    common, owner = 1, "query"
+    for name, size in zip(names, sizes, strict=True):
+        if common == 1:
+            common, owner = size, name
+        elif size not in (1, common):
+            raise ValueError(f"{name} has " + what.format(size, owner, common))
+    return common
+
+
+LIBRARY.impl("attention", _checks.as_runtime_errors(attention), "CompositeImplicitAutograd")

@@ -1,0 +1,171 @@
+"""The software Metal device: the Metal kernels, plan and parameters of a GPU, on CPU tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from . import _library
+
+if TYPE_CHECKING:
+    from . import _native
+
+FAMILIES = ("apple7", "apple8", "apple9", "apple10")
+CHECKS = ("races", "bounds", "uninitialised")
+
+_Result = TypeVar("_Result")
+
+
+class SimulationError(RuntimeError):
+    """A kernel broke a rule of Metal: the text has the rule, the kernel, file and line."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a launch did, each counted once per SIMD-group, except `exp` and the bytes and accesses: those per lane."""
+
+    mma: int = 0  # 8x8x8 multiply-accumulates
+    exp: int = 0
+    shuffles: int = 0
+    reductions: int = 0  # with votes, ballots and scans
+    conversions: int = 0
+    threadgroup_barriers: int = 0
+    simdgroup_barriers: int = 0
+    fragment_loads: int = 0
+    device_read_bytes: int = 0
+    device_write_bytes: int = 0
+    device_reads: int = 0
+    device_writes: int = 0
+    threadgroup_read_bytes: int = 0
+    threadgroup_write_bytes: int = 0
+    threadgroup_reads: int = 0
+    threadgroup_writes: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(operator.add(getattr(self, f.name), getattr(other, f.name)) for f in fields(Counters)))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel that ran."""
+
+    kernel: str
+    constants: dict[str, bool]
+    grid: tuple[int, int, int]  # threadgroups
+    group: tuple[int, int, int]  # threads
+    threadgroup_memory: int  # bytes
+    counters: Counters  # zeros without counters
+
+
+def why_not() -> str | None:
+    """Why this build can't simulate, or None."""
+    from . import _native
+
+    if not hasattr(_native, "Simulator"):
+        return "this build of mfa has no simulator: build it on Linux, or on macOS with MFA_SIMULATOR=ON"
+    for name in ("mfa_kernels_count", "mfa_kernels_fast"):
+        if not _library.path_of(name).exists():
+            return f"this build of mfa lacks {_library.path_of(name).name}, the kernels compiled for the simulator"
+    return None
+
+
+_active: Simulation | None = None
+
+
+def active() -> Simulation | None:
+    """The simulation that CPU tensors run on now."""
+    return _active
+
+
+class Simulation:
+    """What `simulate()` returns; its results stay readable after the `with` block."""
+
+    def __init__(self, simulator: _native.Simulator) -> None:
+        self._simulator = simulator
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The kernels that ran, in order."""
+        return [
+            Launch(
+                launch.kernel,
+                dict(launch.constants),
+                launch.grid,
+                launch.group,
+                launch.threadgroup_memory,
+                Counters(**launch.counters),
+            )
+            for launch in self._simulator.launches
+        ]
+
+    @property
+    def counters(self) -> Counters:
+        """The sum over all launches."""
+        return sum((launch.counters for launch in self.launches), Counters())
+
+    def run(self, function: Callable[[], _Result]) -> _Result:
+        """Calls `function`, and raises SimulationError where the simulator found something."""
+        try:
+            return function()
+        except RuntimeError as error:
+            finding = self._simulator.finding
+            if finding is None or finding not in str(error):
+                raise
+            raise SimulationError(finding) from None
+
+    def __enter__(self) -> Simulation:
+        global _active
+        if _active is not None:
+            raise RuntimeError("mfa.simulate() is active already; simulations don't nest")
+        self._simulator.enter(_library.address_of("mfa_set_simulated_launcher"))
+        _active = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _active
+        _active = None
+        self._simulator.exit()
+
+
+def simulate(
+    family: str = "apple7", *, checks: Iterable[str] = (), seed: int = 0, counters: bool = True
+) -> Simulation:
+    """Runs the Metal kernels on CPU tensors inside a `with` block, with the plan of a GPU family.
+
+        with mfa.simulate(checks=("races",)) as sim:
+            out = mfa.attention(query, key, value)
+        sim.counters.mma
+
+    Process-wide: calls from every thread are simulated meanwhile, one after another.
+
+    Args:
+        family: apple7 (M1), apple8 (M2), apple9 (M3, M4) or apple10 (M5).
+        checks: of "races", "bounds", "uninitialised". A broken rule raises SimulationError. So do, always, collectives
+            and barriers that not all of their threads reach.
+        seed: 0 runs lanes, SIMD-groups and threadgroups in their natural order; another shuffles all three.
+        counters: False leaves all counters zero, and without checks runs kernels that are compiled for speed.
+
+    Raises:
+        ValueError: an unknown family or check, or a negative seed.
+        RuntimeError: this build has no simulator, or a simulation is active already.
+    """
+    names = (checks,) if isinstance(checks, str) else tuple(checks)
+    for check in names:
+        if check not in CHECKS:
+            raise ValueError(f"checks has {check!r}; each must be one of {', '.join(CHECKS)}")
+    if family not in FAMILIES:
+        raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it must be within 0 ... 2^64 - 1")
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
+    from . import _native
+
+    kernels = "mfa_kernels_count" if counters or names else "mfa_kernels_fast"
+    return Simulation(_native.Simulator(str(_library.path_of(kernels)), family, list(names), seed))

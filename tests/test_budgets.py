@@ -1,0 +1,100 @@
+"""Operation budgets: what the kernels may cost, counted by the simulator. A count may fall, never rise.
+
+Units are those of mfa.Counters. One head, float16, contiguous, unless a test says otherwise. The budgets of D 64 and 128 are
+those of a hand count: 8x8x8 MMAs, one 16-byte load per four fragments of Q and V, two 8-byte loads per four of K.
+"""
+
+import pytest
+import torch
+
+import mfa
+
+MMA_VOLUME = 8 * 8 * 8
+
+
+def count(length, dim, *, dtype=torch.float16, family="apple7", **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, length, dim, generator=generator).to(dtype) for _ in range(3))
+    with mfa.simulate(family) as sim:
+        mfa.attention(query, key, value, return_lse=True, **kwargs)
+    (launch,) = sim.launches
+    return sim.counters, launch
+
+
+def dense_mmas(length, dim):
+    return 2 * length * length * dim // MMA_VOLUME
+
+
+def test_dense_d64():
+    counters, launch = count(256, 64)
+    simdgroups = 16
+    assert counters.mma == dense_mmas(256, 64) == 16384
+    assert counters.fragment_loads <= 98_304 + 4 * 32 * 32  # K and V, and Q once
+    assert counters.threadgroup_read_bytes <= 1_048_576
+    assert counters.threadgroup_write_bytes <= 262_144
+    assert counters.device_read_bytes <= 294_912
+    assert counters.device_write_bytes <= 32_768 + 1_024
+    assert 65_536 <= counters.exp <= 73_728
+    assert counters.shuffles <= 576
+    assert counters.reductions <= 128
+    assert counters.threadgroup_barriers <= 15 * simdgroups
+    assert counters.simdgroup_barriers == 0
+    assert counters.conversions == 0
+    assert launch.threadgroup_memory == 9_216
+
+
+def test_dense_d128():
+    counters, launch = count(256, 128)
+    simdgroups = 32
+    assert counters.mma == dense_mmas(256, 128) == 32_768
+    assert counters.threadgroup_read_bytes <= 4_194_304
+    assert counters.device_read_bytes <= 1_114_112
+    assert counters.device_write_bytes <= 65_536 + 1_024
+    assert 65_536 <= counters.exp <= 73_728
+    assert counters.shuffles <= 576
+    assert counters.reductions <= 256
+    assert counters.threadgroup_barriers <= 15 * simdgroups
+    assert counters.simdgroup_barriers == 0
+    assert counters.conversions == 0
+    assert launch.threadgroup_memory == 17_408
+
+
+def test_direct_reads_no_threadgroup_memory():
+    counters, launch = count(256, 64, family="apple9")
+    assert "direct" in launch.kernel
+    assert counters.mma == dense_mmas(256, 64)
+    assert counters.threadgroup_read_bytes == counters.threadgroup_barriers == launch.threadgroup_memory == 0
+    assert counters.device_read_bytes <= 1_048_576 + 32_768
+
+
+@pytest.mark.parametrize("family", ["apple7", "apple9"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_causal_skips_what_no_row_sees(family, dtype):
+    counters, _ = count(1024, 64, family=family, dtype=dtype, is_causal=True)
+    assert counters.mma <= 0.56 * dense_mmas(1024, 64)
+
+
+def test_causal_skips_by_simdgroup():
+    counters, _ = count(256, 64, is_causal=True)
+    assert counters.mma == 9_216
+
+
+def test_window_skips_key_blocks():
+    counters, _ = count(2048, 64, window=(128, 0))
+    assert counters.mma <= 0.15 * dense_mmas(2048, 64)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_instance_does_the_minimum_of_mmas(dim, dtype):
+    counters, _ = count(128, dim, dtype=dtype)
+    assert counters.mma == dense_mmas(128, dim)
+    assert counters.simdgroup_barriers == counters.conversions == 0
+
+
+def test_grouped_heads_read_no_expanded_copy():
+    query = torch.randn(1, 4, 64, 64, dtype=torch.float16)
+    key = torch.randn(1, 1, 128, 64, dtype=torch.float16)
+    with mfa.simulate() as sim:
+        mfa.attention(query, key, key, enable_gqa=True)
+    assert sim.counters.device_read_bytes == 2 * (query.numel() + 4 * 2 * key.numel())

@@ -1,0 +1,131 @@
+"""The simulator's checks, proved on our own kernels: each mutant breaks one rule, and each is caught.
+
+A mutant is a patched copy of metal/, built with the three instances that the problems below run in.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import mfa
+from simulator_engine import build_kernels
+
+METAL = Path(__file__).parent.parent / "metal"
+SOURCE = """
+#include "forward.h"
+namespace mfa {
+FORWARD(f16, staged, split, 64, 64, 4, 2, 32)
+FORWARD(f16, staged, shared, 256, 256, 4, 1, 16)
+FORWARD(f16, direct, split, 64, 64, 4, 2, 32)
+}
+"""
+CHECKS = ("races", "bounds", "uninitialised")
+
+
+@dataclass
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    finding: str  # a regular expression for the message
+    problem: dict = field(default_factory=dict)
+    occurrence: int = 0  # which of several equal places
+
+
+FIRST = "    if (block > begin) {\n      threadgroup_barrier(mem_flags::mem_threadgroup);\n    }\n"
+SECOND = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (sees) {"
+SHARED = "      threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+D256 = {"dim": 256, "lengths": (40, 40)}
+ODD = {"dim": 61}
+APPLE9 = {"family": "apple9"}
+
+MUTANTS = [
+    Mutant("first barrier deleted", "forward.h", FIRST, "", "race"),
+    Mutant("second barrier deleted", "forward.h", SECOND, "    if (sees) {", "race"),
+    Mutant("third barrier deleted", "forward.h", SHARED, "", "race", D256, 1),
+    Mutant("fourth barrier deleted", "forward.h", SHARED, "", "race", D256, 2),
+    Mutant("first barrier orders nothing", "forward.h", FIRST, FIRST.replace("mem_threadgroup", "mem_none"), "race"),
+    Mutant("second barrier orders device memory", "forward.h", SECOND, SECOND.replace("mem_threadgroup", "mem_device"), "race"),
+    Mutant("barrier in half the lanes", "forward.h", SECOND, "    if (lane_index < 16)\n  " + SECOND, "divergent"),
+    Mutant("barrier in one SIMD-group", "forward.h", SECOND, "    if (simdgroup == 0)\n  " + SECOND, "barrier"),
+    Mutant(
+        "a lane misses a shuffle",
+        "forward.h",
+        "factor[r] = row[r].advance(row_max(largest) * scale);",
+        "factor[r] = row[r].advance((lane.row == 5 && lane.column == 2 ? largest : row_max(largest)) * scale);",
+        "divergent",
+    ),
+    Mutant(
+        "early return before a barrier",
+        "forward.h",
+        "  const View view = view_of_queries(params, tile.first_row",
+        "  if (rows.first_row >= params.query_length) return;\n  const View view = view_of_queries(params, tile.first_row",
+        "barrier|missing",
+    ),
+    Mutant(
+        "threadgroup array too short",
+        "forward.h",
+        "sizeof(T)) / 16];",
+        "sizeof(T)) / 16 - 8];",
+        "out of bounds",
+    ),
+    Mutant("no guard for the last keys", "loader.h", "is_aligned && row < rows.valid &&", "is_aligned &&", "out of bounds"),
+    Mutant("no guard for the head dimension", "loader.h", "row < rows.valid && d + e < rows.dim", "row < rows.valid", "out of bounds", ODD),
+    Mutant("no guard for the last queries", "loader.h", "is_aligned && row < valid && d + 8 <= dim", "is_aligned", "out of bounds"),
+    Mutant("direct: no guard for the last keys", "loader.h", "row < valid ? load_quad", "true ? load_quad", "out of bounds", APPLE9),
+    Mutant("output store unguarded", "tile.h", "if (row < valid) {", "if (true) {", "out of bounds"),
+    Mutant("output store ignores Dv", "loader.h", "if (d + e < dim) {", "if (true) {", "out of bounds|race", ODD),
+    Mutant("lse store unguarded", "forward.h", "lane.column == 0 && i < valid", "lane.column == 0", "out of bounds"),
+    Mutant("every tile writes the first rows", "forward.h", "first_row = tile * block_queries;", "first_row = 0;", "race"),
+    Mutant(
+        "tails are not zeroed",
+        "loader.h",
+        "target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);",
+        "if (row < rows.valid && d + e < rows.dim) target[e] = source[e];",
+        "uninitialised",
+        ODD,
+    ),
+]
+
+
+def patched(mutant: Mutant, directory: Path) -> Path:
+    shutil.copytree(METAL, directory)
+    file = directory / mutant.file
+    pieces = file.read_text().split(mutant.old)
+    assert len(pieces) > 1, f"{mutant.name}: {mutant.file} no longer holds the text that this mutant changes"
+    at = mutant.occurrence + 1
+    file.write_text(mutant.old.join(pieces[:at]) + mutant.new + mutant.old.join(pieces[at:]))
+    return directory
+
+
+def build(metal: Path) -> Path:
+    source = metal / "mutant.metal"
+    source.write_text(SOURCE)
+    return build_kernels([source], metal / "mutant.so", include_dirs=[metal])
+
+
+def run(library: Path, seed: int, *, dim: int = 64, lengths: tuple[int, int] = (150, 77), family: str = "apple7") -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(1, 2, length, dim, generator=generator).half() for length in (lengths[0], lengths[1], lengths[1])
+    )
+    with mfa.simulate(family, checks=CHECKS, seed=seed, kernel_library=library):
+        mfa.attention(query, key, value, return_lse=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
+    library = build(patched(mutant, tmp_path / "metal"))
+    with pytest.raises(mfa.SimulationError, match=mutant.finding):
+        run(library, 1, **mutant.problem)
+
+
+def test_the_original_is_clean(tmp_path: Path) -> None:
+    library = build(Path(shutil.copytree(METAL, tmp_path / "metal")))
+    for seed in range(3):
+        for problem in ({}, D256, ODD, APPLE9):
+            run(library, seed, **problem)

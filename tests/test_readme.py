@@ -1,0 +1,150 @@
+"""README.md: every python snippet runs, and what is generated from code equals the code.
+
+`python tests/test_readme.py` rewrites the generated sections.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from fidelity import Problem
+from test_fidelity_mlx import BLOCKS, build, headers, run_steel  # noqa: F401 (headers is a fixture)
+
+import mfa
+from mfa import support
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+SECTION = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
+
+
+OPERATIONS = {
+    "8x8x8 MMAs": lambda c: c["mma"],
+    "threadgroup loads, per lane": lambda c: c["threadgroup_reads"],
+    "threadgroup bytes read": lambda c: c["threadgroup_read_bytes"],
+    "threadgroup bytes written": lambda c: c["threadgroup_write_bytes"],
+    "device bytes read": lambda c: c["device_read_bytes"],
+    "exp2, per lane": lambda c: c["exp"],
+    "shuffles, reductions, votes": lambda c: c["shuffles"] + c["reductions"],
+    "threadgroup barriers": lambda c: c["threadgroup_barriers"],
+    "SIMD-group barriers": lambda c: c["simdgroup_barriers"],
+}
+MLX = {  # in the order of OPERATIONS, by D; test_mlx_counts counts them anew
+    64: [16_384, 1_179_648, 2_359_296, 557_056, 557_056, 73_728, 4_096, 1_088, 4_096],
+    128: [32_768, 2_621_440, 5_242_880, 1_114_112, 1_114_112, 81_920, 4_096, 2_112, 49_152],
+}
+
+
+def count(dim: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 256, dim, generator=generator).half() for _ in range(3))
+    with mfa.simulate("apple7") as sim:
+        mfa.attention(query, key, value, return_lse=True)
+    return [of(asdict(sim.counters)) for of in OPERATIONS.values()]
+
+
+def operations() -> str:
+    """Our counts beside those of MLX."""
+    lines = ["| | MLX, D 64 | mfa, D 64 | MLX, D 128 | mfa, D 128 |", "| --- | ---: | ---: | ---: | ---: |"]
+    columns = zip(OPERATIONS, MLX[64], count(64), MLX[128], count(128), strict=True)
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{n:,}" for n in row) + " |" for name, *row in columns])
+
+
+GENERATED = {"support": support.markdown, "operations": operations}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_section_is_current(name: str) -> None:
+    sections = {section: body for _, section, body, _ in SECTION.findall(TEXT)}
+    assert sections[name] == GENERATED[name](), "run `python tests/test_readme.py`"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_mlx_counts(dim: int, request: pytest.FixtureRequest) -> None:
+    block_q, block_k = BLOCKS[dim]
+    arguments = f"half, {block_q}, {block_k}, {dim}, {dim}, 4, 1, float, float"
+    instance = f'instantiate_kernel("steel_f16_{dim}_1", attention, {arguments})'
+    header = "steel/attn/kernels/steel_attention.h"
+    library = build(request.getfixturevalue("headers"), f"readme{dim}", "count", header, [instance])
+    counters = run_steel(library, Problem("f16", dim, 256, 256), 1, 0)
+    assert [of(counters) for of in OPERATIONS.values()] == MLX[dim]
+
+
+def test_snippets_run() -> None:
+    """In one namespace, top to bottom, as a reader would paste them."""
+    namespace: dict[str, object] = {}
+    snippets = list(re.finditer(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE))
+    assert snippets
+    for snippet in snippets:
+        line = TEXT[: snippet.start(1)].count("\n")
+        exec(
+            compile("\n" * line + snippet[1], str(README), "exec"), namespace
+        )  # so that a traceback names README's line
+
+
+def test_links_within_the_repository_exist() -> None:
+    for path, anchor in re.findall(r"\]\(([\w./]*)#?([\w-]*)\)", TEXT):
+        target = README.parent / path if path else README
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, anchor
+
+
+def test_what_the_build_can_launch_on() -> None:
+    backend_is_missing = "no Metal backend yet" in (README.parent / "csrc" / "launcher.h").read_text(encoding="utf-8")
+    assert support.RUNS_ON_MPS is not backend_is_missing
+
+
+# ---- the support table, row by row -----------------------------------------------------------------------------------
+
+QUERY, KEY, VALUE = torch.randn(3, 1, 4, 20, 32, dtype=torch.float16)
+
+
+def gradients() -> None:
+    query, key, value = (x.clone().requires_grad_() for x in (QUERY, KEY, VALUE))
+    torch.autograd.grad(mfa.attention(query, key, value).sum(), (query, key, value))
+
+
+REQUESTS = {
+    "forward, any length": lambda: mfa.attention(QUERY[:, :, :7], KEY, VALUE),
+    "gradients": gradients,
+    "`is_causal`": lambda: mfa.attention(QUERY, KEY, VALUE, is_causal=True),
+    "`window`": lambda: mfa.attention(QUERY, KEY, VALUE, window=(3, -1)),
+    "`enable_gqa`": lambda: mfa.attention(QUERY, KEY[:, :2], VALUE[:, :2], enable_gqa=True),
+    "Dv other than D": lambda: mfa.attention(QUERY, KEY, VALUE[..., :13]),
+    "`return_lse`": lambda: mfa.attention(QUERY, KEY, VALUE, return_lse=True),
+    "`attn_mask`": lambda: mfa.attention(QUERY, KEY, VALUE, torch.ones(20, 20, dtype=torch.bool).tril()),
+    "`softcap`": lambda: mfa.attention(QUERY, KEY, VALUE, softcap=5.0),
+    "`alibi_slopes`": lambda: mfa.attention(QUERY, KEY, VALUE, alibi_slopes=torch.ones(4)),
+    "`sinks`": lambda: mfa.attention(QUERY, KEY, VALUE, sinks=torch.zeros(4)),
+    "`dropout_p`": lambda: mfa.attention(QUERY, KEY, VALUE, dropout_p=0.5),
+}
+
+
+def refuse(request: Callable[[], object], feature: support.Feature) -> None:
+    name = "requires? grad" if feature.name == "gradients" else feature.name.strip("`")
+    with pytest.raises(NotImplementedError, match=name):
+        request()
+
+
+@pytest.mark.parametrize("feature", support.FEATURES, ids=lambda feature: feature.name)
+@pytest.mark.parametrize("device", ["cpu", "simulator"])
+def test_support_table_tells_the_truth(feature: support.Feature, device: str) -> None:
+    request = REQUESTS[feature.name]
+    if device == "cpu":
+        request() if feature.cpu else refuse(request, feature)
+        return
+    with mfa.simulate() as sim:
+        if feature.kernels:
+            request()
+            assert sim.launches
+        else:
+            refuse(request, feature)
+
+
+if __name__ == "__main__":
+    README.write_text(SECTION.sub(lambda m: f"{m[1]}{GENERATED[m[2]]()}\n<!-- end -->", TEXT), encoding="utf-8")
