@@ -4,21 +4,23 @@ TORCH ?= torch==2.13.0
 # Arguments of pip for torch alone. On Linux PyPI has CUDA builds; a CPU build is enough and much smaller:
 #   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
+PLATFORM := $(shell uname)
 # Test processes: one per core, but one in all on a Mac, where they would share the GPU.
-WORKERS ?= $(if $(filter Darwin,$(shell uname)),0,auto)
+WORKERS ?= $(if $(filter Darwin,$(PLATFORM)),0,auto)
 ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# On Linux the simulator is compiled by clang >= 19: the one on PATH, else the one in the package ziglang.
-ZIGLANG := $(shell [ "$$(uname)" = Darwin ] || clang++ -dumpversion 2>/dev/null | awk -F. '{ok = $$1 >= 19} END {exit !ok}' || echo "'ziglang>=0.17'")
+# Linux compiles kernels with clang >= 19: the one on PATH, else that of the package ziglang. macOS needs metal-cpp.
+CLANG := $(shell clang++ -dumpversion 2>/dev/null | awk -F. '{ok = $$1 >= 19} END {exit !ok}' || echo "'ziglang>=0.17'")
 # pyproject.toml's build-system.requires, without torch; cmake and ninja may be missing on the machine.
-BUILD_REQUIREMENTS := 'scikit-build-core>=1.1' 'nanobind>=3.1' 'nanobind-backend>=1.0' 'numpy>=2.2' cmake ninja $(ZIGLANG)
+BUILD_REQUIREMENTS := 'scikit-build-core>=1.1' 'nanobind>=3.1' 'nanobind-backend>=1.0' 'numpy>=2.2' cmake ninja \
+	$(if $(filter Darwin,$(PLATFORM)),mlx-metal,$(CLANG))
 NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -not -name '*.pyc')
 STAMP := .venv/stamp
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test lint format build wheel clean help
+.PHONY: demo test lint format build wheel mac mac-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
@@ -27,6 +29,8 @@ help:
 	@echo "make format          ruff and clang-format, in place"
 	@echo "make build           the package, editable, in .venv"
 	@echo "make wheel           a wheel in dist/"
+	@echo "make mac-check       on Linux: compile and link for macOS against real torch libraries"
+	@echo "make mac             on a Mac: all tests, validation layers and timings, into mac-report.json"
 	@echo "make clean           forget .venv, builds and caches"
 
 build: $(STAMP)/build
@@ -52,8 +56,14 @@ format: $(STAMP)/dev
 wheel: build
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+mac-check: build $(STAMP)/mac-check
+	PYTHONPATH=cmake $(BIN)/python -m mac_check $(ARGS)
+
+mac: build $(STAMP)/test
+	$(BIN)/python cmake/mac_report.py $(ARGS)
+
 clean:
-	rm -rf .venv build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist wheelhouse .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP)/venv:
@@ -77,4 +87,8 @@ $(STAMP)/build: $(STAMP)/requirements $(NATIVE)
 
 $(STAMP)/test $(STAMP)/dev: $(STAMP)/%: $(STAMP)/torch pyproject.toml
 	$(PIP) install --group $*
+	touch $@
+
+$(STAMP)/mac-check: $(STAMP)/torch
+	$(PIP) install 'ziglang>=0.17' 'lief>=1.0' 'abi3audit>=0.0.26'
 	touch $@

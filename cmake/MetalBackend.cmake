@@ -1,4 +1,5 @@
-# add_metal_backend(target): compiles csrc/metal, and the kernels' source for a machine without a metallib, into `target`.
+# add_metal_backend(target): compiles csrc/metal into `target`, for macOS, with the kernels' source for a machine without a
+# metallib. (On Linux: SimulatorDriver.cmake.)
 # metal-cpp comes from MFA_METAL_CPP_DIR, or from the package mlx-metal.
 function(add_metal_backend target)
   if(NOT MFA_METAL_CPP_DIR)
@@ -23,9 +24,5 @@ function(add_metal_backend target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
   target_include_directories(${target} SYSTEM PRIVATE "${MFA_METAL_CPP_DIR}")
   target_compile_definitions(${target} PRIVATE MFA_METAL)
-  if(APPLE)
-    target_link_libraries(${target} PRIVATE "-framework Metal" "-framework Foundation" objc)
-  else()
-    target_compile_options(${target} PRIVATE -fblocks)
-  endif()
+  target_link_libraries(${target} PRIVATE "-framework Metal" "-framework Foundation" objc)
 endfunction()

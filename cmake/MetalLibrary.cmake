@@ -6,8 +6,14 @@ function(add_metal_library name)
   # `xcrun --find metal` succeeds without the toolchain, so ask the compiler itself.
   execute_process(COMMAND xcrun -sdk macosx metal --version RESULT_VARIABLE result OUTPUT_QUIET ERROR_VARIABLE message)
   if(result)
-    message(FATAL_ERROR "The Metal toolchain is missing. Install Xcode, then run\n"
+    if(MFA_REQUIRE_METALLIB)
+      set(severity FATAL_ERROR)
+    else()
+      set(severity WARNING)
+    endif()
+    message(${severity} "The Metal toolchain is missing: kernels will be compiled on first use. Install Xcode, then run\n"
                         "  xcodebuild -downloadComponent MetalToolchain\n${message}")
+    return()
   endif()
 
   set(airs)

@@ -1,6 +1,6 @@
 """Writes the kernels as C++ strings, for a build without a metallib: embed_kernels.py OUTPUT KERNEL.metal ...
 
-Each source becomes one string that compiles by itself: includes of our own headers are inlined, those of Metal are kept.
+Each source becomes one string that compiles by itself: our own headers are inlined, those of Metal stay included.
 """
 
 import argparse

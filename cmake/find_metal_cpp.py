@@ -10,4 +10,6 @@ for location in (spec.submodule_search_locations or []) if spec else []:
     if (headers / "Metal" / "Metal.hpp").is_file():
         print(headers)
         sys.exit()
-sys.exit("metal-cpp is missing: pip install mlx-metal, or set MFA_METAL_CPP_DIR to a folder that contains Metal/Metal.hpp")
+sys.exit(
+    "metal-cpp is missing: pip install mlx-metal, or set MFA_METAL_CPP_DIR to a folder that contains Metal/Metal.hpp"
+)

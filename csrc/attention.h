@@ -6,11 +6,16 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace mfa {
 
-// query [B,Hq,Lq,D], key [B,Hkv,Lk,D], value [B,Hkv,Lk,Dv], all on MPS, or on the CPU inside mfa.simulate().
-// Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32. Throws std::runtime_error with the sentence that users read.
+// All tensors on MPS, or on the CPU inside mfa.simulate(). query [B,Hq,Lq,D], key [B,Hkv,Lk,D], value [B,Hkv,Lk,Dv];
+// bias of rank 4, bool, float32 or the query's dtype, each size 1 or that of [B,Hq,Lq,Lk]; sinks float32 [Hq];
+// alibi_slopes float32 [Hq] or [B,Hq]; rng_state int64 [2] (seed, offset), given iff dropout_p > 0. Both throw
+// std::runtime_error with the sentence that users read.
+
+// Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward(
     const torch::stable::Tensor& query, const torch::stable::Tensor& key, const torch::stable::Tensor& value,
     const std::optional<torch::stable::Tensor>& bias, const std::optional<torch::stable::Tensor>& sinks,
@@ -18,4 +23,28 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward(
     std::optional<std::int64_t> window_right, double softcap, double dropout_p,
     const std::optional<torch::stable::Tensor>& rng_state);
 
+// Returns the gradients of query, key, value, bias, sinks and alibi_slopes, with the shape and dtype of each; the first
+// three are B,L,H,D in memory if their tensor is. One that `output_mask` (in this order) doesn't ask for, or whose
+// tensor is not there, has size 0.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
+attention_backward(const torch::stable::Tensor& grad_out, const std::optional<torch::stable::Tensor>& grad_lse,
+                   const torch::stable::Tensor& query, const torch::stable::Tensor& key,
+                   const torch::stable::Tensor& value, const torch::stable::Tensor& out,
+                   const torch::stable::Tensor& lse, const std::optional<torch::stable::Tensor>& bias,
+                   const std::optional<torch::stable::Tensor>& sinks,
+                   const std::optional<torch::stable::Tensor>& alibi_slopes, double scale,
+                   std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap,
+                   double dropout_p, const std::optional<torch::stable::Tensor>& rng_state,
+                   const std::vector<bool>& output_mask);
+
 }  // namespace mfa
+
+// Knobs of the process, for Python (ctypes), tests and benchmarks. Each returns the value that it replaces.
+
+// Scratch that one backward pass may take, in bytes: 64 MiB, until set. A smaller limit costs more launches; below what
+// one key head's group needs (2 bytes per score, per query head), dQ is computed without scratch. Negative: as 0.
+extern "C" __attribute__((visibility("default"))) std::int64_t mfa_set_scratch_limit(std::int64_t bytes);
+
+// The backward pass's mode, see BackwardMode in plan.h: 5 or 7 GEMMs; anything else, as until set: as tuning.def says.
+extern "C" __attribute__((visibility("default"))) int mfa_set_backward_mode(int mode);

@@ -6,33 +6,92 @@
 
 namespace mfa {
 
+enum class Kind { forward, backward_delta, backward_dkdv, backward_dq, backward_dq_from_ds, backward_dbias };
+
 struct Instance {
   const char* name;  // host name in every kernel library
+  Kind kind;
   DType dtype;
-  Path path;
-  Memory memory;
-  int head_dim, value_dim;  // buckets
-  int simdgroups, row_tiles, block_keys;
+  int head_dim, value_dim;  // buckets; 0 where the kernel takes any
+  int simdgroups;
+  int rows;   // that a threadgroup owns: queries; keys for backward_dkdv; rows of the bias for backward_dbias
+  int block;  // rows of the other side per step; columns of the bias that a threadgroup owns for backward_dbias
+  int threadgroup_memory;  // bytes
+  Path path = staged;
+  Memory memory = split;  // forward
+  Own own = held;         // backward_dq
 
   constexpr int threads() const { return 32 * simdgroups; }
-  constexpr int block_queries() const { return 8 * row_tiles * simdgroups; }
-  constexpr int threadgroup_memory() const {
-    return forward_threadgroup_bytes(path, memory, head_dim, value_dim, block_queries(), block_keys,
-                                     element_size(dtype));
-  }
 };
 
-inline constexpr Instance kForwardInstances[] = {
-#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                     \
-  {"forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys, \
-   DType::dtype,                                                                                                 \
-   Path::path,                                                                                                   \
-   Memory::memory,                                                                                               \
-   head_dim,                                                                                                     \
-   value_dim,                                                                                                    \
-   simdgroups,                                                                                                   \
-   row_tiles,                                                                                                    \
-   block_keys},
+inline constexpr Instance kInstances[] = {
+#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                          \
+  {"forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,      \
+   Kind::forward,                                                                                                     \
+   DType::dtype,                                                                                                      \
+   head_dim,                                                                                                          \
+   value_dim,                                                                                                         \
+   simdgroups,                                                                                                        \
+   8 * row_tiles * simdgroups,                                                                                        \
+   block_keys,                                                                                                        \
+   forward_threadgroup_bytes(Path::path, Memory::memory, head_dim, value_dim, 8 * row_tiles * simdgroups, block_keys, \
+                             element_size(DType::dtype)),                                                             \
+   Path::path,                                                                                                        \
+   Memory::memory},
+#define BACKWARD_DELTA(dtype, simdgroups)     \
+  {"backward_delta_" #dtype "_s" #simdgroups, \
+   Kind::backward_delta,                      \
+   DType::dtype,                              \
+   0,                                         \
+   0,                                         \
+   simdgroups,                                \
+   4 * simdgroups,                            \
+   0,                                         \
+   0},
+#define BACKWARD_DKDV(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                         \
+  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_r" #row_tiles "_q" #block_queries, \
+   Kind::backward_dkdv,                                                                                         \
+   DType::dtype,                                                                                                \
+   head_dim,                                                                                                    \
+   value_dim,                                                                                                   \
+   simdgroups,                                                                                                  \
+   8 * row_tiles * simdgroups,                                                                                  \
+   block_queries,                                                                                               \
+   backward_dkdv_threadgroup_bytes(head_dim, value_dim, block_queries, element_size(DType::dtype))},
+#define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                             \
+  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_s" #simdgroups "_r" #row_tiles "_k" #block_keys, \
+   Kind::backward_dq,                                                                                               \
+   DType::dtype,                                                                                                    \
+   head_dim,                                                                                                        \
+   value_dim,                                                                                                       \
+   simdgroups,                                                                                                      \
+   8 * row_tiles * simdgroups,                                                                                      \
+   block_keys,                                                                                                      \
+   forward_threadgroup_bytes(staged, split, head_dim, value_dim, 8 * row_tiles * simdgroups, block_keys,            \
+                             element_size(DType::dtype)),                                                           \
+   staged,                                                                                                          \
+   split,                                                                                                           \
+   Own::own},
+#define BACKWARD_DQ_FROM_DS(dtype, head_dim, simdgroups, query_tiles, block_keys)                    \
+  {"backward_dq_from_ds_" #dtype "_d" #head_dim "_s" #simdgroups "_q" #query_tiles "_k" #block_keys, \
+   Kind::backward_dq_from_ds,                                                                        \
+   DType::dtype,                                                                                     \
+   head_dim,                                                                                         \
+   0,                                                                                                \
+   simdgroups,                                                                                       \
+   8 * query_tiles * simdgroups,                                                                     \
+   block_keys,                                                                                       \
+   block_keys * padded_row_bytes(head_dim, element_size(DType::dtype))},
+#define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                    \
+  {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys, \
+   Kind::backward_dbias,                                                                      \
+   DType::dtype,                                                                              \
+   head_dim,                                                                                  \
+   value_dim,                                                                                 \
+   simdgroups,                                                                                \
+   8 * simdgroups,                                                                            \
+   block_keys,                                                                                \
+   simdgroups * block_keys * int(sizeof(float))},
 #include "../metal/instances.def"
 };
 

@@ -12,8 +12,10 @@ std::atomic<mfa::Launcher*> simulator = nullptr;
 
 mfa::Launcher* mfa::simulated_launcher() { return simulator.load(); }
 
+#ifndef MFA_METAL
 mfa::Launcher& mfa::metal_launcher() {
   throw std::runtime_error(std::string("attention on MPS tensors needs Metal, but ") + kNoMetal);
 }
+#endif
 
 mfa::Launcher* mfa_set_simulated_launcher(mfa::Launcher* launcher) { return simulator.exchange(launcher); }

@@ -16,8 +16,9 @@ struct Buffer {
   std::uint64_t extent = 0;
 };
 
-using Arguments =
-    std::array<Buffer, kArgumentCount>;  // by Argument; kParams stays empty: a launcher binds the block itself
+// By Argument. kParams and kFirstUnit stay empty: a launcher binds the plan's params and the launch's first_unit
+// itself.
+using Arguments = std::array<Buffer, kArgumentCount>;
 
 class Launcher {
  public:

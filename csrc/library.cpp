@@ -61,4 +61,7 @@ struct Definitions {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) { m.impl("attention_forward", TORCH_BOX(&mfa::attention_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) {
+  m.impl("attention_forward", TORCH_BOX(&mfa::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&mfa::attention_backward));
+}

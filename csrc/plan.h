@@ -21,6 +21,18 @@ using Strides = std::array<std::int64_t, 3>;
 inline constexpr int kLargestHeadDim = 256;
 // Of Lq + Lk. Positions and window bounds reach 2 * (Lq + Lk) plus a tile, and are 32-bit in the kernels.
 inline constexpr std::int64_t kLongestProblem = (std::int64_t{1} << 30) - 1024;
+// Of batch * query_heads: a head's index is 32-bit in the kernels.
+inline constexpr std::int64_t kMostHeads = (std::int64_t{1} << 31) - 1;
+
+enum class BiasKind { none, mask, same_dtype, float32 };  // mask: bools, true = attend; same_dtype: as the query
+
+struct Bias {
+  BiasKind kind = BiasKind::none;
+  std::array<std::int64_t, 4> sizes{1, 1, 1, 1};  // batch, query head, query, key: 1 where it broadcasts
+  std::array<std::int64_t, 4> strides{};          // in elements; of no matter where the size is 1
+};
+
+enum class Alibi { none, per_head, per_batch };  // slopes [Hq] or [B,Hq]
 
 struct Problem {
   Family family = Family::apple7;
@@ -29,10 +41,32 @@ struct Problem {
   std::int64_t query_length = 0, key_length = 0;
   std::int64_t head_dim = 64, value_dim = 64;
   Strides query_strides{}, key_strides{}, value_strides{}, out_strides{};
-  bool aligned = true;  // every base address is a multiple of 16 bytes (strides are checked by plan_forward())
+  bool aligned = true;  // base addresses of all tensors of D or Dv are multiples of 16 bytes (strides: see the plan)
   double scale = 1.0;
   std::optional<std::int64_t> window_left, window_right;  // none = open
-  bool wants_lse = true;
+  double softcap = 0;                                     // 0 = off
+  Bias bias;
+  bool has_sinks = false;
+  Alibi alibi = Alibi::none;
+  double dropout_p = 0;
+  bool wants_lse = true;  // forward only
+};
+
+// seven_gemm: dQ, and dK with dV, each recompute P and dP. five_gemm: dQ comes from a dS that was written to scratch.
+enum class BackwardMode { automatic, five_gemm, seven_gemm };
+
+inline constexpr std::int64_t kDefaultScratchLimit = 64 << 20;
+
+// What a backward pass is asked for, besides the problem of its forward pass.
+struct Gradients {
+  bool query = true, key = true, value = true, bias = false, sinks = false, alibi = false;
+  bool has_grad_lse = false;
+  Strides grad_out_strides{};
+  Strides query_strides{}, key_strides{}, value_strides{};  // of the gradients
+  // five_gemm falls back to seven_gemm where it can't run: no instance (float32), ALiBi slopes want a gradient, query
+  // or key doesn't, or the dS of one key head's group exceeds the limit.
+  BackwardMode mode = BackwardMode::automatic;
+  std::int64_t scratch_limit = kDefaultScratchLimit;  // bytes
 };
 
 struct Constant {
@@ -40,22 +74,27 @@ struct Constant {
   bool value;
 };
 
-const char* name(FunctionConstant constant);  // as in metal/features.h
+const char* name(FunctionConstant constant);  // as in metal/features.h; throws std::logic_error behind the last one
 
 struct Launch {
   const char* kernel;                  // host name, of a row of the catalogue
-  std::vector<Constant> constants;     // all of FunctionConstant
-  std::array<std::uint32_t, 3> grid;   // threadgroups: query head, query tile, batch
+  std::vector<Constant> constants;     // all of FunctionConstant; false where the kernel doesn't use it
+  std::array<std::uint32_t, 3> grid;   // threadgroups; what a position means is for the kernel to say
   std::array<std::uint32_t, 3> group;  // threads per threadgroup
   std::uint32_t threadgroup_memory;    // bytes, static in the kernel
+  int first_unit = 0;                  // for Argument::kFirstUnit
 };
 
 struct Plan {
-  std::vector<Launch> launches;  // in order, dependent ones serialised by the encoder; none when there is no query
-  AttentionParams params;        // every launch gets it at Argument::kParams
+  std::vector<Launch> launches;     // in order, dependent ones serialised by the encoder; none has an empty grid
+  AttentionParams params;           // every launch gets it at Argument::kParams
+  std::uint64_t scratch_bytes = 0;  // for Argument::kScoreGradient
 };
 
-// Throws std::invalid_argument for a problem that no kernel takes; csrc/attention.cpp refuses those first.
+// Both throw std::invalid_argument for a problem that no kernel takes; csrc/checks.cpp refuses those first.
 Plan plan_forward(const Problem& problem);
+// backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias. The gradient of the sinks
+// needs backward_delta alone.
+Plan plan_backward(const Problem& problem, const Gradients& gradients);
 
 }  // namespace mfa

@@ -19,9 +19,9 @@ constant constexpr float kUnseenLse = 3e38f;
 // P of two neighbours, from products q.k. `derivative` is d score / d (scale product).
 template <typename T>
 inline float2 probability(constant AttentionParams& params, Scores<T> scores, float2 product, int2 query, int2 key,
-                          float2 lse, thread float2& derivative) {
-  if (Scores<T>::are_modified()) {
-    return fast::exp2(scores.apply(params, product, query, key, derivative) - lse);
+                          float slope_log2, float2 lse, thread float2& derivative) {
+  if (scores.are_modified()) {
+    return fast::exp2(scores.apply(params, product, query, key, slope_log2, derivative) - lse);
   }
   return fast::exp2(fma(product, float2(params.scale_log2), -lse));
 }

@@ -21,7 +21,7 @@ struct BackwardBias {
   explicit BackwardBias(ushort lane_index) : lane(lane_index) { clear(sum); }
 
   // Eight queries from first_row on, kBlockKeys keys from first_key on.
-  void add_tile(constant AttentionParams& params, Scores<T> scores, Dropout dropout, GuardedRows<T> queries,
+  void add_tile(constant AttentionParams& params, Sequence sequence, Scores<T> scores, float slope_log2, Dropout dropout, GuardedRows<T> queries,
                 GuardedRows<T> keys, GuardedRows<T> values, GuardedRows<T> grad_outs, const device float2* statistics,
                 int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
@@ -29,14 +29,15 @@ struct BackwardBias {
     multiply_transposed<T, kHeadDim / kSetWidth>(score, ReadRows<T, GuardedRows<T>>{queries}, keys, lane);
     multiply_transposed<T, kValueDim / kSetWidth>(dp, ReadRows<T, GuardedRows<T>>{grad_outs}, values, lane);
     const int query = first_row + lane.row;
-    const Range seen = query < params.query_length ? visible_keys(params, query) : Range{0, -1};
+    const Range seen = query < params.query_length ? visible_keys(params, sequence, query) : Range{0, -1};
     const float2 row = query < params.query_length ? statistics[query] : float2(kUnseenLse, 0);
 #pragma unroll
     for (short n = 0; n < kKeyTiles; ++n) {
       const int key = first_key + n * kFragment + lane.column;
       float2 derivative;
       float2 p =
-          probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), float2(row.x), derivative);
+          probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), slope_log2, float2(row.x),
+                             derivative);
       p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
       float2 grad = elements(dp[0][n]);
       if (has_dropout) {
@@ -101,15 +102,17 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
       const device T* grad_outs = grad_out + b * params.grad_out_strides[0] + h * params.grad_out_strides[1];
       const device T* keys = key + b * params.key_strides[0] + key_head * params.key_strides[1];
       const device T* values = value + b * params.value_strides[0] + key_head * params.value_strides[1];
-      const Scores<T> scores(params, bias, alibi_slopes, b, h);
-      const Dropout dropout(params, rng_state, b * params.query_heads + h);
+      const Sequence sequence = {b, params.query_length, params.key_length, 0, 0};
+      const Scores<T> scores(params, sequence, bias, h);
+      const float slope_log2 = slope_of(params, sequence, alibi_slopes, h);
+      const Dropout dropout(params, sequence, rng_state, h);
       for (int row = own_row; row < row_end; row += kSimdgroups * kFragment) {
-        const View view = view_of_queries(params, row, row + kFragment);
+        const View view = view_of_queries(params, sequence, row, row + kFragment);
         for (int first = own_key; first < key_end; first += kBlockKeys) {
           if (view.sees(first, kBlockKeys)) {
             const int rows = params.query_length - row;
             const int columns = params.key_length - first;
-            tile.add_tile(params, scores, dropout,
+            tile.add_tile(params, sequence, scores, slope_log2, dropout,
                           {queries + row * params.query_strides[2], long(params.query_strides[2]), rows, head_dim},
                           {keys + first * params.key_strides[2], long(params.key_strides[2]), columns, head_dim},
                           {values + first * params.value_strides[2], long(params.value_strides[2]), columns, value_dim},

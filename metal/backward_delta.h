@@ -27,8 +27,8 @@ template <typename T, int kSimdgroups>
                                 0, valid, params.value_dim};
   float sum = 0;
   for (int d = part * 8; d < params.value_dim; d += kLanesPerRow * 8) {
-    const Octet<T> x = outs.octet(0, d);
-    const Octet<T> y = grads.octet(0, d);
+    const Octet<T> x = outs.octet(0, 0, d);
+    const Octet<T> y = grads.octet(0, 0, d);
     sum += dot(float4(x.low), float4(y.low)) + dot(float4(x.high), float4(y.high));
   }
   sum += simd_shuffle_xor(sum, 1);

@@ -1,4 +1,4 @@
-// dV = P' dO and dK = scale dS' Q, P recomputed from the log-sum-exp. One threadgroup per (key head, key tile, batch); a
+// dV = P' dO and dK = scale dS' Q, P recomputed from the log-sum-exp. One threadgroup per (batch and key head, key tile); a
 // SIMD-group owns kRowTiles * 8 keys and keeps their dK and dV in registers.
 //
 //   for each query head of the group, for each query block that sees a key of the tile:
@@ -25,22 +25,24 @@ struct BackwardKeys {
   Fragment<float> grad_value[kRowTiles][kValueSets * kSetFragments];
   ReadRows<T, GuardedRows<T>> key, value;  // read again for every block: dK and dV need the registers
   Lane lane;
+  Sequence sequence;
   View view;
   int first_key;
 
-  BackwardKeys(constant AttentionParams& params, GuardedRows<T> keys, GuardedRows<T> values, int first_key_,
+  BackwardKeys(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> keys, GuardedRows<T> values, int first_key_,
                ushort lane_index)
       : key{keys},
         value{values},
         lane(lane_index),
-        view(view_of_keys(params, first_key_, first_key_ + kRows)),
+        sequence(sequence_),
+        view(view_of_keys(params, sequence_, first_key_, first_key_ + kRows)),
         first_key(first_key_) {
     clear(grad_key);
     clear(grad_value);
   }
 
   template <typename Queries, typename GradOuts>
-  void add_block(constant AttentionParams& params, Scores<T> scores, Dropout dropout, Queries queries,
+  void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Queries queries,
                  GradOuts grad_outs, const threadgroup float2* statistics, int first_query,
                  ScoreGradient<T> score_gradient) {
     Fragment<float> p[kRowTiles][kQueryTiles];
@@ -57,10 +59,10 @@ struct BackwardKeys {
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
         const int query = first_query + n * kFragment + lane.column;
-        float2 x = probability(params, scores, elements(p[r][n]), int2(query, query + 1), int2(key_row), pair.xz,
+        float2 x = probability(params, scores, elements(p[r][n]), int2(query, query + 1), int2(key_row), slope_log2, pair.xz,
                                derivative[r][n]);
         if (masked) {
-          const Range seen = key_row < params.key_length ? visible_queries(params, key_row) : Range{0, -1};
+          const Range seen = key_row < sequence.key_length ? visible_queries(params, sequence, key_row) : Range{0, -1};
           x = float2(seen.has(query) ? x.x : 0, seen.has(query + 1) ? x.y : 0);
         }
         elements(p[r][n]) = x;
@@ -126,9 +128,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     device T* grad_value [[buffer(kGradValue), function_constant(wants_grad_value)]],
     device T* score_gradient [[buffer(kScoreGradient), function_constant(writes_score_gradient)]],
     const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
+    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
+    MFA_LAYOUT_ARGUMENTS, constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
     uint3 position [[threadgroup_position_in_grid]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
@@ -141,53 +144,55 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   threadgroup T* grad_outs = queries + kBlockQueries * Queries::kStride;
 
   const int unit = first_unit + position.x;  // (batch, key head)
-  const int batch = unit / params.key_heads;
   const int key_head = unit % params.key_heads;
-  const int first_tile_key = position.y * kSimdgroups * kRows;
+  const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, unit / params.key_heads, position.y, 0);
+  const Sequence sequence = tile.sequence;
+  const int first_tile_key = tile.index * kSimdgroups * kRows;
   const int first_key = first_tile_key + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
-  const device T* keys = key + batch * params.key_strides[0] + key_head * params.key_strides[1];
-  const device T* values = value + batch * params.value_strides[0] + key_head * params.value_strides[1];
-  const int valid_keys = params.key_length - first_key;
+  const HeadRows<T> keys(key, params.key_strides, sequence.index, key_head, sequence.first_key, sequence.key_length,
+                         head_dim);
+  const HeadRows<T> values(value, params.value_strides, sequence.index, key_head, sequence.first_key,
+                           sequence.key_length, value_dim);
   BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(
-      params, {keys + first_key * params.key_strides[2], long(params.key_strides[2]), valid_keys, head_dim},
-      {values + first_key * params.value_strides[2], long(params.value_strides[2]), valid_keys, value_dim}, first_key,
-      lane_index);
+      params, sequence, keys.from(first_key), values.from(first_key), first_key, lane_index);
 
-  const View view = view_of_keys(params, first_tile_key, first_tile_key + kSimdgroups * kRows);
+  const View view = view_of_keys(params, sequence, first_tile_key, first_tile_key + kSimdgroups * kRows);
   const int begin = view.first_block(kBlockQueries);
   const int end = view.end_block(kBlockQueries);
   bool is_first = true;
   for (int member = 0; member < params.group_size; ++member) {
     const int head = key_head * params.group_size + member;
-    const device T* head_query = query + batch * params.query_strides[0] + head * params.query_strides[1];
-    const device T* head_grad = grad_out + batch * params.grad_out_strides[0] + head * params.grad_out_strides[1];
-    const device float2* head_statistics =
-        statistics + (long(batch) * params.query_heads + head) * params.query_length;
+    const HeadRows<T> head_queries(query, params.query_strides, sequence.index, head, sequence.first_query,
+                                   sequence.query_length, head_dim);
+    const HeadRows<T> head_grad_outs(grad_out, params.grad_out_strides, sequence.index, head, sequence.first_query,
+                                     sequence.query_length, value_dim);
+    const device float2* head_statistics = statistics + first_row_index(params, sequence, head);
     const ScoreGradient<T> blobs = {score_gradient, params, position.x * params.group_size + member, lane_index};
-    const Scores<T> scores(params, bias, alibi_slopes, batch, head);
-    const Dropout dropout(params, rng_state, batch * params.query_heads + head);
+    const Scores<T> scores(params, sequence, bias, head);
+    const MaskBlocks blocks(params, mask_classes, sequence.index, head);
+    const float slope_log2 = slope_of(params, sequence, alibi_slopes, head);
+    const Dropout dropout(params, sequence, rng_state, head);
     for (int block = begin; block < end; ++block) {
       const int first_query = block * kBlockQueries;
-      const int valid = params.query_length - first_query;
+      if (blocks.classify<kBlockQueries, kSimdgroups * kRows>(first_query, first_tile_key) == kHidden) {
+        continue;
+      }
       if (!is_first) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       is_first = false;
-      const GuardedRows<T> next_queries = {head_query + first_query * params.query_strides[2],
-                                           long(params.query_strides[2]), valid, head_dim};
-      const GuardedRows<T> next_grads = {head_grad + first_query * params.grad_out_strides[2],
-                                         long(params.grad_out_strides[2]), valid, value_dim};
-      stage_rows<T, kBlockQueries, kHeadDim, kThreads>(queries, next_queries, thread_index);
-      stage_rows<T, kBlockQueries, kValueDim, kThreads>(grad_outs, next_grads, thread_index);
+      stage_rows<T, kBlockQueries, kHeadDim, kThreads>(queries, head_queries.from(first_query), thread_index);
+      stage_rows<T, kBlockQueries, kValueDim, kThreads>(grad_outs, head_grad_outs.from(first_query), thread_index);
       if (thread_index < kBlockQueries) {
-        row_statistics[thread_index] =
-            thread_index < valid ? head_statistics[first_query + thread_index] : float2(kUnseenLse, 0);
+        const int row = first_query + thread_index;
+        row_statistics[thread_index] = row < sequence.query_length ? head_statistics[row] : float2(kUnseenLse, 0);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (rows.view.sees(first_query, kBlockQueries)) {
-        rows.add_block(params, scores, dropout, Queries{queries}, GradOuts{grad_outs}, row_statistics, first_query, blobs);
+      const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
+      if (rows.view.sees(first_query, kBlockQueries) && mask_class != kHidden) {
+        rows.add_block(params, scores.in_block(mask_class), slope_log2, dropout, Queries{queries}, GradOuts{grad_outs}, row_statistics, first_query, blobs);
       }
     }
   }
@@ -198,17 +203,18 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     key_factor[r] = params.scale;
     value_factor[r] = 1;
   }
+  const int valid = sequence.key_length - first_key;
   if (wants_grad_key) {
-    store_rows<T, kHeadDim / kSetWidth>(grad_key + batch * params.grad_key_strides[0] +
-                                            key_head * params.grad_key_strides[1] + first_key * params.grad_key_strides[2],
-                                        params.grad_key_strides[2], valid_keys, head_dim, rows.grad_key, key_factor,
-                                        rows.lane);
+    store_rows<T, kHeadDim / kSetWidth>(
+        grad_key + (sequence.index * params.grad_key_strides[0] + key_head * params.grad_key_strides[1] +
+                    (sequence.first_key + first_key) * params.grad_key_strides[2]),
+        params.grad_key_strides[2], valid, head_dim, rows.grad_key, key_factor, rows.lane);
   }
   if (wants_grad_value) {
     store_rows<T, kValueDim / kSetWidth>(
-        grad_value + batch * params.grad_value_strides[0] + key_head * params.grad_value_strides[1] +
-            first_key * params.grad_value_strides[2],
-        params.grad_value_strides[2], valid_keys, value_dim, rows.grad_value, value_factor, rows.lane);
+        grad_value + (sequence.index * params.grad_value_strides[0] + key_head * params.grad_value_strides[1] +
+                      (sequence.first_key + first_key) * params.grad_value_strides[2]),
+        params.grad_value_strides[2], valid, value_dim, rows.grad_value, value_factor, rows.lane);
   }
 }
 

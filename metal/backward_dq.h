@@ -40,21 +40,23 @@ struct BackwardQueries {
   float alibi[kRowTiles];  // this lane's part of sum over keys of dS * d score / d slope
   Lane lane;
   View view;
+  Sequence sequence;
   int first_row;
 
-  // `statistics` starts at the head's first row.
-  BackwardQueries(constant AttentionParams& params, GuardedRows<T> queries, GuardedRows<T> grad_outs,
+  // `statistics` starts at the sequence's first row.
+  BackwardQueries(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> queries, GuardedRows<T> grad_outs,
                   const device float2* statistics, int first_row_, Lane lane_)
       : query(queries, lane_),
         grad_out(grad_outs, lane_),
         lane(lane_),
-        view(view_of_queries(params, first_row_, first_row_ + kRows)),
+        view(view_of_queries(params, sequence_, first_row_, first_row_ + kRows)),
+        sequence(sequence_),
         first_row(first_row_) {
     clear(grad_query);
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
       const int row = first_row + r * kFragment + lane.row;
-      const float2 row_statistics = row < params.query_length ? statistics[row] : float2(kUnseenLse, 0);
+      const float2 row_statistics = row < sequence.query_length ? statistics[row] : float2(kUnseenLse, 0);
       lse[r] = row_statistics.x;
       delta[r] = row_statistics.y;
       alibi[r] = 0;
@@ -62,7 +64,7 @@ struct BackwardQueries {
   }
 
   template <typename Keys, typename Values>
-  void add_block(constant AttentionParams& params, Scores<T> scores, Dropout dropout, Keys keys, Values values,
+  void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Keys keys, Values values,
                  int first_key) {
     Fragment<float> ds[kRowTiles][kKeyTiles];
     Fragment<float> dp[kRowTiles][kKeyTiles];
@@ -72,12 +74,12 @@ struct BackwardQueries {
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
       const int query = first_row + r * kFragment + lane.row;
-      const Range seen = visible_keys(params, query);
+      const Range seen = visible_keys(params, sequence, query);
 #pragma unroll
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        float2 p = probability(params, scores, elements(ds[r][n]), int2(query), int2(key, key + 1), float2(lse[r]),
+        float2 p = probability(params, scores, elements(ds[r][n]), int2(query), int2(key, key + 1), slope_log2, float2(lse[r]),
                                derivative);
         if (masked) {
           p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
@@ -88,7 +90,7 @@ struct BackwardQueries {
         }
         grad = p * (grad - delta[r]);
         if (wants_grad_alibi) {
-          const int diagonal = query + params.key_length - params.query_length;
+          const int diagonal = query + sequence.key_length - sequence.query_length;
           alibi[r] -= dot(grad, float2(abs(diagonal - int2(key, key + 1))));
         }
         if (has_softcap) {
@@ -107,10 +109,11 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     const device T* value [[buffer(kValue)]], const device T* grad_out [[buffer(kGradOut)]],
     const device float2* statistics [[buffer(kStatistics)]], device T* grad_query [[buffer(kGradQuery)]],
     const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
+    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
     device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]],
-    constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
+    MFA_LAYOUT_ARGUMENTS, constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
     uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
@@ -122,48 +125,50 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   threadgroup T* keys = (threadgroup T*)memory;
   threadgroup T* values = keys + kBlockKeys * Keys::kStride;
 
+  const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y);
+  const Sequence sequence = tile.sequence;
   const int head = position.x;
-  const int batch = position.z;
   const int key_head = head / params.group_size;
-  const int tile = params.heavy_first ? grid.y - 1 - position.y : position.y;
-  const int first_tile_row = tile * kSimdgroups * kRows;
+  const int first_tile_row = tile.index * kSimdgroups * kRows;
   const int first_row = first_tile_row + simdgroup * kRows;
-  const int valid_rows = params.query_length - first_row;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
-  const device T* queries = query + batch * params.query_strides[0] + head * params.query_strides[1];
-  const device T* grad_outs = grad_out + batch * params.grad_out_strides[0] + head * params.grad_out_strides[1];
-  const device T* head_keys = key + batch * params.key_strides[0] + key_head * params.key_strides[1];
-  const device T* head_values = value + batch * params.value_strides[0] + key_head * params.value_strides[1];
+  const HeadRows<T> queries(query, params.query_strides, sequence.index, head, sequence.first_query,
+                            sequence.query_length, head_dim);
+  const HeadRows<T> grad_outs(grad_out, params.grad_out_strides, sequence.index, head, sequence.first_query,
+                              sequence.query_length, value_dim);
+  const HeadRows<T> head_keys(key, params.key_strides, sequence.index, key_head, sequence.first_key,
+                              sequence.key_length, head_dim);
+  const HeadRows<T> head_values(value, params.value_strides, sequence.index, key_head, sequence.first_key,
+                                sequence.key_length, value_dim);
+  const long first_index = first_row_index(params, sequence, head);
   BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
-      params,
-      {queries + first_row * params.query_strides[2], long(params.query_strides[2]), valid_rows, head_dim},
-      {grad_outs + first_row * params.grad_out_strides[2], long(params.grad_out_strides[2]), valid_rows, value_dim},
-      statistics + (long(batch) * params.query_heads + head) * params.query_length, first_row, Lane(lane_index));
+      params, sequence, queries.from(first_row), grad_outs.from(first_row), statistics + first_index, first_row,
+      Lane(lane_index));
+  const Scores<T> scores(params, sequence, bias, head);
+  const MaskBlocks blocks(params, mask_classes, sequence.index, head);
+  const float slope_log2 = slope_of(params, sequence, alibi_slopes, head);
+  const Dropout dropout(params, sequence, rng_state, head);
 
-  const Scores<T> scores(params, bias, alibi_slopes, batch, head);
-  const Dropout dropout(params, rng_state, batch * params.query_heads + head);
-  const View view = view_of_queries(params, first_tile_row, first_tile_row + kSimdgroups * kRows);
+  const View view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
   const int begin = view.first_block(kBlockKeys);
   const int end = view.end_block(kBlockKeys);
+  bool is_first = true;
   for (int block = begin; block < end; ++block) {
     const int first_key = block * kBlockKeys;
-    const int valid = params.key_length - first_key;
-    if (block > begin) {
+    if (blocks.classify<kSimdgroups * kRows, kBlockKeys>(first_tile_row, first_key) == kHidden) {
+      continue;
+    }
+    if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(
-        keys,
-        GuardedRows<T>{head_keys + first_key * params.key_strides[2], long(params.key_strides[2]), valid, head_dim},
-        thread_index);
-    stage_rows<T, kBlockKeys, kValueDim, kThreads>(
-        values,
-        GuardedRows<T>{head_values + first_key * params.value_strides[2], long(params.value_strides[2]), valid,
-                       value_dim},
-        thread_index);
+    is_first = false;
+    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(keys, head_keys.from(first_key), thread_index);
+    stage_rows<T, kBlockKeys, kValueDim, kThreads>(values, head_values.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (rows.view.sees(first_key, kBlockKeys)) {
-      rows.add_block(params, scores, dropout, Keys{keys}, Values{values}, first_key);
+    const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
+    if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
+      rows.add_block(params, scores.in_block(mask_class), slope_log2, dropout, Keys{keys}, Values{values}, first_key);
     }
   }
 
@@ -174,15 +179,15 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     if (wants_grad_alibi) {
       const float sum = row_sum(rows.alibi[r]);
       const int row = first_row + r * kFragment + rows.lane.row;
-      if (rows.lane.column == 0 && row < params.query_length) {
-        grad_alibi[(long(batch) * params.query_heads + head) * params.query_length + row] = sum;
+      if (rows.lane.column == 0 && row < sequence.query_length) {
+        grad_alibi[first_index + row] = sum;
       }
     }
   }
   store_rows<T, kHeadDim / kSetWidth>(
-      grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1] +
-          first_row * params.grad_query_strides[2],
-      params.grad_query_strides[2], valid_rows, head_dim, rows.grad_query, factor, rows.lane);
+      grad_query + (sequence.index * params.grad_query_strides[0] + head * params.grad_query_strides[1] +
+                    (sequence.first_query + first_row) * params.grad_query_strides[2]),
+      params.grad_query_strides[2], sequence.query_length - first_row, head_dim, rows.grad_query, factor, rows.lane);
 }
 
 #define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                                                              \

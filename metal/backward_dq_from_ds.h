@@ -7,6 +7,7 @@
 #pragma once
 
 #include "backward.h"
+#include "mask_blocks.h"
 #include "score_gradient.h"
 
 namespace mfa {
@@ -14,7 +15,8 @@ namespace mfa {
 template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_from_ds(
     const device T* key [[buffer(kKey)]], device T* score_gradient [[buffer(kScoreGradient)]],
-    device T* grad_query [[buffer(kGradQuery)]], constant AttentionParams& params [[buffer(kParams)]],
+    device T* grad_query [[buffer(kGradQuery)]],
+    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]], constant AttentionParams& params [[buffer(kParams)]],
     constant int& first_unit [[buffer(kFirstUnit)]], uint3 position [[threadgroup_position_in_grid]],
     uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
@@ -28,6 +30,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const Lane lane(lane_index);
   const int unit = first_unit + position.x / params.group_size;  // (batch, key head)
   const int batch = unit / params.key_heads;
+  const Sequence sequence = {batch, params.query_length, params.key_length, 0, 0};
   const int key_head = unit % params.key_heads;
   const int head = key_head * params.group_size + position.x % params.group_size;
   const int tile = params.heavy_first ? grid.y - 1 - position.y : position.y;
@@ -35,18 +38,24 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const int first_row = first_tile_row + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
   const device T* head_keys = key + batch * params.key_strides[0] + key_head * params.key_strides[1];
+  const MaskBlocks blocks(params, mask_classes, batch, head);
   const ScoreGradient<T> blobs(score_gradient, params, position.x, lane_index);
 
   Fragment<float> result[kQueryTiles][kSets * kSetFragments];  // [q][4s + j]: row 4 * lane.row + j of set s, transposed
   clear(result);
-  const View tile_view = view_of_queries(params, first_tile_row, first_tile_row + kSimdgroups * kRows);
+  const View tile_view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
   const int begin = tile_view.first_block(kBlockKeys);
   const int end = tile_view.end_block(kBlockKeys);
+  bool is_first = true;
   for (int block = begin; block < end; ++block) {
     const int first_key = block * kBlockKeys;
-    if (block > begin) {
+    if (blocks.classify<kSimdgroups * kRows, kBlockKeys>(first_tile_row, first_key) == kHidden) {
+      continue;
+    }
+    if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+    is_first = false;
     stage_rows<T, kBlockKeys, kHeadDim, kThreads>(
         keys,
         GuardedRows<T>{head_keys + first_key * params.key_strides[2], long(params.key_strides[2]),
@@ -60,17 +69,18 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
       for (short q = 0; q < kQueryTiles; ++q) {
         const int row = first_row + q * kFragment;
         elements(ds[q]) = vec<T, 2>(0);
-        if (view_of_queries(params, row, row + kFragment).sees(first_key + k * kFragment, kFragment)) {
+        const int tile_key = first_key + k * kFragment;
+        if (view_of_queries(params, sequence, row, row + kFragment).sees(tile_key, kFragment) &&
+            blocks.classify<kFragment, kFragment>(row, tile_key) != kHidden) {
           blobs.load(ds[q], first_key / kFragment + k, row / kFragment);
         }
       }
 #pragma unroll
       for (short s = 0; s < kSets; ++s) {
         const Keys rows = {keys};
-        const short n = k * kFragment + lane.column;
         const short d = s * kSetWidth + 4 * lane.row;
         Fragment<T> a[kSetFragments];  // K' as left operand: row r of fragment j is d = 4r + j
-        fill_right_transposed(a, rows.quad(n, d), rows.quad(n + 1, d));
+        fill_right_transposed(a, rows.quad(k, lane.column, d), rows.quad(k, lane.column + 1, d));
 #pragma unroll
         for (short j = 0; j < kSetFragments; ++j) {
 #pragma unroll

@@ -2,7 +2,7 @@
 // and backward agree for every tile shape, and on every device. One call makes sixteen bits for each of eight keys.
 #pragma once
 
-#include "features.h"
+#include "layout.h"
 
 namespace mfa {
 
@@ -16,8 +16,12 @@ struct Dropout {
   float factor;    // for what is kept
 
   // `state` is (seed, offset) as two 64-bit integers.
-  Dropout(constant AttentionParams& params, const device uint* state, int head_index)
-      : seed(0), offset(0), head(head_index), threshold(params.dropout_threshold), factor(params.dropout_factor) {
+  Dropout(constant AttentionParams& params, Sequence sequence, const device uint* state, int query_head)
+      : seed(0),
+        offset(0),
+        head(sequence.index * params.query_heads + query_head),
+        threshold(params.dropout_threshold),
+        factor(params.dropout_factor) {
     if (has_dropout) {
       seed = uint2(state[0], state[1]);
       offset = state[2];

@@ -1,4 +1,6 @@
-// Rows of a tensor on their way to fragments: guarded loads from device memory, and copies into threadgroup memory.
+// Rows of a tensor on their way to fragments: guarded loads from device memory, and copies into threadgroup memory. Each
+// kind of rows has quad() and octet(): four or eight elements from d on of a row, which is given as a tile of eight and a
+// row in it, since tiles are known when a kernel is compiled.
 #pragma once
 
 #include "features.h"
@@ -14,8 +16,12 @@ struct StagedRows {
 
   const threadgroup T* base;
 
-  vec<T, 4> quad(short row, short d) const { return load_quad(base + row * kStride + d); }
-  Octet<T> octet(short row, short d) const { return load_octet(base + row * kStride + d); }
+  vec<T, 4> quad(short tile, short row, short d) const {
+    return load_quad(base + (tile * kFragment + row) * kStride + d);
+  }
+  Octet<T> octet(short tile, short row, short d) const {
+    return load_octet(base + (tile * kFragment + row) * kStride + d);
+  }
 };
 
 // Rows in device memory, all aligned and of the instance's head dimension. Rows from `valid` on read as zeros: they may
@@ -26,8 +32,12 @@ struct DeviceRows {
   long stride;
   int valid;
 
-  vec<T, 4> quad(short row, short d) const { return row < valid ? load_quad(base + row * stride + d) : vec<T, 4>(0); }
-  Octet<T> octet(short row, short d) const {
+  vec<T, 4> quad(short tile, short row_in_tile, short d) const {
+    const int row = tile * kFragment + row_in_tile;
+    return row < valid ? load_quad(base + row * stride + d) : vec<T, 4>(0);
+  }
+  Octet<T> octet(short tile, short row_in_tile, short d) const {
+    const int row = tile * kFragment + row_in_tile;
     if (row < valid) {
       return load_octet(base + row * stride + d);
     }
@@ -42,7 +52,8 @@ struct GuardedRows {
   long stride;
   int valid, dim;
 
-  vec<T, 4> quad(short row, short d) const {
+  vec<T, 4> quad(short tile, short row_in_tile, short d) const {
+    const int row = tile * kFragment + row_in_tile;
     const device T* source = base + row * stride + d;
     if (is_aligned && row < valid && d + 4 <= dim) {
       return load_quad(source);
@@ -55,7 +66,8 @@ struct GuardedRows {
     return x;
   }
 
-  Octet<T> octet(short row, short d) const {
+  Octet<T> octet(short tile, short row_in_tile, short d) const {
+    const int row = tile * kFragment + row_in_tile;
     const device T* source = base + row * stride + d;
     if (is_aligned && row < valid && d + 8 <= dim) {
       return load_octet(source);
@@ -68,6 +80,22 @@ struct GuardedRows {
     }
     return x;
   }
+};
+
+// All rows of one head of a sequence.
+template <typename T>
+struct HeadRows {
+  const device T* base;
+  long stride;
+  int length, dim;
+
+  HeadRows(const device T* tensor, constant long* strides, int batch, int head, int first, int length_, int dim_)
+      : base(tensor + (batch * strides[0] + head * strides[1] + first * strides[2])),
+        stride(strides[2]),
+        length(length_),
+        dim(dim_) {}
+
+  GuardedRows<T> from(int row) const { return {base + row * stride, stride, length - row, dim}; }
 };
 
 template <typename T>

@@ -2,11 +2,9 @@
 // i + Lk - Lq - left <= j <= i + Lk - Lq + right, so both bounds of a range grow with the row, in either direction.
 #pragma once
 
-#include "features.h"
+#include "layout.h"
 
 namespace mfa {
-
-using namespace metal;
 
 // first .. last; nothing when last < first.
 struct Range {
@@ -15,20 +13,20 @@ struct Range {
   bool has(int i) const { return i >= first && i <= last; }
 };
 
-inline Range visible_keys(constant AttentionParams& params, int row) {
-  Range range = {0, params.key_length - 1};
+inline Range visible_keys(constant AttentionParams& params, Sequence sequence, int row) {
+  Range range = {0, sequence.key_length - 1};
   if (has_window) {
-    const int diagonal = row + params.key_length - params.query_length;
+    const int diagonal = row + sequence.key_length - sequence.query_length;
     range.first = max(range.first, diagonal - params.window_left);
     range.last = min(range.last, diagonal + params.window_right);
   }
   return range;
 }
 
-inline Range visible_queries(constant AttentionParams& params, int key) {
-  Range range = {0, params.query_length - 1};
+inline Range visible_queries(constant AttentionParams& params, Sequence sequence, int key) {
+  Range range = {0, sequence.query_length - 1};
   if (has_window) {
-    const int diagonal = key - params.key_length + params.query_length;
+    const int diagonal = key - sequence.key_length + sequence.query_length;
     range.first = max(range.first, diagonal - params.window_right);
     range.last = min(range.last, diagonal + params.window_left);
   }
@@ -48,26 +46,26 @@ struct View {
 };
 
 // Query rows first_row .. end_row - 1; rows past the last query do not count.
-inline View view_of_queries(constant AttentionParams& params, int first_row, int end_row) {
-  const int last_row = min(end_row, params.query_length) - 1;
+inline View view_of_queries(constant AttentionParams& params, Sequence sequence, int first_row, int end_row) {
+  const int last_row = min(end_row, sequence.query_length) - 1;
   if (last_row < first_row) {
     return {{0, -1}, {0, -1}};
   }
-  const Range top = visible_keys(params, first_row);
-  const Range bottom = visible_keys(params, last_row);
+  const Range top = visible_keys(params, sequence, first_row);
+  const Range bottom = visible_keys(params, sequence, last_row);
   return {{top.first, bottom.last}, {bottom.first, top.last}};
 }
 
 // Keys first_key .. end_key - 1, and the queries that see them. A tile with a row past the last key is never seen whole:
 // that row's P must be masked.
-inline View view_of_keys(constant AttentionParams& params, int first_key, int end_key) {
-  const int last_key = min(end_key, params.key_length) - 1;
+inline View view_of_keys(constant AttentionParams& params, Sequence sequence, int first_key, int end_key) {
+  const int last_key = min(end_key, sequence.key_length) - 1;
   if (last_key < first_key) {
     return {{0, -1}, {0, -1}};
   }
-  const Range top = visible_queries(params, first_key);
-  const Range bottom = visible_queries(params, last_key);
-  if (end_key > params.key_length) {
+  const Range top = visible_queries(params, sequence, first_key);
+  const Range bottom = visible_queries(params, sequence, last_key);
+  if (end_key > sequence.key_length) {
     return {{top.first, bottom.last}, {0, -1}};
   }
   return {{top.first, bottom.last}, {bottom.first, top.last}};

@@ -34,6 +34,16 @@ enum Argument : unsigned {
   kScoreGradient = 17,  // scratch of the five-GEMM backward, see score_gradient.h
   kGradAlibi = 18,      // float32 [batch, query_heads, query_length]: each row's part of the gradient of its slope
   kGradBias = 19,       // float32, contiguous, of the bias's own shape
+  kTileMap = 20,        // int2 per threadgroup: (sequence, tile), see layout.h
+  kQueryStarts = 21,    // cu_seqlens_q: int32 [sequences + 1]
+  kKeyStarts = 22,      // cu_seqlens_k
+  kKeyLengths = 23,     // int32 [batch]: live keys of each cache
+  kBlockTable = 24,     // int32 [batch, pages_per_sequence]
+  kKeyScale = 25,       // float32 [pages or batch, key_heads, page or capacity] of a quantized cache
+  kValueScale = 26,
+  kPartialOut = 27,     // float32 [splits, batch, query_heads, query_length, Dv]
+  kPartialLse = 28,     // float32 [splits, batch, query_heads, query_length], natural logarithm
+  kMaskClasses = 29,    // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_blocks.h
   kArgumentCount = 31,
 };
 
@@ -55,6 +65,13 @@ enum FunctionConstant : unsigned {
   kWantsGradValue = 13,
   kWantsGradAlibi = 14,
   kWritesScoreGradient = 15,  // five-GEMM backward: dS goes to scratch
+  kIsVarlen = 16,             // packed sequences: a tile map and two lists of starts are bound
+  kHasKeyLengths = 17,        // each batch entry has its own number of keys, of at most key_length
+  kIsPaged = 18,              // K and V lie in pages, found through the block table
+  kIsQuantized = 19,          // K and V are float8_e4m3fn, or int8, with scales
+  kIsInt8 = 20,
+  kIsSplit = 21,              // decode: this launch writes partial results, which combine merges
+  kHasMaskBlocks = 22,        // the classes of the mask's blocks are bound
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.
@@ -70,11 +87,16 @@ struct AttentionParams {
   int dropout_threshold;   // of 65536: a draw below it drops
   float dropout_factor;    // 65536 / (65536 - dropout_threshold)
   int alibi_batch_stride;  // 0 or query_heads
+  int sequences;           // packed sequences (varlen); 0 otherwise
+  int page_size, pages, pages_per_sequence;  // of a paged cache
+  int splits, split_keys;  // decode: parts of the keys, and keys per part
   int bias_batch, bias_heads, bias_rows, bias_columns;  // the bias's own shape: 1 where it broadcasts
   MFA_INT64 bias_strides[4];   // batch, head, query, key; 0 where it broadcasts
-  MFA_INT64 query_strides[3];  // batch, head, row; the last dimension is contiguous
-  MFA_INT64 key_strides[3];
+  MFA_INT64 query_strides[3];  // batch (0 when packed), head, row; the last dimension is contiguous
+  MFA_INT64 key_strides[3];    // batch or page, head, row
   MFA_INT64 value_strides[3];
+  MFA_INT64 key_scale_strides[3];    // batch or page, head, row
+  MFA_INT64 value_scale_strides[3];
   MFA_INT64 out_strides[3];
   MFA_INT64 grad_out_strides[3];
   MFA_INT64 grad_query_strides[3];

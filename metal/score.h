@@ -2,7 +2,7 @@
 // a function constant; with all of them off a kernel folds the scale into the exponential and never calls this.
 #pragma once
 
-#include "features.h"
+#include "mask_blocks.h"
 #include "softmax.h"
 
 namespace mfa {
@@ -11,23 +11,28 @@ namespace mfa {
 template <typename T>
 struct Scores {
   const device uchar* bias;
-  float slope_log2;
+  int query_length, key_length;
+  bool ignores_bias = false;  // in a block that a bool mask leaves open
 
-  Scores(constant AttentionParams& params, const device uchar* bias_, const device float* slopes, int batch, int head)
-      : bias(bias_), slope_log2(0) {
+  Scores(constant AttentionParams& params, Sequence sequence, const device uchar* bias_, int head)
+      : bias(bias_), query_length(sequence.query_length), key_length(sequence.key_length) {
     if (has_bias) {
       const int size = has_mask ? 1 : has_float_bias ? sizeof(float) : sizeof(T);
-      bias += (batch * params.bias_strides[0] + head * params.bias_strides[1]) * size;
-    }
-    if (has_alibi) {
-      slope_log2 = slopes[batch * params.alibi_batch_stride + head] * M_LOG2E_F;
+      bias += (sequence.index * params.bias_strides[0] + head * params.bias_strides[1]) * size;
     }
   }
 
-  static bool are_modified() { return has_softcap || has_bias || has_alibi; }
+  bool are_modified() const { return has_softcap || (has_bias && !ignores_bias) || has_alibi; }
+
+  Scores in_block(MaskClass mask_class) const {
+    Scores scores = *this;
+    scores.ignores_bias = mask_class == kOpen;
+    return scores;
+  }
 
   // Two neighbours: queries `query` and keys `key` of products `product`. `derivative` is d score / d (scale product).
-  float2 apply(constant AttentionParams& params, float2 product, int2 query, int2 key, thread float2& derivative) const {
+  float2 apply(constant AttentionParams& params, float2 product, int2 query, int2 key, float slope_log2,
+               thread float2& derivative) const {
     float2 x = product * params.scale_log2;
     derivative = float2(1);
     if (has_softcap) {
@@ -36,13 +41,13 @@ struct Scores {
       derivative = 1 - t * t;
     }
     // A tile may reach past the last query or key; what it would read there is masked, but must not be read.
-    const int2 q = min(query, int2(params.query_length - 1));
-    const int2 k = min(key, int2(params.key_length - 1));
-    if (has_bias) {
+    const int2 q = min(query, int2(query_length - 1));
+    const int2 k = min(key, int2(key_length - 1));
+    if (has_bias && !ignores_bias) {
       x = float2(with_bias(params, x.x, q.x, k.x), with_bias(params, x.y, q.y, k.y));
     }
     if (has_alibi) {
-      x -= slope_log2 * float2(abs(q + (params.key_length - params.query_length) - k));
+      x -= slope_log2 * float2(abs(q + (key_length - query_length) - k));
     }
     return x;
   }
@@ -56,5 +61,10 @@ struct Scores {
     return x + b * M_LOG2E_F;
   }
 };
+
+// The ALiBi slope of a query head, for scores in base 2.
+inline float slope_of(constant AttentionParams& params, Sequence sequence, const device float* slopes, int head) {
+  return has_alibi ? slopes[sequence.index * params.alibi_batch_stride + head] * M_LOG2E_F : 0;
+}
 
 }  // namespace mfa

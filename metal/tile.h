@@ -19,7 +19,7 @@ struct HeldRows {
     for (short r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (short s = 0; s < kSets; ++s) {
-        fill_left(&fragments[r][s * kSetFragments], rows.octet(r * kFragment + lane.row, s * kSetWidth + 4 * lane.column));
+        fill_left(&fragments[r][s * kSetFragments], rows.octet(r, lane.row, s * kSetWidth + 4 * lane.column));
       }
     }
   }
@@ -38,7 +38,7 @@ struct ReadRows {
   Rows rows;
 
   void fill(thread Fragment<T>* set, short r, short s, Lane lane) const {
-    fill_left(set, rows.octet(r * kFragment + lane.row, s * kSetWidth + 4 * lane.column));
+    fill_left(set, rows.octet(r, lane.row, s * kSetWidth + 4 * lane.column));
   }
 };
 
@@ -73,8 +73,7 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
       Fragment<T> b[kTogether][kSetFragments];
 #pragma unroll
       for (short c = 0; c < kTogether; ++c) {
-        const short n = (first + c) * kFragment + lane.column;
-        fill_right_transposed(b[c], rows.quad(n, d), rows.quad(n + 1, d));
+        fill_right_transposed(b[c], rows.quad(first + c, lane.column, d), rows.quad(first + c, lane.column + 1, d));
       }
 #pragma unroll
       for (short j = 0; j < kSetFragments; ++j) {
@@ -99,7 +98,7 @@ inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kSet
 #pragma unroll
     for (short s = 0; s < kSets; ++s) {
       Fragment<T> b[kSetFragments];
-      fill_right(b, rows.octet(k * kFragment + lane.row, s * kSetWidth + 4 * lane.column));
+      fill_right(b, rows.octet(k, lane.row, s * kSetWidth + 4 * lane.column));
 #pragma unroll
       for (short j = 0; j < kSetFragments; ++j) {
 #pragma unroll

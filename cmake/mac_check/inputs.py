@@ -1,4 +1,4 @@
-"""What the check needs of PyPI: macOS wheels of torch, metal-cpp's headers, and binaries that widen the known symbols."""
+"""What the check needs of PyPI: macOS wheels of torch, metal-cpp's headers, and binaries that show more symbols."""
 
 import os
 import subprocess

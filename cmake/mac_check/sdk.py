@@ -1,7 +1,7 @@
 """A macOS SDK of linker stubs (.tbd), made of what real macOS binaries import.
 
-A binary that runs on macOS proves, for every symbol that it imports, that the library it names provides it. The set is a
-lower bound: if a symbol of ours that macOS surely has is reported as undefined, add a wheel that uses it to inputs.py.
+A binary that runs on macOS proves, for every symbol that it imports, that the library it names provides it. The set is
+a lower bound: if a symbol that macOS surely has is reported as undefined, add a wheel that uses it to inputs.py.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lief
 
+lief.logging.disable()  # it complains of export tries that zig leaves empty
 CLASS = "_OBJC_CLASS_$_"
 METACLASS = "_OBJC_METACLASS_$_"
 STUB = """--- !tapi-tbd

@@ -84,8 +84,8 @@ void Archive::add(const MTL::ComputePipelineDescriptor& descriptor) {
     notes_.add("the pipeline archive " + file_.string() + " can't be written: " + why_not);
 }
 
-// Under a name of this process first: whoever opens the archive, now or after we are killed, finds the old one or the new
-// one whole. Of two processes that add at the same time one wins, and the other's pipelines are compiled once more.
+// Under a name of this process first: whoever opens the archive, now or after we are killed, finds the old one or the
+// new one whole. Of two processes that add at the same time one wins, and the other's pipelines are compiled once more.
 bool Archive::write(std::string& why_not) {
   std::error_code failure;
   fs::create_directories(file_.parent_path(), failure);

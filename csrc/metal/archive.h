@@ -39,7 +39,8 @@ class Archive {
   Notes& notes_;
   std::filesystem::path file_;
   mutable std::mutex mutex_;
-  // Two objects of one file: several threads look into the first, which therefore never changes, while one adds to the second.
+  // Two objects of one file: several threads look into the first, which therefore never changes, while one adds to the
+  // second.
   NS::SharedPtr<MTL::BinaryArchive> known_, growing_;
 };
 

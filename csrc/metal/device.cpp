@@ -23,7 +23,8 @@ int generation_of(const std::string& architecture) {
   const std::size_t start = architecture.rfind("_g");
   int generation = 0;
   if (start == std::string::npos) return generation;
-  for (std::size_t i = start + 2; i < architecture.size() && std::isdigit(static_cast<unsigned char>(architecture[i])); ++i)
+  for (std::size_t i = start + 2; i < architecture.size() && std::isdigit(static_cast<unsigned char>(architecture[i]));
+       ++i)
     generation = 10 * generation + (architecture[i] - '0');
   return generation;
 }

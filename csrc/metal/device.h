@@ -14,9 +14,9 @@ struct Device {
   std::string architecture;           // "applegpu_g14s"
   int generation = 0;                 // 13 is M1, 14 M2, 15 M3, 16 M4, 17 M5; 0 is unknown
   Family family = Family::apple7;
-  std::string system;                         // "Version 14.5 (Build 23F79)"
-  NS::OperatingSystemVersion system_version;  // 14.5.0
-  std::string why_not;                        // empty if the kernels run here
+  std::string system;  // "Version 14.5 (Build 23F79)"
+  NS::OperatingSystemVersion system_version{};
+  std::string why_not;  // empty if the kernels run here
 
   bool is_system_at_least(int major, int minor) const;
 };

@@ -47,15 +47,37 @@ char* reason(Function&& function) {
   }
 }
 
-std::vector<std::string> why_not(const metal::Device& device) {
-  std::vector<std::string> reasons;
-  if (!device.why_not.empty()) reasons.push_back(device.why_not);
+// The functions of torch that the backend needs, or why they are not there.
+std::string why_no_torch() {
   try {
     metal::find_torch_functions();
+    return "";
   } catch (const std::exception& error) {
-    reasons.push_back(error.what());
+    return error.what();
   }
-  return reasons;
+}
+
+metal::JsonObject info() {
+  metal::JsonObject json;
+  json.add("torch", metal::torch_version());
+  const metal::Device device = metal::open_device();
+  json.add("name", device.name);
+  json.add("architecture", device.architecture);
+  json.add("generation", device.generation);
+  json.add("family", device.why_not.empty() ? "apple" + std::to_string(static_cast<int>(device.family)) : "");
+  json.add("system", device.system);
+  std::vector<std::string> why_not;
+  for (const std::string& reason : {device.why_not, why_no_torch()})
+    if (!reason.empty()) why_not.push_back(reason);
+  json.add("why_not", why_not);
+  if (!why_not.empty()) return json;
+
+  const MetalLauncher& launcher = process_launcher();
+  json.add("metallib", launcher.library().description());
+  json.add("archive", launcher.archive().file().string());
+  json.add("pipelines_compiled", static_cast<std::int64_t>(launcher.pipelines().compiled()));
+  json.add("notes", launcher.notes().messages());
+  return json;
 }
 
 }  // namespace
@@ -71,24 +93,11 @@ Launcher& metal_launcher() {
 }  // namespace mfa
 
 char* mfa_metal_info() {
-  using namespace mfa;
-  const metal::Device device = metal::open_device();
-  const std::vector<std::string> reasons = why_not(device);
-  metal::JsonObject json;
-  json.add("name", device.name);
-  json.add("architecture", device.architecture);
-  json.add("generation", device.generation);
-  json.add("family", device.why_not.empty() ? "apple" + std::to_string(static_cast<int>(device.family)) : "");
-  json.add("system", device.system);
-  json.add("torch", metal::torch_version());
-  if (reasons.empty()) {
-    const MetalLauncher& launcher = process_launcher();
-    json.add("metallib", launcher.library().description());
-    json.add("archive", launcher.archive().file().string());
-    json.add("pipelines_compiled", static_cast<std::int64_t>(launcher.pipelines().compiled()));
-    json.add("notes", launcher.notes().messages());
+  mfa::metal::JsonObject json;
+  if (char* failure = mfa::reason([&] { json = mfa::info(); })) {
+    json.add("why_not", std::vector<std::string>{failure});
+    std::free(failure);
   }
-  json.add("why_not", reasons);
   return strdup(json.text().c_str());
 }
 

@@ -3,8 +3,9 @@
 
 #define MFA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A JSON object: name, architecture, generation, family, system, torch, metallib, archive, pipelines_compiled, why_not (a
-// list, empty if the kernels run here) and notes (a list, for the log). Never null; free it with mfa_metal_free().
+// A JSON object: torch, name, architecture, generation, family, system, why_not (a list of reasons), and, if that is
+// empty, metallib, archive, pipelines_compiled and notes (a list, for the log). Never null; free it with
+// mfa_metal_free().
 MFA_EXPORT char* mfa_metal_info();
 
 // Compiles one kernel, or finds it in the archive. Returns null, or why it failed, to be freed with mfa_metal_free().

@@ -1,6 +1,5 @@
 #include "launch.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -18,8 +17,6 @@ metal::Device usable(metal::Device device) {
 }
 
 MTL::Size size_of(const std::array<std::uint32_t, 3>& extent) { return MTL::Size(extent[0], extent[1], extent[2]); }
-
-bool is_empty(const Launch& launch) { return std::ranges::find(launch.grid, 0u) != launch.grid.end(); }
 
 // A captured GPU trace shows the dispatch under the kernel's name.
 class DebugGroup {
@@ -44,6 +41,7 @@ void encode(MTL::ComputeCommandEncoder& encoder, const Pipeline& pipeline, const
     if (arguments[index].storage)
       encoder.setBuffer(static_cast<const MTL::Buffer*>(arguments[index].storage), arguments[index].offset, index);
   encoder.setBytes(&params, sizeof params, kParams);
+  encoder.setBytes(&launch.first_unit, sizeof launch.first_unit, kFirstUnit);
   encoder.dispatchThreadgroups(size_of(launch.grid), size_of(launch.group));
 }
 
@@ -61,8 +59,7 @@ MetalLauncher::MetalLauncher(metal::Device device, metal::TorchQueue& queue,
 void MetalLauncher::run(const Plan& plan, const Arguments& arguments) {
   // Pipelines come before the block: while it runs, every op on this stream waits.
   std::vector<std::pair<const Launch*, Pipeline>> steps;
-  for (const Launch& launch : plan.launches)
-    if (!is_empty(launch)) steps.emplace_back(&launch, pipelines_.get(launch));
+  for (const Launch& launch : plan.launches) steps.emplace_back(&launch, pipelines_.get(launch));
   if (steps.empty()) return;
   // Dispatches that depend on one another need no barrier: torch's encoder is a serial one.
   queue_.run([&](MTL::ComputeCommandEncoder& encoder) {

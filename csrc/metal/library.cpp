@@ -1,6 +1,5 @@
 #include "library.h"
 
-#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
@@ -30,11 +29,13 @@ std::set<std::string> names_of(MTL::Library& library) {
 Library::Library(const Device& device, const std::filesystem::path& directory, Notes& notes)
     : device_(device.handle.get()), hash_(kHashStart) {
   const Pool pool;
-  if (runs_metal4(device) && std::filesystem::exists(directory / kMetal4Library)) load(directory / kMetal4Library, notes);
+  if (runs_metal4(device) && std::filesystem::exists(directory / kMetal4Library))
+    load(directory / kMetal4Library, notes);
   load(directory / kLibrary, notes);
   if (!units_.empty()) return;
   embed();
-  notes.add("no usable " + std::string(kLibrary) + ": kernels are compiled from source when they are first used, which "
+  notes.add("no usable " + std::string(kLibrary) +
+            ": kernels are compiled from source when they are first used, which "
             "takes seconds; a wheel, or a build with Xcode's Metal toolchain, has them compiled");
 }
 
@@ -74,10 +75,10 @@ void Library::compile(Unit& unit) {
 }
 
 MTL::Library* Library::find(const std::string& kernel) {
-  // A source takes seconds, so the one that the kernel's name begins with comes before the others.
+  // A source takes seconds to compile, so the one that the kernel's name begins with comes first.
   std::vector<Unit*> order;
-  for (Unit& unit : units_) order.push_back(&unit);
-  std::ranges::stable_partition(order, [&](const Unit* unit) { return !unit->source || kernel.starts_with(unit->name); });
+  for (Unit& unit : units_)
+    order.insert(unit.source && kernel.starts_with(unit.name) ? order.begin() : order.end(), &unit);
   for (Unit* unit : order) {
     const std::lock_guard lock(unit->mutex);
     if (!unit->library) compile(*unit);
@@ -94,7 +95,8 @@ NS::SharedPtr<MTL::Function> Library::function(const Launch& launch) {
     values->setConstantValue(&constant.value, MTL::DataTypeBool, NS::UInteger{constant.index});
   NS::Error* error = nullptr;
   auto function = NS::TransferPtr(library->newFunction(ns_string(launch.kernel), values.get(), &error));
-  if (!function) throw std::runtime_error("Metal can't specialise " + std::string(launch.kernel) + ": " + text_of(error));
+  if (!function)
+    throw std::runtime_error("Metal can't specialise " + std::string(launch.kernel) + ": " + text_of(error));
   return function;
 }
 

@@ -30,13 +30,13 @@ class Library {
   // A kernel specialised by its constants. Throws std::runtime_error.
   NS::SharedPtr<MTL::Function> function(const Launch& launch);
 
-  std::uint64_t hash() const { return hash_; }                    // of everything that can be compiled
+  std::uint64_t hash() const { return hash_; }                     // of everything that can be compiled
   const std::string& description() const { return description_; }  // paths, or where the source came from
 
  private:
   // One metallib, or one source that is compiled when a kernel of it is asked for.
   struct Unit {
-    std::string name;  // of the source
+    std::string name;              // of the source
     const char* source = nullptr;  // null for a metallib
     std::mutex mutex;
     NS::SharedPtr<MTL::Library> library;

@@ -7,12 +7,12 @@
 #endif
 #include <Foundation/Foundation.hpp>
 #include <Metal/Metal.hpp>
-
 #include <string>
 
 namespace mfa::metal {
 
-// Metal hands out autoreleased strings and errors. Torch's pool covers its queue block only, so everything else opens one.
+// Metal hands out autoreleased strings and errors. Torch's pool covers its queue block only, so everything else opens
+// one.
 class Pool {
  public:
   Pool() : pool_(NS::TransferPtr(NS::AutoreleasePool::alloc()->init())) {}

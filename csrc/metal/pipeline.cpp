@@ -10,7 +10,8 @@ struct Compiled {
   NS::Error* error = nullptr;
 };
 
-Compiled make_state(MTL::Device& device, const MTL::ComputePipelineDescriptor& descriptor, MTL::PipelineOption options) {
+Compiled make_state(MTL::Device& device, const MTL::ComputePipelineDescriptor& descriptor,
+                    MTL::PipelineOption options) {
   Compiled result;
   result.state = NS::TransferPtr(device.newComputePipelineState(&descriptor, options, nullptr, &result.error));
   return result;

@@ -8,8 +8,8 @@
 namespace mfa::metal {
 namespace {
 
-// The image of libtorch_cpu, by the address of a function of the stable ABI: on macOS, RTLD_DEFAULT doesn't see libraries
-// that Python opened locally.
+// The image of libtorch_cpu, by the address of a function of the stable ABI: on macOS, RTLD_DEFAULT doesn't see
+// libraries that Python opened locally.
 void* torch_image() {
   Dl_info info{};
   if (!dladdr(reinterpret_cast<void*>(&aoti_torch_get_dim), &info)) return nullptr;
@@ -21,7 +21,8 @@ void find(void* image, const char* symbol, const char* name, Function*& function
   void* address = image ? dlsym(image, symbol) : nullptr;
   if (!address) address = dlsym(RTLD_DEFAULT, symbol);
   if (!address)
-    throw std::runtime_error("torch " + torch_version() + " has no " + name + ", through which mfa reaches torch's Metal "
+    throw std::runtime_error("torch " + torch_version() + " has no " + name +
+                             ", through which mfa reaches torch's Metal "
                              "stream; mfa was checked with torch 2.10 to 2.15, and a newer mfa may know this one");
   function = reinterpret_cast<Function*>(address);
 }
@@ -56,7 +57,8 @@ TorchFunctions find_torch_functions() {
   void* image = torch_image();
   TorchFunctions functions;
   find(image, "_ZN2at3mps19getCurrentMPSStreamEv", "at::mps::getCurrentMPSStream()", functions.current_stream);
-  find(image, "_ZN2at3mps9MPSStream14commandEncoderEv", "at::mps::MPSStream::commandEncoder()", functions.command_encoder);
+  find(image, "_ZN2at3mps9MPSStream14commandEncoderEv", "at::mps::MPSStream::commandEncoder()",
+       functions.command_encoder);
 #define FIND(function) find(image, "aoti_torch_mps_" #function, "aoti_torch_mps_" #function "()", functions.function)
   FIND(create_shader_library);
   FIND(get_kernel_function);

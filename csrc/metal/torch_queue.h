@@ -13,14 +13,15 @@ namespace mfa::metal {
 
 // What the backend calls of torch. On a Mac find_torch_functions() fills it; a test may fill it itself.
 struct TorchFunctions {
-  void* (*current_stream)() = nullptr;         // at::mps::getCurrentMPSStream()
-  void* (*command_encoder)(void*) = nullptr;   // at::mps::MPSStream::commandEncoder(), on the stream's queue only
+  void* (*current_stream)() = nullptr;        // at::mps::getCurrentMPSStream()
+  void* (*command_encoder)(void*) = nullptr;  // at::mps::MPSStream::commandEncoder(), on the stream's queue only
   decltype(&aoti_torch_mps_create_shader_library) create_shader_library = nullptr;
   decltype(&aoti_torch_mps_get_kernel_function) get_kernel_function = nullptr;
   decltype(&aoti_torch_mps_run_command_block) run_command_block = nullptr;
 };
 
-// Looks them up in the torch that this process has loaded. Throws std::runtime_error that names its version and what it lacks.
+// Looks them up in the torch that this process has loaded. Throws std::runtime_error that names its version and what it
+// lacks.
 TorchFunctions find_torch_functions();
 
 std::string torch_version();  // "2.13.0", or "of unknown version"

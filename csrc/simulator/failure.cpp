@@ -46,14 +46,15 @@ void Failure::by(const mfa_sim_position& position) {
 void Failure::message(const char* kernel, char* buffer, size_t size) const {
   if (buffer == nullptr || size == 0) return;
   std::string place, lane;
+  char text[160];
   if (file_ != nullptr) {
-    place = std::string(" at ") + base_name(file_) + ":" + std::to_string(line_);
+    snprintf(text, sizeof text, " at %s:%d", base_name(file_), line_);
+    place = text;
   } else if (pc_ != nullptr) {
     place = " at " + source_location(pc_);
   }
   if (has_position_) {
     const mfa_sim_uint3& group = position_.threadgroup_position_in_grid;
-    char text[160];
     snprintf(text, sizeof text, " (lane %u, SIMD-group %u, threadgroup (%u, %u, %u))",
              position_.thread_index_in_simdgroup, position_.simdgroup_index_in_threadgroup, group.x, group.y, group.z);
     lane = text;

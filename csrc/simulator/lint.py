@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rewrite import VECTOR, match_bracket, split_commas  # noqa: E402
+from source_text import VECTOR, match_bracket, split_commas
 
 SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\b")
-KEYWORDS = {"if", "constexpr", "for", "while", "switch", "return", "sizeof", "alignas", "decltype", "static_assert", "catch"}
+KEYWORDS = {
+    "if",
+    "constexpr",
+    "for",
+    "while",
+    "switch",
+    "return",
+    "sizeof",
+    "alignas",
+    "decltype",
+    "static_assert",
+    "catch",
+}
 # Words that begin a statement which is no declaration.
 NOT_A_TYPE = {"return", "else", "case", "delete", "throw", "using", "typedef", "goto", "do", "operator"}
 ATTRIBUTE = re.compile(r"\[\[.*?\]\]", re.S)
@@ -68,7 +80,9 @@ def functions(text: str) -> Iterator[Function]:
         if name in KEYWORDS:
             continue
         close = match_bracket(text, found.end() - 1)
-        tail = re.compile(r"\s*(?:\[\[.*?\]\]\s*|const\b\s*|thread\b\s*|device\b\s*|noexcept\b\s*)*(\{|:(?!:))", re.S).match(text, close)
+        tail = re.compile(
+            r"\s*(?:\[\[.*?\]\]\s*|const\b\s*|thread\b\s*|device\b\s*|noexcept\b\s*)*(\{|:(?!:))", re.S
+        ).match(text, close)
         if tail is None:
             continue
         opening = tail.end() - 1
@@ -143,10 +157,13 @@ def check_casts(text: str, function: Function, report: Report) -> None:
     pieces = [text[b:e] for b, e in split_commas(text, *function.parameters)]
     pieces += [statement for _, statement in statements(text, *function.body)]
     for piece in pieces:
-        declared = re.match(r"\s*(?:const\s+)?(device|constant|threadgroup|thread)\b[\w\s:<>,]*?[\s*&]+(\w+)\s*(?:=|\[|,|$)", piece)
+        declared = re.match(
+            r"\s*(?:const\s+)?(device|constant|threadgroup|thread)\b[\w\s:<>,]*?[\s*&]+(\w+)\s*(?:=|\[|,|$)", piece
+        )
         if declared:
             spaces[declared[2]] = declared[1]
-    cast = r"(?:\(|reinterpret_cast\s*<)([^()<>;]*\b(device|constant|threadgroup|thread)\b[^();]*?[*&])\s*(?:\)|>\s*\()\s*[(&]*\s*(\w+)"
+    target = r"([^()<>;]*\b(device|constant|threadgroup|thread)\b[^();]*?[*&])"
+    cast = rf"(?:\(|reinterpret_cast\s*<){target}\s*(?:\)|>\s*\()\s*[(&]*\s*(\w+)"
     for found in re.compile(cast).finditer(text, *function.body):
         known = spaces.get(found[3])
         if known and known != found[2]:
@@ -164,13 +181,11 @@ def check_words(text: str, report: Report) -> None:
 
 
 def check_recursion(texts: dict[str, str], known: dict[str, list[Function]], reports: dict[str, Report]) -> None:
-    """Among functions that are neither templates nor overloaded: for others, the name alone does not tell who is called."""
+    """Among functions that are neither templates nor overloaded: elsewhere a name does not tell who is called."""
     count: dict[str, int] = {}
     for function in (f for functions_ in known.values() for f in functions_):
         count[function.name] = count.get(function.name, 0) + 1
-    places = {
-        f.name: (file, f) for file, fs in known.items() for f in fs if count[f.name] == 1 and not f.is_template
-    }
+    places = {f.name: (file, f) for file, fs in known.items() for f in fs if count[f.name] == 1 and not f.is_template}
     calls = {
         name: set(re.findall(r"(?<![.>\w])(\w+)\s*\(", texts[file][slice(*f.body)])) & places.keys()
         for name, (file, f) in places.items()
@@ -208,7 +223,7 @@ def lint(files: Sequence[str | Path]) -> list[Finding]:
 def main(arguments: Sequence[str] | None = None) -> int:
     findings = lint(sys.argv[1:] if arguments is None else arguments)
     for finding in findings:
-        print(finding)
+        sys.stdout.write(f"{finding}\n")
     return 1 if findings else 0
 
 

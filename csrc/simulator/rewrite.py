@@ -7,85 +7,9 @@ masked copy of the text (strings and line markers blanked, same offsets) and edi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-VECTOR = r"(?:bool|char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float)[234]"
-CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
-Edit = tuple[int, int, str]  # begin, end, replacement
-
-
-class TranslationError(Exception):
-    """MSL that is rejected before the compiler sees it. The message begins with file:line."""
-
-
-# ---- text
-
-
-def mask(text: str) -> str:
-    """The text with directives, line markers and the contents of literals blanked; offsets stay."""
-    text = re.sub(r"^[ \t]*#.*$", lambda m: " " * len(m[0]), text, flags=re.M)
-    literal = r'"(?:\\.|[^"\\\n])*"' + r"|'(?:\\.|[^'\\\n])+'"
-    return re.sub(literal, lambda m: m[0][0] + "_" * (len(m[0]) - 2) + m[0][-1], text)
-
-
-def flat(text: str) -> str:
-    """The text on one line, without line markers."""
-    return " ".join(re.sub(r"^#.*$", "", text, flags=re.M).split())
-
-
-def apply(text: str, edits: list[Edit]) -> str:
-    """Edits never overlap; line breaks and markers of what is replaced are kept behind the replacement."""
-    pieces, last = [], 0
-    for begin, end, replacement in sorted(edits):
-        lines = text[begin:end].split("\n")
-        kept = "\n".join(["", *(line if line.startswith("#") else "" for line in lines[1:])])
-        pieces += [text[last:begin], replacement, kept]
-        last = end
-    return "".join([*pieces, text[last:]])
-
-
-def location(text: str, offset: int) -> str:
-    file, line, begin = "<input>", 1, 0
-    for marker in re.finditer(r'^# (\d+) "([^"]*)".*$', text[:offset], re.M):
-        file, line, begin = marker[2], int(marker[1]) - 1, marker.end()
-    return f"{file}:{line + text.count(chr(10), begin, offset)}"
-
-
-def fail(text: str, offset: int, message: str) -> TranslationError:
-    return TranslationError(f"{location(text, offset)}: error: {message}")
-
-
-def match_bracket(masked: str, start: int) -> int:
-    """The offset behind the bracket that closes the one at `start`."""
-    expected = []
-    for i in range(start, len(masked)):
-        c = masked[i]
-        if c in "([{" or (c == "<" and (not expected or expected[-1] == ">")):
-            expected.append(CLOSING[c])
-        elif c == expected[-1] and masked[i - 1 : i + 1] != "->":
-            expected.pop()
-            if not expected:
-                return i + 1
-    return len(masked)
-
-
-def split_commas(masked: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Offsets of the comma-separated pieces of masked[start:end]."""
-    i = begin = start
-    while i < end:
-        if masked[i] in "([{<":
-            i = min(match_bracket(masked, i), end)
-            continue
-        if masked[i] == ",":
-            yield begin, i
-            begin = i + 1
-        i += 1
-    if masked[begin:end].strip():
-        yield begin, end
-
-
-# ---- kernels
+from source_text import VECTOR, Edit, apply, fail, flat, mask, match_bracket, quoted, split_commas
 
 
 @dataclass
@@ -136,10 +60,6 @@ def attribute(text: str, masked: str, spans: list[tuple[int, int]], name: str) -
     return ""
 
 
-def quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
 def read_parameter(text: str, masked: str, begin: int, end: int) -> tuple[str, str, list[Edit]]:
     """A kernel parameter's slot, its mfa_sim::Written, and the edits that make it plain C++."""
     spans = [m.span() for m in re.compile(r"\[\[.*?\]\]", re.S).finditer(masked, begin, end)]
@@ -178,7 +98,7 @@ def threadgroup_variables(text: str, masked: str, begin: int, end: int) -> list[
         if any("=" in re.sub(r"\[.*?\]", "", piece) for piece in flat_pieces):
             raise fail(text, start, "a threadgroup variable has no initialiser")
         type_, references = "", []
-        for (piece_begin, piece_end), piece in zip(pieces, flat_pieces, strict=True):
+        for (piece_begin, _), piece in zip(pieces, flat_pieces, strict=True):
             match = re.fullmatch(r"((?:alignas\s*\(.*?\)\s*)?(?:.*\S)??)\s*\b(\w+)\s*((?:\[.*\])?)", piece)
             if match is None or not (type_ or match[1]):
                 raise fail(text, piece_begin, f"cannot read the threadgroup variable '{piece}'")
@@ -228,7 +148,7 @@ def read_definition(text: str, masked: str, head: Head) -> tuple[Kernel, list[Ed
 def read_instantiation(text: str, masked: str, head: Head, kernels: dict[str, Kernel], number: int) -> Edit:
     """decltype(f<..>) f<..>; | void f<..>(..); | typedef_name f<..>;"""
     end = masked.index(";", head.end)
-    begin = len(masked[: head.end]) + len(masked[head.end : end]) - len(masked[head.end : end].lstrip())
+    begin = end - len(masked[head.end : end].lstrip())
     if masked.startswith("decltype", begin):
         begin = match_bracket(masked, masked.index("(", begin))
     else:
@@ -268,7 +188,9 @@ def rewrite_kernels(text: str) -> str:
         edits += own
         if head.kind == "template" and kernel.threads:
             value = f"static constexpr int value = ({kernel.threads});"
-            edits.append((head.start, head.start, f"{flat(head.template)} struct mfa_sim_threads_{kernel.name} {{ {value} }}; "))
+            edits.append(
+                (head.start, head.start, f"{flat(head.template)} struct mfa_sim_threads_{kernel.name} {{ {value} }}; ")
+            )
         if head.kind == "plain" and end > head.start:
             name = attribute(text, masked, head.attributes, "host_name") or quoted(kernel.name)
             edits.append((end, end, " " + registration(kernel, kernel.name, name, kernel.threads, number)))
@@ -282,7 +204,9 @@ def rewrite_kernels(text: str) -> str:
 def rewrite_pragmas(text: str) -> str:
     """`#pragma unroll(anything but a number)` loses its argument: no macro is expanded there."""
     text = re.sub(r"^[ \t]*#[ \t]*pragma[ \t]+METAL\b.*$", "", text, flags=re.M)
-    return re.sub(r"^([ \t]*#[ \t]*pragma[ \t]+unroll)\b(?![ \t]*\(?[ \t]*\d+[ \t]*\)?[ \t]*$).*$", r"\1", text, flags=re.M)
+    return re.sub(
+        r"^([ \t]*#[ \t]*pragma[ \t]+unroll)\b(?![ \t]*\(?[ \t]*\d+[ \t]*\)?[ \t]*$).*$", r"\1", text, flags=re.M
+    )
 
 
 def rewrite_attributes(text: str) -> str:
@@ -296,7 +220,9 @@ def rewrite_function_constants(text: str) -> str:
     masked = mask(text)
     edits: list[Edit] = []
     names: list[str] = []
-    pattern = r"\b(?:static\s+)?constant\s+(?:const\s+|constexpr\s+)*([\w:]+)\s+(\w+)\s*(?:\[\[\s*function_constant\s*(\()|=)"
+    pattern = (
+        r"\b(?:static\s+)?constant\s+(?:const\s+|constexpr\s+)*([\w:]+)\s+(\w+)\s*(?:\[\[\s*function_constant\s*(\()|=)"
+    )
     for found in re.finditer(pattern, masked):
         type_, name = found[1], found[2]
         end = masked.index(";", found.end())
@@ -305,7 +231,8 @@ def rewrite_function_constants(text: str) -> str:
             arguments = f"<{type_}, ({index})>"
             code = (
                 f"static constexpr ::mfa_sim::FunctionConstant{arguments} {name}{{}}; "
-                f"static const ::mfa_sim::ConstantRegistration{arguments} mfa_sim_constant_{name}({quoted(name)}, {quoted(type_)});"
+                f"static const ::mfa_sim::ConstantRegistration{arguments} mfa_sim_constant_{name}"
+                f"({quoted(name)}, {quoted(type_)});"
             )
         elif any(re.search(rf"\b{other}\b", masked[found.end() : end]) for other in names):
             value = flat(text[found.end() : end])
@@ -322,7 +249,9 @@ def rewrite_function_constants(text: str) -> str:
 
 def rewrite_array_parameters(text: str) -> str:
     """`constant T x[N]` as a parameter -> `constant T* x`: arrays in an address space do not decay."""
-    pattern = r"(?<=[(,])(\s*(?:const\s+)?(?:device|constant|threadgroup)\b[^()\[\],;={}]*?)(\w+)\s*\[[^\[\]]*\](?=\s*[,)])"
+    pattern = (
+        r"(?<=[(,])(\s*(?:const\s+)?(?:device|constant|threadgroup)\b[^()\[\],;={}]*?)(\w+)\s*\[[^\[\]]*\](?=\s*[,)])"
+    )
     edits = [(m.end(1), m.end(), f"* {m[2]}") for m in re.finditer(pattern, mask(text))]
     return apply(text, edits)
 

@@ -1,4 +1,4 @@
-"""Compiles Metal kernels for the simulator: clang -E, rewrite, clang against msl/shim.h, and a look at the object's symbols.
+"""Compiles Metal kernels for the simulator: clang -E, rewrite, clang against msl/shim.h, a look at the symbols.
 
 As a program it makes one object; build_library() makes a shared library that mfa_sim_open() loads.
 """
@@ -21,26 +21,78 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rewrite import TranslationError, rewrite  # noqa: E402
+from rewrite import rewrite
+from source_text import TranslationError
 
 MSL = Path(__file__).parent / "msl"
 # Empty while preprocessing, so that MSL's keywords survive; shim.h declares all of them afterwards.
-STANDARD_HEADERS = (
-    "metal_algorithm metal_array metal_assert metal_atomic metal_common metal_compute metal_config metal_extended_vector "
-    "metal_geometric metal_graphics metal_integer metal_limits metal_logging metal_math metal_matrix metal_numeric "
-    "metal_pack metal_packed_vector metal_quadgroup metal_raytracing metal_relational metal_simdgroup "
-    "metal_simdgroup_matrix metal_stdlib metal_texture metal_tuple metal_type_traits metal_types metal_uniform "
-    "metal_utility metal_visible_function_table"
-).split()
+STANDARD_HEADERS = [
+    "metal_algorithm",
+    "metal_array",
+    "metal_assert",
+    "metal_atomic",
+    "metal_common",
+    "metal_compute",
+    "metal_config",
+    "metal_extended_vector",
+    "metal_geometric",
+    "metal_graphics",
+    "metal_integer",
+    "metal_limits",
+    "metal_logging",
+    "metal_math",
+    "metal_matrix",
+    "metal_numeric",
+    "metal_pack",
+    "metal_packed_vector",
+    "metal_quadgroup",
+    "metal_raytracing",
+    "metal_relational",
+    "metal_simdgroup",
+    "metal_simdgroup_matrix",
+    "metal_stdlib",
+    "metal_texture",
+    "metal_tuple",
+    "metal_type_traits",
+    "metal_types",
+    "metal_uniform",
+    "metal_utility",
+    "metal_visible_function_table",
+]
 PREDEFINED = ["__METAL__=1", "__METAL_VERSION__=310", "__HAVE_BFLOAT__=1", "__METAL_MACOS__=1", "__MFA_SIMULATOR__=1"]
 
-LANGUAGE = (
-    "-x c++ -std=c++17 -nostdinc -nostdinc++ -fno-exceptions -fno-rtti -fPIC -fno-threadsafe-statics -fno-strict-aliasing "
-    "-fsigned-char -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -fno-trapping-math -ffp-contract=on "
-    "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
-    "-Xclang -cl-single-precision-constant -fno-lax-vector-conversions -fno-sanitize=undefined "
-    "-Wno-everything -Wreturn-type -Wuninitialized -Wimplicit-float-conversion -Wdouble-promotion -Wno-implicit-int-float-conversion"
-).split()
+LANGUAGE = [
+    "-x",
+    "c++",
+    "-std=c++17",
+    "-nostdinc",
+    "-nostdinc++",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fPIC",
+    "-fno-threadsafe-statics",
+    "-fno-strict-aliasing",
+    "-fsigned-char",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=on",
+    "-Xclang",
+    "-ffloat16-excess-precision=none",
+    "-Xclang",
+    "-fbfloat16-excess-precision=none",
+    "-Xclang",
+    "-cl-single-precision-constant",
+    "-fno-lax-vector-conversions",
+    "-fno-sanitize=undefined",
+    "-Wno-everything",
+    "-Wreturn-type",
+    "-Wuninitialized",
+    "-Wimplicit-float-conversion",
+    "-Wdouble-promotion",
+    "-Wno-implicit-int-float-conversion",
+]
 MODES = {
     "fast": "-O2 -DMFA_SIM_FAST",
     "count": "-O2 -g1 -gdwarf-4 -DMFA_SIM_COUNT -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 "
@@ -153,10 +205,12 @@ def compile_file(
 
 def check_symbols(path: Path) -> None:
     """MSL has no writable globals and no static locals; the shim's own carry mfa_sim in their names."""
-    found = [name for name in writable_symbols(path.read_bytes()) if "mfa_sim" not in name and "__" != name[:2]]
+    found = [name for name in writable_symbols(path.read_bytes()) if "mfa_sim" not in name and name[:2] != "__"]
     if found:
         path.unlink()
-        raise CompileError(f"{path.name}: error: writable globals or static locals, which MSL has not: {', '.join(found)}")
+        raise CompileError(
+            f"{path.name}: error: writable globals or static locals, which MSL has not: {', '.join(found)}"
+        )
 
 
 def writable_symbols(data: bytes) -> Iterator[str]:
@@ -164,13 +218,15 @@ def writable_symbols(data: bytes) -> Iterator[str]:
     if data[:4] != b"\x7fELF":
         return
     table, size, count, names_at = *struct.unpack_from("<Q", data, 40), *struct.unpack_from("<HHH", data, 58)
-    sections = [struct.unpack_from("<IIQQQQII", data, table + i * size) for i in range(count)]  # name type flags . at size link
+    sections = [
+        struct.unpack_from("<IIQQQQII", data, table + i * size) for i in range(count)
+    ]  # name type flags . at size link
 
     def text(section: int, offset: int) -> str:
         begin = sections[section][4] + offset
         return data[begin : data.index(b"\0", begin)].decode()
 
-    for name, kind, _, _, at, length, link, _ in sections:
+    for _, kind, _, _, at, length, link, _ in sections:
         if kind != 2:  # SHT_SYMTAB
             continue
         for offset in range(at, at + length, 24):
@@ -226,10 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         warnings = compile_file(**vars(options))
     except CompileError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     if warnings:
-        print(warnings, file=sys.stderr)
+        sys.stderr.write(f"{warnings}\n")
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 HIDDEN = -math.inf
-LARGEST_HIDING_BIAS = -1e38  # a bias of at most this hides its key
+LARGEST_HIDING_BIAS = float(torch.tensor(-1e38))  # a bias of at most this, the float32 next to -1e38, hides its key
 SCRATCH_BYTES = 16 << 20
 BLOCK_ROWS = 256
 

@@ -72,7 +72,9 @@ def check_window(window: object) -> tuple[int | None, int | None]:
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"window is {tuple(window)!r}; its entries must be integers or None")
         if not -(2**62) <= side <= 2**62:
-            raise ValueError(f"window is {tuple(window)!r}; its entries must be within -2^62 ... 2^62, or None for open")
+            raise ValueError(
+                f"window is {tuple(window)!r}; its entries must be within -2^62 ... 2^62, or None for open"
+            )
     return window[0], window[1]
 
 
@@ -207,7 +209,12 @@ def check_forward(
 
 
 def _check_metal(
-    query: Tensor, bias: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, softcap: float, bias_name: str
+    query: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    bias_name: str,
 ) -> None:
     if query.dtype not in METAL_DTYPES:
         names = _listed(tuple(map(dtype_name, METAL_DTYPES)))
@@ -227,8 +234,6 @@ def _check_metal(
 
 def check_no_grad(**tensors: Tensor | None) -> None:
     """Until the Metal kernels have a backward pass: refuse, instead of returning something without a gradient."""
-    if not torch.is_grad_enabled():
-        return
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise NotImplementedError(

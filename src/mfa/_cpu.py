@@ -11,6 +11,7 @@ chunk by chunk: as fast as ATen's half kernels without AMX, and exact to the las
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,8 +112,6 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -120,56 +119,59 @@ def attention_backward(
     window_left: int | None,
     window_right: int | None,
     softcap: float,
-    bias_needs_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `attention_forward` in O(L) memory, from its results: scores are computed again, block by block.
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `attention_forward` in O(L) memory: scores are computed again, block by block.
 
-        delta = rowsum(dO * O) - dLSE,  P = exp(S - LSE),  dS = P * (dO V' - delta)
-        dQ = scale dS K,  dK = scale dS' Q,  dV = P' dO,  dbias = dS,  dsink = -sum exp(sink - LSE) delta
+        P = softmax(S),  dP = dO V',  delta = rowsum(P * dP) - dLSE,  dS = P * (dP - delta)
+        dQ = scale dS K,  dK = scale dS' Q,  dV = P' dO,  dbias = dS,  dsink = -sum P(sink) delta
+
+    A block has whole rows of S, so the results of the forward pass, and their rounding, aren't needed.
 
     Args:
-        grad_out, out: [B,Hq,Lq,Dv]. grad_lse, lse: float32 [B,Hq,Lq]. The rest as in `attention_forward`.
-        bias_needs_grad: whether to compute the gradient of a floating bias.
+        grad_out: [B,Hq,Lq,Dv]. grad_lse: float32 [B,Hq,Lq]. The rest as in `attention_forward`.
+        output_mask: which of the six gradients are wanted.
 
     Returns:
         Gradients of query, key, value, bias, sinks, alibi_slopes, each in its tensor's shape and dtype, contiguous;
-        None for a bias without gradient and for what wasn't given.
+        None for one that isn't wanted, or whose tensor wasn't given.
     """
     batch, query_heads, query_length, dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    inputs = (query, key, value, bias if bias_needs_grad else None, sinks, alibi_slopes)
-    grads = [None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in inputs]
-    grad_query, grad_key, grad_value = grads[:3]
-    assert grad_query is not None and grad_key is not None and grad_value is not None
+    inputs = (query, key, value, bias, sinks, alibi_slopes)
+    # Sums are kept in the dtype of the scores until the end; those of key and value only for a chunk.
+    grad_query, grad_key, grad_value, grad_bias, grad_sinks, grad_slopes = grads = [
+        torch.zeros(tensor.shape, dtype=tensor.dtype if index < 3 else dtype) if wanted and tensor is not None else None
+        for index, (tensor, wanted) in enumerate(zip(inputs, output_mask, strict=True))
+    ]
     window = Window.of(query_length, key_length, window_left, window_right)
-    delta = torch.empty(lse.shape, dtype=dtype)
     terms = Terms(window, bias, _slopes(alibi_slopes, query_heads, dtype), dtype)
-    grad_terms = [None if grad is None else grad.to(dtype) for grad in grads[3:]]
-    grad_bias, _, grad_slopes = grad_terms
 
     group = query_heads // max(1, key_heads)
     operand_bytes = (2 * (dim + value_dim) * (group * query_length + key_length)) * dtype.itemsize
     cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 4)
-    for batches, heads, q_heads in cut.chunks() if lse.numel() else ():
-        q, o, d_out = (tensor[batches, q_heads].to(dtype) for tensor in (query, out, grad_out))
+    if grad_sinks is not None and grad_lse is not None:  # the lse of a row that sees no key is the sink
+        visible = window.rows()
+        grad_sinks += grad_lse.sum((0, 2)) - grad_lse[:, :, visible].sum((0, 2))
+    for batches, heads, q_heads in cut.chunks() if grad_out.numel() else ():
+        q, d_out = query[batches, q_heads].to(dtype), grad_out[batches, q_heads].to(dtype)
         k, v = key[batches, heads].to(dtype), value[batches, heads].to(dtype)
-        chunk_delta = (o * d_out).sum(-1)
-        if grad_lse is not None:
-            chunk_delta -= grad_lse[batches, q_heads]
-        delta[batches, q_heads] = chunk_delta
-        chunk_lse = lse[batches, q_heads, :, None].to(dtype)
-        chunk_lse = chunk_lse.masked_fill(chunk_lse == HIDDEN, math.inf)  # P is 0 in a row that sees nothing
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys in cut.blocks():
             raw = _scores(q[:, :, rows], k[:, :, keys], scale, softcap)
             mask = terms.mask(batches, q_heads, rows, keys)
             scores = raw if mask is None else raw + mask
-            probability = (scores - chunk_lse[:, :, rows]).exp_()
+            probability, share = _softmax(scores, None if sinks is None else sinks[q_heads, None, None].to(dtype))
             d_rows = _grouped(d_out[:, :, rows], k.shape[1])
             dv[:, :, keys] += _grouped(probability, k.shape[1]).transpose(-1, -2) @ d_rows
             d_scores = (d_rows @ v[:, :, keys].transpose(-1, -2)).view(scores.shape)
-            d_scores.sub_(chunk_delta[:, :, rows, None]).mul_(probability)
+            delta = (probability * d_scores).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                delta -= grad_lse[batches, q_heads, rows, None]
+            d_scores.sub_(delta).mul_(probability)
+            if grad_sinks is not None:
+                grad_sinks[q_heads] -= (share * delta).sum((0, 2, 3))
             if grad_bias is not None:
                 target = part(grad_bias, batches, q_heads, rows, keys)
                 target += d_scores.sum_to_size(target.shape)
@@ -181,15 +183,16 @@ def attention_backward(
                 d_scores *= 1 - (raw / softcap).square_()
             d_grouped = _grouped(d_scores.mul_(scale), k.shape[1])
             dk[:, :, keys] += d_grouped.transpose(-1, -2) @ _grouped(q[:, :, rows], k.shape[1])
-            grad_query[batches, q_heads, rows] = (d_grouped @ k[:, :, keys]).view(q[:, :, rows].shape).to(query.dtype)
-        grad_key[batches, heads], grad_value[batches, heads] = dk, dv
-    if sinks is not None:
-        share = torch.exp(sinks[:, None] - lse).masked_fill_(lse == HIDDEN, 0)
-        grads[4] = -(share * delta).sum((0, 2)).to(sinks.dtype)
-    for index, grad in ((3, grad_bias), (5, grad_slopes)):
-        original = inputs[index]
-        grads[index] = None if grad is None or original is None else grad.to(original.dtype)
-    return grad_query, grad_key, grad_value, grads[3], grads[4], grads[5]
+            if grad_query is not None:
+                grad_query[batches, q_heads, rows] = (d_grouped @ k[:, :, keys]).view(q[:, :, rows].shape)
+        if grad_key is not None:
+            grad_key[batches, heads] = dk
+        if grad_value is not None:
+            grad_value[batches, heads] = dv
+    return [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, inputs, strict=True)
+    ]
 
 
 def _slopes(alibi_slopes: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
@@ -234,6 +237,19 @@ def _softmax_block(
     total = scores.sub_(maximum).exp_().sum(-1, keepdim=True)
     out = (_grouped(scores, key.shape[1]) @ value).view(*query.shape[:3], value.shape[3])
     return out.div_(total.masked_fill(total == 0, 1)), maximum.add_(total.log_()).squeeze(-1)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the share [B,Hq,rows,1] of the row's sink; all are 0 in a row that sees nothing."""
+    maximum = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        maximum = torch.maximum(maximum, sinks)
+    maximum = maximum.masked_fill(maximum == HIDDEN, 0)
+    probability = (scores - maximum).exp_()
+    total = probability.sum(-1, keepdim=True)
+    extra = torch.zeros_like(total) if sinks is None else torch.exp(sinks - maximum)
+    total = (total + extra).masked_fill_(total + extra == 0, 1)
+    return probability.div_(total), extra.div_(total)
 
 
 def _fused_block(

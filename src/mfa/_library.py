@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-OPS = ("attention", "attention_forward")
+OPS = ("attention", "attention_forward", "attention_backward")
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 

@@ -16,6 +16,8 @@ _library.load()
 ops = torch.ops.mfa
 LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops in this namespace too
 
+_Dims = tuple[int | None, ...]
+_Shape = Sequence[int]
 _FORWARD, _BACKWARD = "mfa::attention_forward", "mfa::attention_backward"
 _MPS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 
@@ -85,7 +87,9 @@ def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     tensors = (query, key, value, out, lse, bias, sinks, alibi_slopes)
-    grads = ops.attention_backward(grad_out, grad_lse, *tensors, *ctx.scalars, rng_state, list(ctx.needs_input_grad[:6]))
+    grads = ops.attention_backward(
+        grad_out, grad_lse, *tensors, *ctx.scalars, rng_state, list(ctx.needs_input_grad[:6])
+    )
     grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return (*grads, *(None for _ in ctx.scalars), None)
 
@@ -114,14 +118,14 @@ def autocast(
     return (*(cast(tensor, wide[1:]) for tensor in (query, key, value)), cast(bias, wide), cast(sinks, wide))
 
 
-def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _forward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
     if in_dims[4] is not None:  # sinks are per head, not per batch
         return _one_by_one(ops.attention_forward, info.batch_size, in_dims, args)
     tensors = _fold(info.batch_size, in_dims[:6], args[:6], query=0)
     return _unfold(ops.attention_forward(*tensors, *args[6:]), info.batch_size)
 
 
-def _forward_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+def _forward_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
     batch, heads, length, dim = query
     return 2 * batch * heads * length * key[2] * (dim + value[3])
 
@@ -153,20 +157,20 @@ def _backward_cpu(
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
     _checks.check_results(grad_out, grad_lse, out, lse, query, value)
-    results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
     window = (window_left, window_right)
     if simulation is not None:  # what an MPS tensor reaches
+        results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
         arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask)
         outputs: tuple[Tensor, ...] = simulation.run(
             lambda: ops.attention_backward.default.redispatch(_MPS, *arguments)
         )
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
-        grads = _cpu.attention_backward(*results, scale, *window, softcap, output_mask[3])
-    return tuple(
-        grad if wanted and grad is not None else query.new_empty(0)
-        for grad, wanted in zip(grads, output_mask, strict=True)
-    )
+        grads = _cpu.attention_backward(
+            *(grad_out, grad_lse, query, key, value, bias, sinks, alibi_slopes),
+            *(scale, *window, softcap, output_mask),
+        )
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(
@@ -203,8 +207,8 @@ def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     raise NotImplementedError("grad_out requires grad, and second derivatives of attention are not supported")
 
 
-def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    if any(args[16][3:]):  # summed over the batch
+def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
+    if any(args[16][3:]) or in_dims[8] is not None:  # what is summed over the batch, and sinks, are not per batch
         return _one_by_one(ops.attention_backward, info.batch_size, in_dims, args)
     tensors = _fold(info.batch_size, in_dims[:10], args[:10], query=2)
     *grads, empty_bias, empty_sinks, empty_slopes = ops.attention_backward(*tensors, *args[10:])
@@ -213,9 +217,7 @@ def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tu
     return (*unfolded, *empty), (*dims, 0, 0, 0)
 
 
-def _backward_flops(
-    grad_out: Sequence[int], grad_lse: object, query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
-) -> int:
+def _backward_flops(_out: object, _lse: object, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
     batch, heads, length, dim = query
     return 2 * batch * heads * length * key[2] * (3 * dim + 2 * value[3])
 
@@ -223,7 +225,7 @@ def _backward_flops(
 # -- vmap: the mapped dimension becomes part of the batch -----------------------------------------------------------
 
 
-def _fold(size: int, in_dims: Sequence[int | None], args: Sequence[Any], query: int) -> list[Any]:
+def _fold(size: int, in_dims: _Dims, args: Sequence[Any], query: int) -> list[Any]:
     """The tensors with their mapped dimension in front of the batch, and merged with it; `query` is an index."""
     batch = args[query].movedim(in_dims[query], 0).shape[1] if in_dims[query] is not None else args[query].shape[0]
     return [_fold_one(size, batch, dim, tensor) for dim, tensor in zip(in_dims, args, strict=True)]
@@ -243,13 +245,11 @@ def _fold_one(size: int, batch: int, dim: int | None, tensor: Tensor | None) -> 
     return tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
 
 
-def _unfold(tensors: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _unfold(tensors: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], _Dims]:
     return tuple(tensor.unflatten(0, (size, -1)) for tensor in tensors), (0,) * len(tensors)
 
 
-def _one_by_one(
-    op: Any, size: int, in_dims: Sequence[int | None], args: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _one_by_one(op: Any, size: int, in_dims: _Dims, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], _Dims]:
     results = [
         op(*(arg if dim is None else arg.select(dim, index) for dim, arg in zip(in_dims, args, strict=True)))
         for index in range(size)

@@ -77,7 +77,7 @@ def attention(
         key: [B,Hkv,Lk,D] or [Hkv,Lk,D], of the same dtype and device.
         value: [B,Hkv,Lk,Dv] or [Hkv,Lk,Dv], of the same dtype and device; Dv <= 256.
         attn_mask: broadcasts to [B,Hq,Lq,Lk] and is never expanded. bool (True = attend), or float32 or the query's
-            dtype, added to the scaled scores; -inf, or at most -1e38, masks a key. May be given together with is_causal.
+            dtype, added to the scaled scores; -inf, or at most -1e38, masks a key. is_causal may be given as well.
         dropout_p: within [0, 1). Not supported yet, other than 0.
         is_causal: query i sees key j iff j <= i (aligned to the upper left).
         scale: of the scores; None is 1/sqrt(D).
@@ -125,7 +125,7 @@ def attention(
         metal=metal,
         bias_name="attn_mask",
     )
-    if metal:
+    if metal and torch.is_grad_enabled():
         _checks.check_no_grad(query=query, key=key, value=value)
 
     if scale is None:

@@ -1,6 +1,7 @@
 """The GPU that the package would run on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def device_info() -> DeviceInfo:
     """What the machine has, and, where `mps` tensors can't be used, the reason."""
     from . import _native
 
-    gpu = _native.device_info()
+    gpu: dict[str, Any] = dict(_native.device_info())
     metallib = _library.metallib() if _library.metallib().exists() else None
     why_not = gpu["why_not"]
     if why_not is None and metallib is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -83,8 +84,9 @@ def active() -> Simulation | None:
 class Simulation:
     """What `simulate()` returns; its results stay readable after the `with` block."""
 
-    def __init__(self, simulator: _native.Simulator) -> None:
+    def __init__(self, simulator: _native.Simulator, counts: bool = True) -> None:
         self._simulator = simulator
+        self._counts = counts
 
     @property
     def launches(self) -> list[Launch]:
@@ -96,7 +98,7 @@ class Simulation:
                 launch.grid,
                 launch.group,
                 launch.threadgroup_memory,
-                Counters(**launch.counters),
+                Counters(**launch.counters) if self._counts else Counters(),  # fast kernels count some things only
             )
             for launch in self._simulator.launches
         ]
@@ -133,7 +135,12 @@ class Simulation:
 
 
 def simulate(
-    family: str = "apple7", *, checks: Iterable[str] = (), seed: int = 0, counters: bool = True
+    family: str = "apple7",
+    *,
+    checks: Iterable[str] = (),
+    seed: int = 0,
+    counters: bool = True,
+    kernel_library: str | os.PathLike[str] | None = None,
 ) -> Simulation:
     """Runs the Metal kernels on CPU tensors inside a `with` block, with the plan of a GPU family.
 
@@ -149,6 +156,7 @@ def simulate(
             and barriers that not all of their threads reach.
         seed: 0 runs lanes, SIMD-groups and threadgroups in their natural order; another shuffles all three.
         counters: False leaves all counters zero, and without checks runs kernels that are compiled for speed.
+        kernel_library: another build of the kernels than the installed one, from csrc/simulator/translate.py.
 
     Raises:
         ValueError: an unknown family or check, or a negative seed.
@@ -168,4 +176,5 @@ def simulate(
     from . import _native
 
     kernels = "mfa_kernels_count" if counters or names else "mfa_kernels_fast"
-    return Simulation(_native.Simulator(str(_library.path_of(kernels)), family, list(names), seed))
+    path = os.fspath(kernel_library) if kernel_library is not None else str(_library.path_of(kernels))
+    return Simulation(_native.Simulator(path, family, list(names), seed), counters)

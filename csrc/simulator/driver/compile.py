@@ -1,4 +1,4 @@
-"""Compiles C++ that uses metal-cpp, on Linux: clang for its blocks, the system's C++ library, headers/include for Apple's.
+"""Compiles C++ that uses metal-cpp, on Linux: clang for its blocks, the system's C++ library, include/ for Apple's.
 
 The object links with what g++ compiles. metal-cpp comes from MFA_METAL_CPP_DIR, or is fetched into .cache/ once.
 """
@@ -32,21 +32,26 @@ def command(metal_cpp_directory: Path) -> list[str]:
     if Path(compiler[0]).name == "zig":  # its own headers lie where only zig looks for them
         resources = ("-resource-dir", str(Path(compiler[0]).parent / "lib"))
     includes = ["-isystem", str(HERE / "include"), "-isystem", str(metal_cpp_directory)]
-    return [*compiler, *resources, "-x", "c++", "-std=c++20", "-fblocks", "-fPIC", "-Wall", "-Wextra", *includes]
+    # NS::SharedPtr sends release to null, from which clang would conclude that it never is null, and drop later checks.
+    language = ["-x", "c++", "-std=c++20", "-fblocks", "-fPIC", "-fno-delete-null-pointer-checks", "-Wall", "-Wextra"]
+    return [*compiler, *resources, *language, *includes]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--depfile", type=Path)
     parser.add_argument("--metal-cpp", type=Path)
+    parser.add_argument("--print-metal-cpp", action="store_true", help="only fetch it and say where it is")
     arguments, flags = parser.parse_known_args()
+    directory = arguments.metal_cpp or metal_cpp()
+    if arguments.print_metal_cpp:
+        sys.stdout.write(f"{directory}\n")
+        return 0
     depfile = ["-MMD", "-MF", str(arguments.depfile)] if arguments.depfile else []
-    compile_command = [*command(arguments.metal_cpp or metal_cpp()), *depfile, *flags]
-    return subprocess.run(
-        [*compile_command, "-c", str(arguments.source), "-o", str(arguments.output)], check=False
-    ).returncode
+    words = [*command(directory), *depfile, *flags, "-c", str(arguments.source), "-o", str(arguments.output)]
+    return subprocess.run(words, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -51,9 +51,11 @@ void mfa_driver_release(void* object);
 
 // torch's Metal stream: an encoder shared by all ops, ended by synchronize. 0, or 1 with a message for the caller to free.
 void* mfa_driver_stream(void);
+int mfa_driver_stream_is_lazy(void);
 void* mfa_driver_stream_encoder(void* stream);  // within mfa_driver_stream_run only
 int mfa_driver_stream_run(void* stream, void (*work)(void*), void* context, char** error);
 int mfa_driver_stream_synchronize(void* stream, char** error);
+int mfa_driver_stream_settle(void* stream, char** error);  // what was encoded has run, but the encoder may stay open
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -50,7 +50,7 @@ bool validate_buffer(const Bindings& b, const std::string& who, const mfa_sim_pa
   } else if (slot.buffer && slot.buffer->dead) {
     report("use-after-release", "%s: buffer %d, parameter '%s', is %s, which has been released", who.c_str(), parameter.index,
            parameter.name, slot.buffer->describe().c_str());
-  } else if (slot.size() < parameter.element_size) {
+  } else if ((parameter.is_reference || !slot.buffer) && slot.size() < parameter.element_size) {
     report("short-argument", "%s: buffer %d, parameter '%s', holds %llu bytes, but '%s' reads %zu", who.c_str(), parameter.index,
            parameter.name, number(slot.size()), parameter.type, parameter.element_size);
   } else {

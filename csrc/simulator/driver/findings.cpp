@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -26,7 +27,7 @@ std::string vformat(const char* format, va_list arguments) {
 }
 
 std::string add(const char* rule, std::string text) {
-  text += std::string(" [") + rule + "]";
+  if (strcmp(rule, "execution") != 0) text += std::string(" [") + rule + "]";  // the engine's messages stay as they are
   if (mode == Mode::abort) {
     fprintf(stderr, "mfa driver: %s\n", text.c_str());
     std::abort();

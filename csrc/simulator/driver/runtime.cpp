@@ -49,7 +49,6 @@ void* alloc(Class* self) {
   if (object == nullptr) report("alloc", "%s cannot be allocated by the client", self->name());
   return give(object);
 }
-Class* class_of(Class* self) { return self; }
 
 void* init(Object* self) { return self->handle(); }
 void* retain_object(Object* self) {
@@ -70,7 +69,6 @@ void* description(Object* self) { return give_autoreleased(make<String>(self->de
 void define_all() {
   define("NSObject", nullptr, nullptr)
       .class_method<&alloc>("alloc")
-      .class_method<&class_of>("class")
       .method<&init>("init")
       .method<&retain_object>("retain")
       .method<&release_object>("release")
@@ -204,16 +202,18 @@ extern "C" {
 
 // Called by send.S, and by it alone.
 __attribute__((visibility("hidden"))) Imp mfa_driver_resolve(void* self, const Selector* selector, const void* caller) {
-  static const Selector* const releasing[] = {selector_named("release"), selector_named("autorelease")};
+  static const Selector* const counting[] = {selector_named("release"), selector_named("autorelease"), selector_named("retain")};
+  const bool counts = selector == counting[0] || selector == counting[1] || selector == counting[2];
   call.caller = caller;
   const char* name = selector->name.c_str();
+  if (self == nullptr && counts) return &mfa_driver_zero;  // NS::SharedPtr does so
   if (self == nullptr) return refuse(note("nil", "'%s' is sent to nil", name));
   Object* object = find(self);
   if (object == nullptr) object = constant_string(self);
   if (object == nullptr) return refuse(note("not-an-object", "'%s' is sent to %p, which is no object", name, self));
 
   if (!usable(*object)) {
-    if (selector == releasing[0] || selector == releasing[1]) {  // comes from destructors: never thrown
+    if (counts && selector != counting[2]) {  // comes from destructors: never thrown
       note("over-release", "%s is released more often than it was retained", object->describe().c_str());
       return &mfa_driver_zero;
     }

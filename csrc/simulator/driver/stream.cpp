@@ -4,6 +4,7 @@
 
 #include "findings.h"
 #include "runtime.h"
+#include "settings.h"
 
 namespace mfa::driver {
 namespace {
@@ -67,6 +68,12 @@ void Stream::synchronize() {
     if (buffer->status == CommandBuffer::failed && raises()) throw std::runtime_error(buffer->error);
   };
   sync(*queue_, block);
+}
+
+void Stream::settle() {
+  if (settings().execution == Execution::lazy) return synchronize();
+  auto nothing = [] {};
+  sync(*queue_, nothing);
 }
 
 Stream& default_stream() {

@@ -14,6 +14,7 @@ class Stream {
   void run(void* context, void (*work)(void*));
   void* encoder();      // on the queue only; the client's handle, or null
   void synchronize();   // ends, commits and waits
+  void settle();        // the same if anything waits to be run; always through the queue
 
  private:
   Ref<Queue> queue_;

@@ -1,5 +1,5 @@
-// <metal_atomic>, relaxed only. Fibers never interleave inside one of these, and none is instrumented: atomics race with
-// nothing.
+// <metal_atomic>, relaxed only. Fibers never interleave inside one of these, and none is instrumented: atomics race
+// with nothing.
 #pragma once
 
 namespace metal {
@@ -23,11 +23,15 @@ namespace mfa_sim {
 
 struct Exchanged {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T, T b) { return b; }
+  MFA_SIM_UNCHECKED static T apply(T, T b) {
+    return b;
+  }
 };
 struct Difference {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return static_cast<T>(a - b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return static_cast<T>(a - b);
+  }
 };
 
 // Operation applied in place; the old value.
@@ -63,32 +67,31 @@ using same = typename Same<T>::type;
 
 namespace metal {
 
-#define MFA_SIM_UPDATE(space, name, result, ret, operation)                                                       \
-  template <typename T>                                                                                           \
-  MFA_SIM_INLINE result name(volatile space atomic<T>* object, ::mfa_sim::same<T> operand, memory_order) {        \
-    ret ::mfa_sim::update<::mfa_sim::operation>((volatile T*)&object->mfa_sim_value, static_cast<T>(operand));    \
+#define MFA_SIM_UPDATE(space, name, result, ret, operation)                                                   \
+  template <typename T>                                                                                       \
+  MFA_SIM_INLINE result name(volatile space atomic<T>* object, ::mfa_sim::same<T> operand, memory_order) {    \
+    ret::mfa_sim::update<::mfa_sim::operation>((volatile T*)&object->mfa_sim_value, static_cast<T>(operand)); \
   }
-#define MFA_SIM_ATOMICS(space)                                                                                    \
-  template <typename T>                                                                                           \
-  MFA_SIM_INLINE T atomic_load_explicit(const volatile space atomic<T>* object, memory_order) {                   \
-    return ::mfa_sim::read((const volatile T*)&object->mfa_sim_value);                                            \
-  }                                                                                                               \
-  MFA_SIM_UPDATE(space, atomic_store_explicit, void, , Exchanged)                                                 \
-  MFA_SIM_UPDATE(space, atomic_exchange_explicit, T, return, Exchanged)                                           \
-  MFA_SIM_UPDATE(space, atomic_fetch_add_explicit, T, return, Sum)                                                \
-  MFA_SIM_UPDATE(space, atomic_fetch_sub_explicit, T, return, Difference)                                         \
-  MFA_SIM_UPDATE(space, atomic_fetch_and_explicit, T, return, And)                                                \
-  MFA_SIM_UPDATE(space, atomic_fetch_or_explicit, T, return, Or)                                                  \
-  MFA_SIM_UPDATE(space, atomic_fetch_xor_explicit, T, return, ExclusiveOr)                                        \
-  MFA_SIM_UPDATE(space, atomic_fetch_min_explicit, T, return, Minimum)                                            \
-  MFA_SIM_UPDATE(space, atomic_fetch_max_explicit, T, return, Maximum)                                            \
-  MFA_SIM_UPDATE(space, atomic_min_explicit, void, , Minimum)                                                     \
-  MFA_SIM_UPDATE(space, atomic_max_explicit, void, , Maximum)                                                     \
-  template <typename T>                                                                                           \
-  MFA_SIM_INLINE bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>* object, thread T* expected, \
-                                                            ::mfa_sim::same<T> desired, memory_order,             \
-                                                            memory_order) {                                       \
-    return ::mfa_sim::compare_exchange((volatile T*)&object->mfa_sim_value, expected, desired);                   \
+#define MFA_SIM_ATOMICS(space)                                                                                        \
+  template <typename T>                                                                                               \
+  MFA_SIM_INLINE T atomic_load_explicit(const volatile space atomic<T>* object, memory_order) {                       \
+    return ::mfa_sim::read((const volatile T*)&object->mfa_sim_value);                                                \
+  }                                                                                                                   \
+  MFA_SIM_UPDATE(space, atomic_store_explicit, void, , Exchanged)                                                     \
+  MFA_SIM_UPDATE(space, atomic_exchange_explicit, T, return, Exchanged)                                               \
+  MFA_SIM_UPDATE(space, atomic_fetch_add_explicit, T, return, Sum)                                                    \
+  MFA_SIM_UPDATE(space, atomic_fetch_sub_explicit, T, return, Difference)                                             \
+  MFA_SIM_UPDATE(space, atomic_fetch_and_explicit, T, return, And)                                                    \
+  MFA_SIM_UPDATE(space, atomic_fetch_or_explicit, T, return, Or)                                                      \
+  MFA_SIM_UPDATE(space, atomic_fetch_xor_explicit, T, return, ExclusiveOr)                                            \
+  MFA_SIM_UPDATE(space, atomic_fetch_min_explicit, T, return, Minimum)                                                \
+  MFA_SIM_UPDATE(space, atomic_fetch_max_explicit, T, return, Maximum)                                                \
+  MFA_SIM_UPDATE(space, atomic_min_explicit, void, , Minimum)                                                         \
+  MFA_SIM_UPDATE(space, atomic_max_explicit, void, , Maximum)                                                         \
+  template <typename T>                                                                                               \
+  MFA_SIM_INLINE bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>* object, thread T* expected,     \
+                                                            ::mfa_sim::same<T> desired, memory_order, memory_order) { \
+    return ::mfa_sim::compare_exchange((volatile T*)&object->mfa_sim_value, expected, desired);                       \
   }
 MFA_SIM_ATOMICS(threadgroup)
 #ifndef MFA_SIM_FLAT

@@ -6,20 +6,20 @@ namespace mfa_sim {
 // ---- built-in inputs: a value of the lane's position, as the type that the kernel declares
 
 namespace builtin {
-#define MFA_SIM_BUILTINS(_)                                                                            \
-  _(thread_position_in_grid, thread_position_in_grid)                                                  \
-  _(threads_per_grid, threads_per_grid)                                                                \
-  _(threadgroup_position_in_grid, threadgroup_position_in_grid)                                        \
-  _(threadgroups_per_grid, threadgroups_per_grid)                                                      \
-  _(thread_position_in_threadgroup, thread_position_in_threadgroup)                                    \
-  _(threads_per_threadgroup, threads_per_threadgroup)                                                  \
-  _(dispatch_threads_per_threadgroup, threads_per_threadgroup)                                         \
-  _(thread_index_in_threadgroup, thread_index_in_threadgroup)                                          \
-  _(thread_index_in_simdgroup, thread_index_in_simdgroup)                                              \
-  _(simdgroup_index_in_threadgroup, simdgroup_index_in_threadgroup)                                    \
-  _(simdgroups_per_threadgroup, simdgroups_per_threadgroup)                                            \
-  _(dispatch_simdgroups_per_threadgroup, simdgroups_per_threadgroup)                                   \
-  _(threads_per_simdgroup, threads_per_simdgroup)                                                      \
+#define MFA_SIM_BUILTINS(_)                                          \
+  _(thread_position_in_grid, thread_position_in_grid)                \
+  _(threads_per_grid, threads_per_grid)                              \
+  _(threadgroup_position_in_grid, threadgroup_position_in_grid)      \
+  _(threadgroups_per_grid, threadgroups_per_grid)                    \
+  _(thread_position_in_threadgroup, thread_position_in_threadgroup)  \
+  _(threads_per_threadgroup, threads_per_threadgroup)                \
+  _(dispatch_threads_per_threadgroup, threads_per_threadgroup)       \
+  _(thread_index_in_threadgroup, thread_index_in_threadgroup)        \
+  _(thread_index_in_simdgroup, thread_index_in_simdgroup)            \
+  _(simdgroup_index_in_threadgroup, simdgroup_index_in_threadgroup)  \
+  _(simdgroups_per_threadgroup, simdgroups_per_threadgroup)          \
+  _(dispatch_simdgroups_per_threadgroup, simdgroups_per_threadgroup) \
+  _(threads_per_simdgroup, threads_per_simdgroup)                    \
   _(thread_execution_width, threads_per_simdgroup)
 #define MFA_SIM_FIELD(name, field)                                                  \
   struct name {                                                                     \

@@ -8,18 +8,18 @@ struct numeric_limits {
   static constexpr bool is_specialized = false;
 };
 
-#define MFA_SIM_INTEGER_LIMITS(T)                                                             \
-  template <>                                                                                 \
-  struct numeric_limits<T> {                                                                  \
-    static constexpr bool is_specialized = true, is_integer = true, is_exact = true;          \
-    static constexpr bool is_signed = static_cast<T>(-1) < static_cast<T>(0);                 \
-    static constexpr bool has_infinity = false, has_quiet_NaN = false;                        \
-    static constexpr int digits = 8 * sizeof(T) - is_signed;                                  \
-    static constexpr T max() { return static_cast<T>(~0ul >> (64 - digits)); }                \
-    static constexpr T min() { return is_signed ? static_cast<T>(-max() - 1) : static_cast<T>(0); }        \
-    static constexpr T lowest() { return min(); }                                             \
-    static constexpr T infinity() { return 0; }                                               \
-    static constexpr T quiet_NaN() { return 0; }                                              \
+#define MFA_SIM_INTEGER_LIMITS(T)                                                                   \
+  template <>                                                                                       \
+  struct numeric_limits<T> {                                                                        \
+    static constexpr bool is_specialized = true, is_integer = true, is_exact = true;                \
+    static constexpr bool is_signed = static_cast<T>(-1) < static_cast<T>(0);                       \
+    static constexpr bool has_infinity = false, has_quiet_NaN = false;                              \
+    static constexpr int digits = 8 * sizeof(T) - is_signed;                                        \
+    static constexpr T max() { return static_cast<T>(~0ul >> (64 - digits)); }                      \
+    static constexpr T min() { return is_signed ? static_cast<T>(-max() - 1) : static_cast<T>(0); } \
+    static constexpr T lowest() { return min(); }                                                   \
+    static constexpr T infinity() { return 0; }                                                     \
+    static constexpr T quiet_NaN() { return 0; }                                                    \
   };
 MFA_SIM_INTEGER_LIMITS(char)
 MFA_SIM_INTEGER_LIMITS(signed char)

@@ -1,7 +1,7 @@
 // <metal_math>, <metal_integer>, <metal_common>, <metal_geometric>. fast:: and precise:: are the same functions.
 //
-// Scalar functions are plain overloads for half and float, so that max(float, half) and the like stay ambiguous, as they
-// are in MSL. There is none for bfloat: Apple's header has none either.
+// Scalar functions are plain overloads for half and float, so that max(float, half) and the like stay ambiguous, as
+// they are in MSL. There is none for bfloat: Apple's header has none either.
 #pragma once
 
 namespace mfa_sim {
@@ -18,46 +18,43 @@ using uint128 = unsigned __int128;
 namespace metal {
 
 // MFA_SIM_MAP*(name, condition): the vector form of a scalar function, element by element.
-#define MFA_SIM_MAP1(name, condition)                                                      \
-  template <typename T, int N, ::mfa_sim::only_if<condition> = 0>                          \
-  MFA_SIM_INLINE vec<T, N> name(vec<T, N> x) {                                             \
-    vec<T, N> y;                                                                           \
-    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(x[i]));                         \
-    return y;                                                                              \
+#define MFA_SIM_MAP1(name, condition)                              \
+  template <typename T, int N, ::mfa_sim::only_if<condition> = 0>  \
+  MFA_SIM_INLINE vec<T, N> name(vec<T, N> x) {                     \
+    vec<T, N> y;                                                   \
+    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(x[i])); \
+    return y;                                                      \
   }
-#define MFA_SIM_MAP2(name, condition)                                                      \
-  template <typename T, int N, ::mfa_sim::only_if<condition> = 0>                          \
-  MFA_SIM_INLINE vec<T, N> name(vec<T, N> a, vec<T, N> b) {                                \
-    vec<T, N> y;                                                                           \
-    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(a[i]), static_cast<T>(b[i]));   \
-    return y;                                                                              \
+#define MFA_SIM_MAP2(name, condition)                                                    \
+  template <typename T, int N, ::mfa_sim::only_if<condition> = 0>                        \
+  MFA_SIM_INLINE vec<T, N> name(vec<T, N> a, vec<T, N> b) {                              \
+    vec<T, N> y;                                                                         \
+    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(a[i]), static_cast<T>(b[i])); \
+    return y;                                                                            \
   }
-#define MFA_SIM_MAP3(name, condition)                                                      \
-  template <typename T, int N, ::mfa_sim::only_if<condition> = 0>                          \
-  MFA_SIM_INLINE vec<T, N> name(vec<T, N> a, vec<T, N> b, vec<T, N> c) {                   \
-    vec<T, N> y;                                                                           \
-    for (int i = 0; i < N; ++i)                                                            \
-      y[i] = name(static_cast<T>(a[i]), static_cast<T>(b[i]), static_cast<T>(c[i]));       \
-    return y;                                                                              \
+#define MFA_SIM_MAP3(name, condition)                                                                          \
+  template <typename T, int N, ::mfa_sim::only_if<condition> = 0>                                              \
+  MFA_SIM_INLINE vec<T, N> name(vec<T, N> a, vec<T, N> b, vec<T, N> c) {                                       \
+    vec<T, N> y;                                                                                               \
+    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(a[i]), static_cast<T>(b[i]), static_cast<T>(c[i])); \
+    return y;                                                                                                  \
   }
 #define MFA_SIM_REAL ::mfa_sim::is_real<T>
 #define MFA_SIM_NUMBER ::mfa_sim::is_number<T>
 #define MFA_SIM_INTEGER (::mfa_sim::is_number<T> && !::mfa_sim::is_real<T>)
 
 // MFA_SIM_REAL*(name, expression of floats): half goes through float.
-#define MFA_SIM_REAL1(name, expression)                                                    \
-  MFA_SIM_INLINE constexpr float name(float x) { return expression; }                      \
-  MFA_SIM_INLINE constexpr half name(half x) { return half(name(float(x))); }              \
+#define MFA_SIM_REAL1(name, expression)                                       \
+  MFA_SIM_INLINE constexpr float name(float x) { return expression; }         \
+  MFA_SIM_INLINE constexpr half name(half x) { return half(name(float(x))); } \
   MFA_SIM_MAP1(name, MFA_SIM_REAL)
-#define MFA_SIM_REAL2(name, expression)                                                    \
-  MFA_SIM_INLINE constexpr float name(float a, float b) { return expression; }             \
+#define MFA_SIM_REAL2(name, expression)                                                         \
+  MFA_SIM_INLINE constexpr float name(float a, float b) { return expression; }                  \
   MFA_SIM_INLINE constexpr half name(half a, half b) { return half(name(float(a), float(b))); } \
   MFA_SIM_MAP2(name, MFA_SIM_REAL)
-#define MFA_SIM_REAL3(name, expression)                                                    \
-  MFA_SIM_INLINE constexpr float name(float a, float b, float c) { return expression; }    \
-  MFA_SIM_INLINE constexpr half name(half a, half b, half c) {                             \
-    return half(name(float(a), float(b), float(c)));                                       \
-  }                                                                                        \
+#define MFA_SIM_REAL3(name, expression)                                                                           \
+  MFA_SIM_INLINE constexpr float name(float a, float b, float c) { return expression; }                           \
+  MFA_SIM_INLINE constexpr half name(half a, half b, half c) { return half(name(float(a), float(b), float(c))); } \
   MFA_SIM_MAP3(name, MFA_SIM_REAL)
 
 MFA_SIM_REAL1(sqrt, __builtin_sqrtf(x))
@@ -139,51 +136,49 @@ MFA_SIM_INLINE float sincos(float x, thread float& cosine) {
 }
 
 // Integers.
-#define MFA_SIM_INTEGERS(T, U, W)                                                                                 \
-  MFA_SIM_INLINE constexpr T min(T a, T b) { return b < a ? b : a; }                                              \
-  MFA_SIM_INLINE constexpr T max(T a, T b) { return a < b ? b : a; }                                              \
-  MFA_SIM_INLINE constexpr T min3(T a, T b, T c) { return min(min(a, b), c); }                                    \
-  MFA_SIM_INLINE constexpr T max3(T a, T b, T c) { return max(max(a, b), c); }                                    \
-  MFA_SIM_INLINE constexpr T median3(T a, T b, T c) { return max(min(a, b), min(max(a, b), c)); }                 \
-  MFA_SIM_INLINE constexpr T clamp(T x, T low, T high) { return min(max(x, low), high); }                         \
-  MFA_SIM_INLINE constexpr T abs(T x) { return x < 0 ? static_cast<T>(-x) : x; }                                  \
-  MFA_SIM_INLINE constexpr U absdiff(T a, T b) {                                                                  \
-    return a < b ? static_cast<U>(U(b) - U(a)) : static_cast<U>(U(a) - U(b));                                     \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T addsat(T a, T b) {                                                                   \
-    T y = 0;                                                                                                      \
-    return !__builtin_add_overflow(a, b, &y) ? y : b < 0 ? numeric_limits<T>::min() : numeric_limits<T>::max();   \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T subsat(T a, T b) {                                                                   \
-    T y = 0;                                                                                                      \
-    return !__builtin_sub_overflow(a, b, &y) ? y : a < b ? numeric_limits<T>::min() : numeric_limits<T>::max();   \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T mulhi(T a, T b) { return static_cast<T>((W(a) * W(b)) >> (8 * sizeof(T))); }         \
-  MFA_SIM_INLINE constexpr T madhi(T a, T b, T c) { return static_cast<T>(mulhi(a, b) + c); }                     \
-  MFA_SIM_INLINE constexpr T hadd(T a, T b) { return static_cast<T>((W(a) + W(b)) >> 1); }                        \
-  MFA_SIM_INLINE constexpr T rhadd(T a, T b) { return static_cast<T>((W(a) + W(b) + 1) >> 1); }                   \
-  MFA_SIM_INLINE constexpr T rotate(T x, T by) {                                                                  \
-    constexpr int bits = 8 * sizeof(T);                                                                           \
-    const int n = static_cast<int>(U(by) % bits);                                                                 \
-    return static_cast<T>(n == 0 ? U(x) : static_cast<U>(U(x) << n | U(x) >> (bits - n)));                        \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T popcount(T x) { return static_cast<T>(__builtin_popcountl(ulong(U(x)))); }           \
-  MFA_SIM_INLINE constexpr T clz(T x) {                                                                           \
-    return static_cast<T>(x == 0 ? 8 * sizeof(T) : __builtin_clzl(ulong(U(x))) - (64 - 8 * sizeof(T)));           \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T ctz(T x) {                                                                           \
-    return static_cast<T>(x == 0 ? 8 * sizeof(T) : __builtin_ctzl(ulong(U(x))));                                  \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T reverse_bits(T x) {                                                                  \
-    return static_cast<T>(__builtin_bitreverse64(ulong(U(x))) >> (64 - 8 * sizeof(T)));                           \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T extract_bits(T x, uint offset, uint bits) {                                          \
-    constexpr uint width = 8 * sizeof(T);                                                                         \
-    return bits == 0 ? T(0) : static_cast<T>(static_cast<T>(U(x) << (width - bits - offset)) >> (width - bits));  \
-  }                                                                                                               \
-  MFA_SIM_INLINE constexpr T insert_bits(T base, T x, uint offset, uint bits) {                                   \
-    const U mask = static_cast<U>((bits == 8 * sizeof(T) ? ~0ul : (1ul << bits) - 1) << offset);                  \
-    return static_cast<T>((U(base) & ~mask) | (static_cast<U>(U(x) << offset) & mask));                           \
+#define MFA_SIM_INTEGERS(T, U, W)                                                                                      \
+  MFA_SIM_INLINE constexpr T min(T a, T b) { return b < a ? b : a; }                                                   \
+  MFA_SIM_INLINE constexpr T max(T a, T b) { return a < b ? b : a; }                                                   \
+  MFA_SIM_INLINE constexpr T min3(T a, T b, T c) { return min(min(a, b), c); }                                         \
+  MFA_SIM_INLINE constexpr T max3(T a, T b, T c) { return max(max(a, b), c); }                                         \
+  MFA_SIM_INLINE constexpr T median3(T a, T b, T c) { return max(min(a, b), min(max(a, b), c)); }                      \
+  MFA_SIM_INLINE constexpr T clamp(T x, T low, T high) { return min(max(x, low), high); }                              \
+  MFA_SIM_INLINE constexpr T abs(T x) { return x < 0 ? static_cast<T>(-x) : x; }                                       \
+  MFA_SIM_INLINE constexpr U absdiff(T a, T b) {                                                                       \
+    return a < b ? static_cast<U>(U(b) - U(a)) : static_cast<U>(U(a) - U(b));                                          \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T addsat(T a, T b) {                                                                        \
+    T y = 0;                                                                                                           \
+    return !__builtin_add_overflow(a, b, &y) ? y : b < 0 ? numeric_limits<T>::min() : numeric_limits<T>::max();        \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T subsat(T a, T b) {                                                                        \
+    T y = 0;                                                                                                           \
+    return !__builtin_sub_overflow(a, b, &y) ? y : a < b ? numeric_limits<T>::min() : numeric_limits<T>::max();        \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T mulhi(T a, T b) { return static_cast<T>((W(a) * W(b)) >> (8 * sizeof(T))); }              \
+  MFA_SIM_INLINE constexpr T madhi(T a, T b, T c) { return static_cast<T>(mulhi(a, b) + c); }                          \
+  MFA_SIM_INLINE constexpr T hadd(T a, T b) { return static_cast<T>((W(a) + W(b)) >> 1); }                             \
+  MFA_SIM_INLINE constexpr T rhadd(T a, T b) { return static_cast<T>((W(a) + W(b) + 1) >> 1); }                        \
+  MFA_SIM_INLINE constexpr T rotate(T x, T by) {                                                                       \
+    constexpr int bits = 8 * sizeof(T);                                                                                \
+    const int n = static_cast<int>(U(by) % bits);                                                                      \
+    return static_cast<T>(n == 0 ? U(x) : static_cast<U>(U(x) << n | U(x) >> (bits - n)));                             \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T popcount(T x) { return static_cast<T>(__builtin_popcountl(ulong(U(x)))); }                \
+  MFA_SIM_INLINE constexpr T clz(T x) {                                                                                \
+    return static_cast<T>(x == 0 ? 8 * sizeof(T) : __builtin_clzl(ulong(U(x))) - (64 - 8 * sizeof(T)));                \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T ctz(T x) { return static_cast<T>(x == 0 ? 8 * sizeof(T) : __builtin_ctzl(ulong(U(x)))); } \
+  MFA_SIM_INLINE constexpr T reverse_bits(T x) {                                                                       \
+    return static_cast<T>(__builtin_bitreverse64(ulong(U(x))) >> (64 - 8 * sizeof(T)));                                \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T extract_bits(T x, uint offset, uint bits) {                                               \
+    constexpr uint width = 8 * sizeof(T);                                                                              \
+    return bits == 0 ? T(0) : static_cast<T>(static_cast<T>(U(x) << (width - bits - offset)) >> (width - bits));       \
+  }                                                                                                                    \
+  MFA_SIM_INLINE constexpr T insert_bits(T base, T x, uint offset, uint bits) {                                        \
+    const U mask = static_cast<U>((bits == 8 * sizeof(T) ? ~0ul : (1ul << bits) - 1) << offset);                       \
+    return static_cast<T>((U(base) & ~mask) | (static_cast<U>(U(x) << offset) & mask));                                \
   }
 MFA_SIM_INTEGERS(char, uchar, int)
 MFA_SIM_INTEGERS(uchar, uchar, int)
@@ -262,16 +257,15 @@ MFA_SIM_INLINE vec<T, 3> cross(vec<T, 3> a, vec<T, 3> b) {
   return a.yzx * b.zxy - a.zxy * b.yzx;
 }
 
-#define MFA_SIM_VARIANTS                                                                                           \
-  using metal::abs, metal::acos, metal::acosh, metal::asin, metal::asinh, metal::atan, metal::atan2, metal::atanh, \
-      metal::ceil, metal::clamp, metal::copysign, metal::cos, metal::cosh, metal::cospi, metal::divide,            \
-      metal::dot, metal::distance, metal::exp, metal::exp10, metal::exp2, metal::fabs, metal::fdim, metal::floor,  \
-      metal::fma, metal::fmax, metal::fmax3, metal::fmin, metal::fmin3, metal::fmod, metal::fract, metal::frexp,   \
-      metal::ldexp, metal::length, metal::log, metal::log10, metal::log2, metal::max, metal::max3,                 \
-      metal::median3, metal::min, metal::min3, metal::mix, metal::modf, metal::normalize, metal::pow, metal::powr, \
-      metal::rint, metal::round, metal::rsqrt, metal::saturate, metal::sign, metal::sin, metal::sincos,            \
-      metal::sinh, metal::sinpi, metal::smoothstep, metal::sqrt, metal::step, metal::tan, metal::tanh,             \
-      metal::tanpi, metal::trunc;
+#define MFA_SIM_VARIANTS                                                                                            \
+  using metal::abs, metal::acos, metal::acosh, metal::asin, metal::asinh, metal::atan, metal::atan2, metal::atanh,  \
+      metal::ceil, metal::clamp, metal::copysign, metal::cos, metal::cosh, metal::cospi, metal::divide, metal::dot, \
+      metal::distance, metal::exp, metal::exp10, metal::exp2, metal::fabs, metal::fdim, metal::floor, metal::fma,   \
+      metal::fmax, metal::fmax3, metal::fmin, metal::fmin3, metal::fmod, metal::fract, metal::frexp, metal::ldexp,  \
+      metal::length, metal::log, metal::log10, metal::log2, metal::max, metal::max3, metal::median3, metal::min,    \
+      metal::min3, metal::mix, metal::modf, metal::normalize, metal::pow, metal::powr, metal::rint, metal::round,   \
+      metal::rsqrt, metal::saturate, metal::sign, metal::sin, metal::sincos, metal::sinh, metal::sinpi,             \
+      metal::smoothstep, metal::sqrt, metal::step, metal::tan, metal::tanh, metal::tanpi, metal::trunc;
 namespace fast {
 MFA_SIM_VARIANTS
 }

@@ -16,8 +16,8 @@ struct alignas(2 * sizeof(T)) Elements {
   MFA_SIM_INLINE constexpr const T& operator[](int i) const { return at[i]; }
 };
 
-constexpr int row_of(int lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
-constexpr int column_of(int lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
+MFA_SIM_INLINE constexpr int row_of(int lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
+MFA_SIM_INLINE constexpr int column_of(int lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
 
 template <int N>
 using Floats = metal::vec<float, N>;
@@ -44,7 +44,8 @@ MFA_SIM_UNCHECKED MFA_SIM_INLINE void narrow(T* row, Row x) {
     const auto bits = __builtin_bit_cast(metal::vec<uint, 8>, x);
     const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const auto is_nan = __builtin_bit_cast(metal::vec<uint, 8>, x != x);
-    const auto y = __builtin_convertvector((is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded), metal::vec<ushort, 8>);
+    const auto y =
+        __builtin_convertvector((is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded), metal::vec<ushort, 8>);
     __builtin_memcpy(row, &y, sizeof y);
   } else {
     const auto y = __builtin_convertvector(x, metal::vec<T, 8>);
@@ -61,11 +62,11 @@ struct Multiply {
 };
 
 // The operands of all lanes as a row-major matrix.
-#define MFA_SIM_GATHER(T, field, target)                                                                  \
-  alignas(32) T target[64];                                                                               \
-  _Pragma("clang loop unroll(full)") for (int lane = 0; lane < kLanes; ++lane) {                          \
-    __builtin_memcpy(target + 8 * row_of(lane) + column_of(lane),                                         \
-                     &static_cast<const Argument*>(arguments[lane])->field, 2 * sizeof(T));               \
+#define MFA_SIM_GATHER(T, field, target)                                                    \
+  alignas(32) T target[64];                                                                 \
+  _Pragma("clang loop unroll(full)") for (int lane = 0; lane < kLanes; ++lane) {            \
+    __builtin_memcpy(target + 8 * row_of(lane) + column_of(lane),                           \
+                     &static_cast<const Argument*>(arguments[lane])->field, 2 * sizeof(T)); \
   }
 
 // D = A B + C: fp32 FMA over k = 0 .. 7 in order, rounded once.
@@ -134,9 +135,7 @@ struct simdgroup_matrix {
   static_assert(Columns == 8 && Rows == 8, "simdgroup_matrix is 8x8");
 
 #if defined(MFA_SIM_COUNT) || defined(MFA_SIM_ASAN)
-  MFA_SIM_INLINE simdgroup_matrix() {
-    elements.at[0] = elements.at[1] = numeric_limits<T>::quiet_NaN();
-  }
+  MFA_SIM_INLINE simdgroup_matrix() { elements.at[0] = elements.at[1] = numeric_limits<T>::quiet_NaN(); }
 #else
   simdgroup_matrix() = default;
 #endif
@@ -148,8 +147,8 @@ struct simdgroup_matrix {
       elements.at[i] = ::mfa_sim::row_of(lane) == ::mfa_sim::column_of(lane) + i ? value : T(0);
     }
   }
-  MFA_SIM_INLINE thread ::mfa_sim::Elements<T>& thread_elements() { return elements; }
-  MFA_SIM_INLINE const thread ::mfa_sim::Elements<T>& thread_elements() const { return elements; }
+  MFA_SIM_INLINE thread::mfa_sim::Elements<T>& thread_elements() { return elements; }
+  MFA_SIM_INLINE const thread::mfa_sim::Elements<T>& thread_elements() const { return elements; }
 
   ::mfa_sim::Elements<T> elements;
 };
@@ -169,26 +168,26 @@ MFA_SIM_COLLECTIVE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_ma
   return simdgroup_matrix<T, Columns, Rows>(value, MFA_SIM_HERE);
 }
 
-#define MFA_SIM_TRANSFER(space)                                                                                       \
-  template <typename T>                                                                                               \
-  MFA_SIM_COLLECTIVE void simdgroup_load(thread simdgroup_matrix<T, 8, 8>& d, const space T* source,                  \
-                                         ulong elements_per_row = 8, ulong2 matrix_origin = ulong2(0),                \
-                                         bool transpose_matrix = false, MFA_SIM_SITE) {                               \
-    ::mfa_sim::meet(reinterpret_cast<uint64_t>(source), elements_per_row, matrix_origin, transpose_matrix,            \
-                    "simdgroup_load", MFA_SIM_HERE);                                                                  \
-    for (int i = 0; i < 2; ++i) {                                                                                     \
-      d.elements.at[i] = source[::mfa_sim::element_offset(i, elements_per_row, matrix_origin, transpose_matrix)];     \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  template <typename T>                                                                                               \
-  MFA_SIM_COLLECTIVE void simdgroup_store(simdgroup_matrix<T, 8, 8> a, space T* target, ulong elements_per_row = 8,   \
-                                          ulong2 matrix_origin = ulong2(0), bool transpose_matrix = false,            \
-                                          MFA_SIM_SITE) {                                                             \
-    ::mfa_sim::meet(reinterpret_cast<uint64_t>(target), elements_per_row, matrix_origin, transpose_matrix,            \
-                    "simdgroup_store", MFA_SIM_HERE);                                                                 \
-    for (int i = 0; i < 2; ++i) {                                                                                     \
-      target[::mfa_sim::element_offset(i, elements_per_row, matrix_origin, transpose_matrix)] = a.elements.at[i];     \
-    }                                                                                                                 \
+#define MFA_SIM_TRANSFER(space)                                                                                     \
+  template <typename T>                                                                                             \
+  MFA_SIM_COLLECTIVE void simdgroup_load(thread simdgroup_matrix<T, 8, 8>& d, const space T* source,                \
+                                         ulong elements_per_row = 8, ulong2 matrix_origin = ulong2(0),              \
+                                         bool transpose_matrix = false, MFA_SIM_SITE) {                             \
+    ::mfa_sim::meet(reinterpret_cast<uint64_t>(source), elements_per_row, matrix_origin, transpose_matrix,          \
+                    "simdgroup_load", MFA_SIM_HERE);                                                                \
+    for (int i = 0; i < 2; ++i) {                                                                                   \
+      d.elements.at[i] = source[::mfa_sim::element_offset(i, elements_per_row, matrix_origin, transpose_matrix)];   \
+    }                                                                                                               \
+  }                                                                                                                 \
+  template <typename T>                                                                                             \
+  MFA_SIM_COLLECTIVE void simdgroup_store(simdgroup_matrix<T, 8, 8> a, space T* target, ulong elements_per_row = 8, \
+                                          ulong2 matrix_origin = ulong2(0), bool transpose_matrix = false,          \
+                                          MFA_SIM_SITE) {                                                           \
+    ::mfa_sim::meet(reinterpret_cast<uint64_t>(target), elements_per_row, matrix_origin, transpose_matrix,          \
+                    "simdgroup_store", MFA_SIM_HERE);                                                               \
+    for (int i = 0; i < 2; ++i) {                                                                                   \
+      target[::mfa_sim::element_offset(i, elements_per_row, matrix_origin, transpose_matrix)] = a.elements.at[i];   \
+    }                                                                                                               \
   }
 MFA_SIM_TRANSFER(threadgroup)
 #ifndef MFA_SIM_FLAT
@@ -201,7 +200,8 @@ template <typename D, typename A, typename B, typename C>
 MFA_SIM_COLLECTIVE void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
                                                       simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c,
                                                       MFA_SIM_SITE) {
-  d.elements = ::mfa_sim::multiply<D>(a.elements, b.elements, c.elements, "simdgroup_multiply_accumulate", MFA_SIM_HERE);
+  d.elements =
+      ::mfa_sim::multiply<D>(a.elements, b.elements, c.elements, "simdgroup_multiply_accumulate", MFA_SIM_HERE);
 }
 template <typename D, typename A, typename B>
 MFA_SIM_COLLECTIVE void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,

@@ -3,14 +3,14 @@
 
 namespace metal {
 
-#define MFA_SIM_PREDICATE(name, expression)                                    \
-  MFA_SIM_INLINE constexpr bool name(float x) { return expression; }           \
-  MFA_SIM_INLINE constexpr bool name(half x) { return name(float(x)); }        \
-  template <typename T, int N, ::mfa_sim::only_if<MFA_SIM_REAL> = 0>           \
-  MFA_SIM_INLINE vec<bool, N> name(vec<T, N> x) {                              \
-    vec<bool, N> y;                                                            \
-    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(x[i]));             \
-    return y;                                                                  \
+#define MFA_SIM_PREDICATE(name, expression)                             \
+  MFA_SIM_INLINE constexpr bool name(float x) { return expression; }    \
+  MFA_SIM_INLINE constexpr bool name(half x) { return name(float(x)); } \
+  template <typename T, int N, ::mfa_sim::only_if<MFA_SIM_REAL> = 0>    \
+  MFA_SIM_INLINE vec<bool, N> name(vec<T, N> x) {                       \
+    vec<bool, N> y;                                                     \
+    for (int i = 0; i < N; ++i) y[i] = name(static_cast<T>(x[i]));      \
+    return y;                                                           \
   }
 MFA_SIM_PREDICATE(isnan, __builtin_isnan(x))
 MFA_SIM_PREDICATE(isinf, __builtin_isinf(x))

@@ -24,7 +24,6 @@ __attribute__((convergent)) void mfa_sim_simdgroup_barrier(uint32_t mem_flags, c
 #endif
 #define thread
 #define METAL_FUNC inline __attribute__((always_inline))
-#define METAL_CONST_ARG(x)
 
 // Shim internals: never instrumented, since they touch other lanes' memory. Outlined where instrumentation would
 // otherwise follow them into the kernel; inlined in fast mode, where a call per lane costs more.
@@ -48,6 +47,7 @@ __attribute__((convergent)) void mfa_sim_simdgroup_barrier(uint32_t mem_flags, c
 #define mfa_sim_count_conversion(n) ((void)0)
 #endif
 
+// clang-format off
 #include "traits.h"
 #include "types.h"
 #include "limits.h"
@@ -57,6 +57,7 @@ __attribute__((convergent)) void mfa_sim_simdgroup_barrier(uint32_t mem_flags, c
 #include "matrix.h"
 #include "atomic.h"
 #include "kernel.h"
+// clang-format on
 
 #define double msl_has_no_double
 #define goto msl_has_no_goto

@@ -34,7 +34,7 @@ MFA_SIM_UNCHECKED inline T poison() {
   return x;
 }
 
-// ---- shuffles: Source::of(lane, operand) is the lane whose value `lane` gets, or out of range.
+// ---- shuffles: Source::of(lane, operand) is the lane whose value `lane` gets, or -1.
 
 template <typename T, typename Source>
 MFA_SIM_UNCHECKED void shuffle_lanes(void* const* arguments) {
@@ -42,13 +42,8 @@ MFA_SIM_UNCHECKED void shuffle_lanes(void* const* arguments) {
     if (arguments[lane] == nullptr) continue;
     auto& mine = *static_cast<Exchange<T>*>(arguments[lane]);
     const int source = Source::of(lane, mine.operand);
-    if (source < 0 || source >= kLanes || source / Source::kGroup != lane / Source::kGroup) {
-      mine.result = Source::kFills ? mine.fill : poison<T>();
-    } else if (arguments[source] == nullptr) {
-      mine.result = poison<T>();
-    } else {
-      mine.result = static_cast<Exchange<T>*>(arguments[source])->value;
-    }
+    const bool is_there = source >= 0 && source < kLanes && arguments[source] != nullptr;
+    mine.result = is_there ? static_cast<Exchange<T>*>(arguments[source])->value : poison<T>();
   }
 }
 
@@ -85,7 +80,6 @@ MFA_SIM_OUTLINED T exchange(mfa_sim_operation operation, T value, T fill, int op
 template <int kGroupSize>
 struct Direct {
   static constexpr int kGroup = kGroupSize;
-  static constexpr bool kFills = false;
   MFA_SIM_UNCHECKED static int of(int lane, int operand) {
     return operand < 0 || operand >= kGroup ? -1 : lane - lane % kGroup + operand;
   }
@@ -93,13 +87,11 @@ struct Direct {
 template <int kGroupSize>
 struct Xor {
   static constexpr int kGroup = kGroupSize;
-  static constexpr bool kFills = false;
-  MFA_SIM_UNCHECKED static int of(int lane, int operand) { return operand >= kGroup ? -1 : lane ^ operand; }
+  MFA_SIM_UNCHECKED static int of(int lane, int operand) { return operand < kGroup ? lane ^ operand : -1; }
 };
 template <int kGroupSize, int kSign>
 struct Shift {
   static constexpr int kGroup = kGroupSize;
-  static constexpr bool kFills = false;
   MFA_SIM_UNCHECKED static int of(int lane, int operand) {
     const int inside = lane % kGroup + kSign * operand;
     return inside < 0 || inside >= kGroup ? -1 : lane - lane % kGroup + inside;
@@ -108,7 +100,6 @@ struct Shift {
 template <int kGroupSize, int kSign>
 struct Rotate {
   static constexpr int kGroup = kGroupSize;
-  static constexpr bool kFills = false;
   MFA_SIM_UNCHECKED static int of(int lane, int operand) {
     return lane - lane % kGroup + (lane % kGroup + kSign * (operand % kGroup) + kGroup) % kGroup;
   }
@@ -118,31 +109,45 @@ struct Rotate {
 
 struct Sum {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return static_cast<T>(a + b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return static_cast<T>(a + b);
+  }
 };
 struct Product {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return static_cast<T>(a * b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return static_cast<T>(a * b);
+  }
 };
 struct Minimum {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return metal::min(a, b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return metal::min(a, b);
+  }
 };
 struct Maximum {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return metal::max(a, b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return metal::max(a, b);
+  }
 };
 struct And {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return static_cast<T>(a & b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return static_cast<T>(a & b);
+  }
 };
 struct Or {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return static_cast<T>(a | b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return static_cast<T>(a | b);
+  }
 };
 struct ExclusiveOr {
   template <typename T>
-  MFA_SIM_UNCHECKED static T apply(T a, T b) { return static_cast<T>(a ^ b); }
+  MFA_SIM_UNCHECKED static T apply(T a, T b) {
+    return static_cast<T>(a ^ b);
+  }
 };
 
 // The order of a butterfly (xor 1, 2, 4, 8, 16), of which every lane gets the same bits.
@@ -205,12 +210,17 @@ MFA_SIM_UNCHECKED inline void active_lanes(void* const* arguments) {
 template <typename T>
 constexpr bool is_shuffled = is_number<element_of<T>> || __is_same(element_of<T>, bfloat);
 
-// First argument of each operation; a plain T would let address spaces into T.
+// Which lanes vote for something, as a mask.
 MFA_SIM_COLLECTIVE ulong vote(mfa_sim_operation operation, bool value, const char* name, const char* file, int line) {
   return exchange<ulong>(operation, value, 0, 0, MFA_SIM_REDUCTION, 0, name, file, line);
 }
 
-MFA_SIM_INLINE uint lane_index() { return mfa_sim_current_position()->thread_index_in_simdgroup; }
+MFA_SIM_OUTLINED uint lane_index() { return mfa_sim_current_position()->thread_index_in_simdgroup; }
+
+// The votes of this lane's quad.
+MFA_SIM_COLLECTIVE ulong quad_vote(bool value, const char* name, const char* file, int line) {
+  return vote(&ballot_lanes, value, name, file, line) >> (lane_index() & ~3u) & 15;
+}
 
 }  // namespace mfa_sim
 
@@ -246,11 +256,11 @@ MFA_SIM_SHUFFLE(quad_shuffle_rotate_down, MFA_SIM_SHUFFLE, true, Rotate<4, 1>)
 MFA_SIM_SHUFFLE(quad_broadcast, MFA_SIM_REDUCTION, true, Direct<4>)
 #undef MFA_SIM_SHUFFLE
 
-#define MFA_SIM_FILL(name, size, is_up)                                                                                \
-  template <typename T, ::mfa_sim::only_if<::mfa_sim::is_shuffled<T>> = 0>                                             \
-  MFA_SIM_COLLECTIVE T name(T value, T filling, ushort delta, ushort modulo = size, MFA_SIM_SITE) {                    \
-    return ::mfa_sim::exchange<T>(&::mfa_sim::fill_lanes<T, is_up>, value, filling, modulo << 8 | delta,               \
-                                  MFA_SIM_SHUFFLE, modulo << 8 | delta, #name, MFA_SIM_HERE);                          \
+#define MFA_SIM_FILL(name, size, is_up)                                                                  \
+  template <typename T, ::mfa_sim::only_if<::mfa_sim::is_shuffled<T>> = 0>                               \
+  MFA_SIM_COLLECTIVE T name(T value, T filling, ushort delta, ushort modulo = size, MFA_SIM_SITE) {      \
+    return ::mfa_sim::exchange<T>(&::mfa_sim::fill_lanes<T, is_up>, value, filling, modulo << 8 | delta, \
+                                  MFA_SIM_SHUFFLE, modulo << 8 | delta, #name, MFA_SIM_HERE);            \
   }
 MFA_SIM_FILL(simd_shuffle_and_fill_up, 32, true)
 MFA_SIM_FILL(simd_shuffle_and_fill_down, 32, false)
@@ -258,29 +268,30 @@ MFA_SIM_FILL(quad_shuffle_and_fill_up, 4, true)
 MFA_SIM_FILL(quad_shuffle_and_fill_down, 4, false)
 #undef MFA_SIM_FILL
 
-#define MFA_SIM_REDUCE(name, condition, ...)                                                                            \
-  template <typename T, ::mfa_sim::only_if<condition> = 0>                                                              \
-  MFA_SIM_COLLECTIVE T name(T value, MFA_SIM_SITE) {                                                                    \
-    return ::mfa_sim::exchange<T>(&::mfa_sim::__VA_ARGS__, value, value, 0, MFA_SIM_REDUCTION, 0, #name, MFA_SIM_HERE); \
+#define MFA_SIM_REDUCE(name, condition, ...)                                                             \
+  template <typename T, ::mfa_sim::only_if<condition> = 0>                                               \
+  MFA_SIM_COLLECTIVE T name(T value, MFA_SIM_SITE) {                                                     \
+    return ::mfa_sim::exchange<T>(&::mfa_sim::__VA_ARGS__, value, value, 0, MFA_SIM_REDUCTION, 0, #name, \
+                                  MFA_SIM_HERE);                                                         \
   }
-#define MFA_SIM_REDUCES(prefix, size)                                                                                  \
-  MFA_SIM_REDUCE(prefix##_sum, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Sum, size>)                               \
-  MFA_SIM_REDUCE(prefix##_product, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Product, size>)                       \
-  MFA_SIM_REDUCE(prefix##_min, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Minimum, size>)                           \
-  MFA_SIM_REDUCE(prefix##_max, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Maximum, size>)                           \
-  MFA_SIM_REDUCE(prefix##_and, MFA_SIM_BITS, reduce_lanes<T, ::mfa_sim::And, size>)                                    \
-  MFA_SIM_REDUCE(prefix##_or, MFA_SIM_BITS, reduce_lanes<T, ::mfa_sim::Or, size>)                                      \
-  MFA_SIM_REDUCE(prefix##_xor, MFA_SIM_BITS, reduce_lanes<T, ::mfa_sim::ExclusiveOr, size>)                            \
-  MFA_SIM_SCAN(prefix##_prefix_inclusive_sum, 0, ::mfa_sim::Sum, true, size)                                           \
-  MFA_SIM_SCAN(prefix##_prefix_exclusive_sum, 0, ::mfa_sim::Sum, false, size)                                          \
-  MFA_SIM_SCAN(prefix##_prefix_inclusive_product, 1, ::mfa_sim::Product, true, size)                                   \
+#define MFA_SIM_REDUCES(prefix, size)                                                            \
+  MFA_SIM_REDUCE(prefix##_sum, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Sum, size>)         \
+  MFA_SIM_REDUCE(prefix##_product, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Product, size>) \
+  MFA_SIM_REDUCE(prefix##_min, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Minimum, size>)     \
+  MFA_SIM_REDUCE(prefix##_max, MFA_SIM_REDUCIBLE, reduce_lanes<T, ::mfa_sim::Maximum, size>)     \
+  MFA_SIM_REDUCE(prefix##_and, MFA_SIM_BITS, reduce_lanes<T, ::mfa_sim::And, size>)              \
+  MFA_SIM_REDUCE(prefix##_or, MFA_SIM_BITS, reduce_lanes<T, ::mfa_sim::Or, size>)                \
+  MFA_SIM_REDUCE(prefix##_xor, MFA_SIM_BITS, reduce_lanes<T, ::mfa_sim::ExclusiveOr, size>)      \
+  MFA_SIM_SCAN(prefix##_prefix_inclusive_sum, 0, ::mfa_sim::Sum, true, size)                     \
+  MFA_SIM_SCAN(prefix##_prefix_exclusive_sum, 0, ::mfa_sim::Sum, false, size)                    \
+  MFA_SIM_SCAN(prefix##_prefix_inclusive_product, 1, ::mfa_sim::Product, true, size)             \
   MFA_SIM_SCAN(prefix##_prefix_exclusive_product, 1, ::mfa_sim::Product, false, size)
-#define MFA_SIM_SCAN(name, identity, operation, is_inclusive, size)                                                    \
-  template <typename T, ::mfa_sim::only_if<MFA_SIM_REDUCIBLE> = 0>                                                     \
-  MFA_SIM_COLLECTIVE T name(T value, MFA_SIM_SITE) {                                                                   \
-    return ::mfa_sim::exchange<T>(&::mfa_sim::scan_lanes<T, operation, is_inclusive, size>, value,                     \
-                                  T(static_cast<::mfa_sim::element_of<T>>(identity)), 0, MFA_SIM_REDUCTION, 0, #name,  \
-                                  MFA_SIM_HERE);                                                                       \
+#define MFA_SIM_SCAN(name, identity, operation, is_inclusive, size)                                                   \
+  template <typename T, ::mfa_sim::only_if<MFA_SIM_REDUCIBLE> = 0>                                                    \
+  MFA_SIM_COLLECTIVE T name(T value, MFA_SIM_SITE) {                                                                  \
+    return ::mfa_sim::exchange<T>(&::mfa_sim::scan_lanes<T, operation, is_inclusive, size>, value,                    \
+                                  T(static_cast<::mfa_sim::element_of<T>>(identity)), 0, MFA_SIM_REDUCTION, 0, #name, \
+                                  MFA_SIM_HERE);                                                                      \
   }
 #define MFA_SIM_REDUCIBLE ::mfa_sim::is_number<::mfa_sim::element_of<T>>
 #define MFA_SIM_BITS (MFA_SIM_REDUCIBLE && !::mfa_sim::is_real<::mfa_sim::element_of<T>>)
@@ -291,13 +302,13 @@ MFA_SIM_REDUCES(quad, 4)
 
 template <typename T, ::mfa_sim::only_if<::mfa_sim::is_shuffled<T>> = 0>
 MFA_SIM_COLLECTIVE T simd_broadcast_first(T value, MFA_SIM_SITE) {
-  return ::mfa_sim::exchange<T>(&::mfa_sim::shuffle_lanes<T, ::mfa_sim::Direct<32>>, value, value, 0,
-                                MFA_SIM_REDUCTION, 0, "simd_broadcast_first", MFA_SIM_HERE);
+  return ::mfa_sim::exchange<T>(&::mfa_sim::shuffle_lanes<T, ::mfa_sim::Direct<32>>, value, value, 0, MFA_SIM_REDUCTION,
+                                0, "simd_broadcast_first", MFA_SIM_HERE);
 }
 template <typename T, ::mfa_sim::only_if<::mfa_sim::is_shuffled<T>> = 0>
 MFA_SIM_COLLECTIVE T quad_broadcast_first(T value, MFA_SIM_SITE) {
-  return ::mfa_sim::exchange<T>(&::mfa_sim::shuffle_lanes<T, ::mfa_sim::Direct<4>>, value, value, 0,
-                                MFA_SIM_REDUCTION, 0, "quad_broadcast_first", MFA_SIM_HERE);
+  return ::mfa_sim::exchange<T>(&::mfa_sim::shuffle_lanes<T, ::mfa_sim::Direct<4>>, value, value, 0, MFA_SIM_REDUCTION,
+                                0, "quad_broadcast_first", MFA_SIM_HERE);
 }
 
 // The lanes for which a condition holds.
@@ -331,13 +342,11 @@ MFA_SIM_COLLECTIVE bool simd_is_first(MFA_SIM_SITE) {
 }
 MFA_SIM_COLLECTIVE bool simd_is_helper_thread() { return false; }
 
-MFA_SIM_COLLECTIVE ulong quad_mask_of(bool value, const char* name, const char* file, int line) {
-  const ulong mask = ::mfa_sim::vote(&::mfa_sim::ballot_lanes, value, name, file, line);
-  return mask >> (::mfa_sim::lane_index() & ~3u) & 15;
+MFA_SIM_COLLECTIVE bool quad_any(bool value, MFA_SIM_SITE) {
+  return ::mfa_sim::quad_vote(value, "quad_any", MFA_SIM_HERE) != 0;
 }
-MFA_SIM_COLLECTIVE bool quad_any(bool value, MFA_SIM_SITE) { return quad_mask_of(value, "quad_any", MFA_SIM_HERE) != 0; }
 MFA_SIM_COLLECTIVE bool quad_all(bool value, MFA_SIM_SITE) {
-  return quad_mask_of(!value, "quad_all", MFA_SIM_HERE) == 0;
+  return ::mfa_sim::quad_vote(!value, "quad_all", MFA_SIM_HERE) == 0;
 }
 
 }  // namespace metal

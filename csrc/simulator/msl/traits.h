@@ -37,16 +37,16 @@ template <bool B, typename T, typename F>
 using conditional_t = typename conditional<B, T, F>::type;
 
 // MFA_SIM_TRANSFORM(name, pattern): name<pattern>::type is T, name<other>::type is the other itself.
-#define MFA_SIM_TRANSFORM(name, ...)              \
-  template <typename T>                           \
-  struct name {                                   \
-    using type = T;                               \
-  };                                              \
-  template <typename T>                           \
-  struct name<__VA_ARGS__> {                      \
-    using type = T;                               \
-  };                                              \
-  template <typename T>                           \
+#define MFA_SIM_TRANSFORM(name, ...) \
+  template <typename T>              \
+  struct name {                      \
+    using type = T;                  \
+  };                                 \
+  template <typename T>              \
+  struct name<__VA_ARGS__> {         \
+    using type = T;                  \
+  };                                 \
+  template <typename T>              \
   using name##_t = typename name<T>::type;
 MFA_SIM_TRANSFORM(remove_const, const T)
 MFA_SIM_TRANSFORM(remove_volatile, volatile T)
@@ -120,10 +120,10 @@ template <typename T>
 using make_unsigned_t = typename make_unsigned<T>::type;
 
 // MFA_SIM_TRAIT(name, condition): name<T>::value and name_v<T>.
-#define MFA_SIM_TRAIT(name, ...)                           \
-  template <typename T>                                    \
-  struct name : bool_constant<__VA_ARGS__> {};             \
-  template <typename T>                                    \
+#define MFA_SIM_TRAIT(name, ...)               \
+  template <typename T>                        \
+  struct name : bool_constant<__VA_ARGS__> {}; \
+  template <typename T>                        \
   constexpr bool name##_v = name<T>::value;
 MFA_SIM_TRAIT(is_integral, __is_integral(remove_addrspace_t<T>))
 MFA_SIM_TRAIT(is_floating_point, __is_floating_point(remove_addrspace_t<T>))

@@ -11,22 +11,22 @@ typedef __bf16 bfloat;
 namespace metal {
 template <typename T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
-using ::half;
 using ::bfloat;
+using ::half;
 using ::uchar;
-using ::ushort;
 using ::uint;
 using ::ulong;
+using ::ushort;
 }  // namespace metal
 
-#define MFA_SIM_VECTORS(T)        \
+#define MFA_SIM_VECTORS(T)         \
   using T##2 = ::metal::vec<T, 2>; \
   using T##3 = ::metal::vec<T, 3>; \
   using T##4 = ::metal::vec<T, 4>; \
-  namespace metal {               \
-  using ::T##2;                   \
-  using ::T##3;                   \
-  using ::T##4;                   \
+  namespace metal {                \
+  using ::T##2;                    \
+  using ::T##3;                    \
+  using ::T##4;                    \
   }
 MFA_SIM_VECTORS(bool)
 MFA_SIM_VECTORS(char)
@@ -44,9 +44,9 @@ MFA_SIM_VECTORS(float)
 
 // 1.5h and 1.5bf.
 constexpr half operator""h(long double x) { return static_cast<half>(x); }
-constexpr half operator""H(long double x) { return static_cast<half>(x); }
-constexpr bfloat operator""bf(long double x) { return static_cast<bfloat>(static_cast<float>(x)); }
-constexpr bfloat operator""BF(long double x) { return static_cast<bfloat>(static_cast<float>(x)); }
+constexpr half operator"" H(long double x) { return static_cast<half>(x); }
+constexpr bfloat operator"" bf(long double x) { return static_cast<bfloat>(static_cast<float>(x)); }
+constexpr bfloat operator"" BF(long double x) { return static_cast<bfloat>(static_cast<float>(x)); }
 
 namespace mfa_sim {
 
@@ -116,7 +116,7 @@ MFA_SIM_INLINE constexpr V construct(A... arguments) {
   } else if constexpr (sizeof...(A) == 1 && ((size_of<A> == N) && ...)) {
     return convert<V>(arguments...);
   } else {
-    constexpr int count = ((size_of<A> == 0 ? 1 : size_of<A>) + ...);
+    constexpr int count = ((size_of<A> == 0 ? 1 : size_of<A>)+...);
     static_assert(count == N, "a vector is built from one scalar, or from as many elements as it has");
     if constexpr (count != N) {
       return V{};
@@ -184,7 +184,7 @@ struct cast {
 template <typename T>
 struct dereferenced_cast {
   template <typename S>
-  MFA_SIM_INLINE constexpr auto operator->*(S&& x) const -> decltype(*(T)nullptr) {
+  MFA_SIM_INLINE constexpr auto operator->*(S&& x) const -> decltype(*(T) nullptr) {
     return *(cast<T>{}->*x);
   }
 };

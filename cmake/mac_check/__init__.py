@@ -1,0 +1,1 @@
+"""make mac-check: see __main__.py."""

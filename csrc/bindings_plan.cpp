@@ -1,0 +1,205 @@
+// mfa._native: the plan and the catalogue, for tests and tools.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <iterator>
+#include <type_traits>
+
+#include "bindings.h"
+#include "catalogue.h"
+#include "plan.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace mfa {
+namespace {
+
+constexpr Named<DType> kDTypes[] = {{"f16", DType::f16}, {"bf16", DType::bf16}, {"f32", DType::f32}};
+constexpr Named<Path> kPaths[] = {{"staged", staged}, {"direct", direct}};
+constexpr Named<Memory> kMemories[] = {{"split", split}, {"shared", shared}};
+constexpr Named<Own> kOwns[] = {{"held", held}, {"reread", reread}};
+constexpr Named<Kind> kKinds[] = {{"forward", Kind::forward},
+                                  {"backward_delta", Kind::backward_delta},
+                                  {"backward_dkdv", Kind::backward_dkdv},
+                                  {"backward_dq", Kind::backward_dq},
+                                  {"backward_dq_from_ds", Kind::backward_dq_from_ds},
+                                  {"backward_dbias", Kind::backward_dbias}};
+constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
+                                          {"mask", BiasKind::mask},
+                                          {"same_dtype", BiasKind::same_dtype},
+                                          {"float32", BiasKind::float32}};
+constexpr Named<Alibi> kAlibis[] = {
+    {"none", Alibi::none}, {"per_head", Alibi::per_head}, {"per_batch", Alibi::per_batch}};
+constexpr Named<BackwardMode> kModes[] = {{"automatic", BackwardMode::automatic},
+                                          {"five_gemm", BackwardMode::five_gemm},
+                                          {"seven_gemm", BackwardMode::seven_gemm}};
+
+// A property that is a tuple; of an array, nanobind would make a list.
+template <typename Class, auto kMember>
+auto tuple_of(const Class& object) {
+  const auto& values = object.*kMember;
+  if constexpr (std::size(std::remove_cvref_t<decltype(values)>{}) == 3) {
+    return std::tuple(values[0], values[1], values[2]);
+  } else {
+    return std::tuple(values[0], values[1], values[2], values[3]);
+  }
+}
+
+// Unsigned: lengths that the plan is going to refuse may overflow here.
+Strides contiguous(std::uint64_t heads, std::uint64_t rows, std::uint64_t columns) {
+  return {static_cast<std::int64_t>(heads * rows * columns), static_cast<std::int64_t>(rows * columns),
+          static_cast<std::int64_t>(columns)};
+}
+
+// Keyword arguments by the names of fields; what is not there keeps its default.
+class Fields {
+ public:
+  explicit Fields(const nb::kwargs& kwargs) { left_.update(kwargs); }
+
+  template <typename Value>
+  void take(const char* name, Value& target) {
+    if (left_.contains(name)) target = nb::cast<Value>(left_.attr("pop")(name));
+  }
+
+  template <typename Table, typename Value>
+  void take_named(const char* name, const Table& table, Value& target) {
+    std::string text = name_of(table, target);
+    take(name, text);
+    target = value_of(table, text, name);
+  }
+
+  void finish() const {
+    for (auto [key, value] : left_)
+      throw nb::type_error(("plan() has no argument " + nb::cast<std::string>(key)).c_str());
+  }
+
+ private:
+  nb::dict left_;
+};
+
+Problem take_problem(Fields& fields) {
+  Problem problem;
+  fields.take_named("family", kFamilies, problem.family);
+  fields.take_named("dtype", kDTypes, problem.dtype);
+#define FIELD(field) fields.take(#field, problem.field)
+  FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(query_length), FIELD(key_length), FIELD(head_dim);
+  FIELD(value_dim), FIELD(aligned), FIELD(scale), FIELD(window_left), FIELD(window_right), FIELD(softcap);
+  FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse);
+  problem.query_strides = contiguous(problem.query_heads, problem.query_length, problem.head_dim);
+  problem.key_strides = contiguous(problem.key_heads, problem.key_length, problem.head_dim);
+  problem.value_strides = contiguous(problem.key_heads, problem.key_length, problem.value_dim);
+  problem.out_strides = contiguous(problem.query_heads, problem.query_length, problem.value_dim);
+  FIELD(query_strides), FIELD(key_strides), FIELD(value_strides), FIELD(out_strides);
+#undef FIELD
+  fields.take_named("alibi", kAlibis, problem.alibi);
+  fields.take_named("bias", kBiasKinds, problem.bias.kind);
+  fields.take("bias_sizes", problem.bias.sizes);
+  fields.take("bias_strides", problem.bias.strides);
+  return problem;
+}
+
+Gradients take_gradients(Fields& fields, const Problem& problem) {
+  Gradients gradients;
+#define WANTED(field) fields.take("wants_" #field, gradients.field)
+  WANTED(query), WANTED(key), WANTED(value), WANTED(bias), WANTED(sinks), WANTED(alibi);
+#undef WANTED
+  fields.take("has_grad_lse", gradients.has_grad_lse);
+  fields.take_named("mode", kModes, gradients.mode);
+  fields.take("scratch_limit", gradients.scratch_limit);
+  gradients.grad_out_strides = problem.out_strides;
+  gradients.query_strides = problem.query_strides;
+  gradients.key_strides = problem.key_strides;
+  gradients.value_strides = problem.value_strides;
+  fields.take("grad_out_strides", gradients.grad_out_strides);
+  fields.take("grad_query_strides", gradients.query_strides);
+  fields.take("grad_key_strides", gradients.key_strides);
+  fields.take("grad_value_strides", gradients.value_strides);
+  return gradients;
+}
+
+Plan plan(const nb::kwargs& kwargs) {
+  Fields fields(kwargs);
+  const Problem problem = take_problem(fields);
+  fields.finish();
+  return plan_forward(problem);
+}
+
+Plan backward_plan(const nb::kwargs& kwargs) {
+  Fields fields(kwargs);
+  const Problem problem = take_problem(fields);
+  const Gradients gradients = take_gradients(fields, problem);
+  fields.finish();
+  return plan_backward(problem, gradients);
+}
+
+nb::typed<nb::dict, nb::str, bool> constants(const Launch& launch) {
+  nb::dict result;
+  for (const Constant& constant : launch.constants) result[name(constant.index)] = constant.value;
+  return nb::borrow<nb::typed<nb::dict, nb::str, bool>>(result);
+}
+
+}  // namespace
+
+void bind_plan(nb::module_& m) {
+  nb::class_<Launch>(m, "Launch", "One kernel of a plan.")
+      .def_ro("kernel", &Launch::kernel, "Host name.")
+      .def_prop_ro("constants", &constants, "Function constants by name.")
+      .def_prop_ro("grid", &tuple_of<Launch, &Launch::grid>, "Threadgroups.")
+      .def_prop_ro("group", &tuple_of<Launch, &Launch::group>, "Threads per threadgroup.")
+      .def_ro("threadgroup_memory", &Launch::threadgroup_memory, "Bytes.")
+      .def_ro("first_unit", &Launch::first_unit, "The first (batch, key head) of the backward pass's chunk.");
+
+  auto params = nb::class_<AttentionParams>(m, "AttentionParams", "The parameter block of metal/params.h.");
+#define FIELD(field) params.def_ro(#field, &AttentionParams::field)
+  FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(group_size), FIELD(query_length), FIELD(key_length);
+  FIELD(head_dim), FIELD(value_dim), FIELD(window_left), FIELD(window_right), FIELD(scale), FIELD(scale_log2);
+  FIELD(softcap), FIELD(heavy_first), FIELD(dropout_threshold), FIELD(dropout_factor), FIELD(alibi_batch_stride);
+  FIELD(bias_batch), FIELD(bias_heads), FIELD(bias_rows), FIELD(bias_columns);
+#undef FIELD
+#define STRIDES(field) params.def_prop_ro(#field, &tuple_of<AttentionParams, &AttentionParams::field>)
+  STRIDES(bias_strides), STRIDES(query_strides), STRIDES(key_strides), STRIDES(value_strides), STRIDES(out_strides);
+  STRIDES(grad_out_strides), STRIDES(grad_query_strides), STRIDES(grad_key_strides), STRIDES(grad_value_strides);
+#undef STRIDES
+
+  nb::class_<Plan>(m, "Plan", "What an op would launch.")
+      .def_ro("launches", &Plan::launches)
+      .def_ro("params", &Plan::params)
+      .def_ro("scratch_bytes", &Plan::scratch_bytes);
+
+  m.def(
+      "plan", &plan, nb::sig("def plan(**problem: object) -> Plan"),
+      "Of attention_forward. The fields of Problem in csrc/plan.h, enumerators by name, the bias flattened: bias (its "
+      "kind), bias_sizes, bias_strides. Strides that are not given are contiguous. Raises ValueError.");
+  m.def("plan_backward", &backward_plan, nb::sig("def plan_backward(**problem: object) -> Plan"),
+        "Of attention_backward. As plan(), with the fields of Gradients: wants_query ... wants_alibi, has_grad_lse, "
+        "grad_out_strides, grad_query_strides, grad_key_strides, grad_value_strides, mode, scratch_limit.");
+}
+
+void bind_catalogue(nb::module_& m) {
+  nb::class_<Instance>(m, "Instance", "A kernel: one row of metal/instances.def.")
+      .def_ro("name", &Instance::name, "Host name.")
+      .def_prop_ro("kind", [](const Instance& i) { return name_of(kKinds, i.kind); })
+      .def_prop_ro("dtype", [](const Instance& i) { return name_of(kDTypes, i.dtype); })
+      .def_prop_ro("path", [](const Instance& i) { return name_of(kPaths, i.path); })
+      .def_prop_ro(
+          "memory", [](const Instance& i) { return name_of(kMemories, i.memory); }, "Of a forward kernel.")
+      .def_prop_ro(
+          "own", [](const Instance& i) { return name_of(kOwns, i.own); }, "Of backward_dq.")
+      .def_ro("head_dim", &Instance::head_dim, "Bucket; 0 for any.")
+      .def_ro("value_dim", &Instance::value_dim, "Bucket; 0 for any.")
+      .def_ro("simdgroups", &Instance::simdgroups)
+      .def_ro("rows", &Instance::rows, "That a threadgroup owns.")
+      .def_ro("block", &Instance::block, "Rows of the other side per step.")
+      .def_prop_ro("threads", &Instance::threads)
+      .def_ro("threadgroup_memory", &Instance::threadgroup_memory);
+  m.def(
+      "catalogue", [] { return std::vector(std::begin(kInstances), std::end(kInstances)); },
+      "Every kernel instance there is.");
+}
+
+}  // namespace mfa

@@ -1,0 +1,188 @@
+#include "checks.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace mfa {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Plain runtime errors: STD_TORCH_CHECK would put file and line before the sentence.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+std::string device_name(const Tensor& tensor) {
+  const auto device = tensor.device();
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU: return "cpu";
+    case torch::headeronly::DeviceType::MPS: return "mps:" + std::to_string(device.index());
+    default: return "a device that is neither mps nor cpu";
+  }
+}
+
+using Shape = std::vector<std::int64_t>;
+
+Shape shape_of(const Tensor& tensor) {
+  Shape shape;
+  for (std::int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
+  return shape;
+}
+
+std::string text(const Shape& shape) {
+  std::string list;
+  for (std::int64_t size : shape) list += (list.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + list + "]";
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
+  require(tensor.device() == query.device(), name, " is on ", device_name(tensor),
+          "; it must be on the device of query, ", device_name(query));
+}
+
+void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
+  require(tensor.scalar_type() == dtype, name, " has dtype ", dtype_name(tensor.scalar_type()), "; it must be ",
+          dtype_name(dtype));
+}
+
+void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
+  require(shape_of(tensor) == shape, name, " has shape ", text(shape_of(tensor)), "; it must have shape ", text(shape));
+}
+
+void check_like_query(const char* name, const Tensor& tensor, const Tensor& query) {
+  require(tensor.dim() == 4, name, " has ", tensor.dim(), " dimensions; it must have 4");
+  check_device(name, tensor, query);
+  require(tensor.scalar_type() == query.scalar_type(), name, " has dtype ", dtype_name(tensor.scalar_type()),
+          "; it must have that of query, ", dtype_name(query.scalar_type()));
+  require(tensor.size(0) == query.size(0), name, " has batch size ", tensor.size(0), "; it must be that of query, ",
+          query.size(0));
+}
+
+void check_head_dim(const char* name, const Tensor& tensor) {
+  const std::int64_t dim = tensor.size(3);
+  require(1 <= dim && dim <= kLargestHeadDim, name, " has head dimension ", dim, "; it must be within 1 ... ",
+          kLargestHeadDim, dim > kLargestHeadDim ? ": use torch.nn.functional.scaled_dot_product_attention" : "");
+}
+
+void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value) {
+  const std::int64_t query_heads = query.size(1), key_heads = key.size(1);
+  require(value.size(1) == key_heads, "value has ", value.size(1), " heads; it must have those of key, ", key_heads);
+  require(value.size(2) == key.size(2), "value has length ", value.size(2), "; it must have that of key, ",
+          key.size(2));
+  require(key.size(3) == query.size(3), "key has head dimension ", key.size(3), "; it must have that of query, ",
+          query.size(3));
+  require(query_heads == 0 || (key_heads > 0 && query_heads % key_heads == 0), "query has ", query_heads,
+          " heads; it must have a multiple of those of key, ", key_heads);
+  check_head_dim("query", query);
+  check_head_dim("value", value);
+  const std::int64_t most_per_batch = query.size(0) == 0 ? kMostHeads : kMostHeads / query.size(0);
+  require(query.size(0) <= kMostHeads && query_heads <= most_per_batch && key_heads <= most_per_batch,
+          "query has batch size ", query.size(0), " and ", query_heads, " heads; their product must be below 2^31");
+  require(query.size(2) <= kLongestProblem && key.size(2) <= kLongestProblem - query.size(2), "query has length ",
+          query.size(2), " and key ", key.size(2), "; together they must be at most ", kLongestProblem);
+}
+
+void check_bias(const Tensor& bias, const Tensor& query, const Tensor& key) {
+  check_device("bias", bias, query);
+  const ScalarType dtype = bias.scalar_type();
+  require(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type(), "bias has dtype ",
+          dtype_name(dtype), "; it must be bool",
+          query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
+  require(bias.dim() == 4, "bias has ", bias.dim(), " dimensions; it must have 4");
+  const Shape full = {query.size(0), query.size(1), query.size(2), key.size(2)};
+  for (int i = 0; i < 4; ++i)
+    require(bias.size(i) == 1 || bias.size(i) == full[i], "bias has shape ", text(shape_of(bias)),
+            "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
+}
+
+void check_per_head(const char* name, const Tensor& tensor, const Tensor& query, bool per_batch) {
+  check_device(name, tensor, query);
+  check_dtype(name, tensor, ScalarType::Float);
+  const Shape heads = {query.size(1)}, all = {query.size(0), query.size(1)};
+  const Shape shape = shape_of(tensor);
+  require(shape == heads || (per_batch && shape == all), name, " has shape ", text(shape),
+          "; it must have shape [Hq] = ", text(heads), per_batch ? " or [B,Hq] = " + text(all) : "");
+}
+
+void check_values(double scale, double softcap) {
+  require(!std::isnan(scale), "scale is nan; it must be a number");
+  require(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap, "; it must be 0 (off) or more, and finite");
+}
+
+void check_dropout(double dropout_p, const std::optional<Tensor>& rng_state, const Tensor& query) {
+  require(0 <= dropout_p && dropout_p < 1, "dropout_p is ", dropout_p, "; it must be within [0, 1)");
+  require(rng_state.has_value() == (dropout_p > 0), "rng_state is ", rng_state ? "given" : "None", "; it must be ",
+          dropout_p > 0 ? "a tensor" : "None", ", since dropout_p is ", dropout_p);
+  if (!rng_state) return;
+  check_device("rng_state", *rng_state, query);
+  check_dtype("rng_state", *rng_state, ScalarType::Long);
+  check_shape("rng_state", *rng_state, {2});
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& query) {
+  switch (query.scalar_type()) {
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Float: return DType::f32;
+    default:
+      throw std::runtime_error("query has dtype " + dtype_name(query.scalar_type()) +
+                               "; it must be float16, bfloat16 or float32");
+  }
+}
+
+void check_inputs(const Inputs& inputs) {
+  const auto& [query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state] =
+      inputs;
+  dtype_of(query);
+  check_like_query("query", query, query);
+  check_like_query("key", key, query);
+  check_like_query("value", value, query);
+  check_shapes(query, key, value);
+  if (bias) check_bias(*bias, query, key);
+  if (sinks) check_per_head("sinks", *sinks, query, false);
+  if (alibi_slopes) check_per_head("alibi_slopes", *alibi_slopes, query, true);
+  check_values(scale, softcap);
+  check_dropout(dropout_p, rng_state, query);
+}
+
+void check_results(const Results& results, const Inputs& inputs) {
+  const Tensor& query = inputs.query;
+  const Shape rows = {query.size(0), query.size(1), query.size(2)};
+  const auto check = [&](const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+    check_device(name, tensor, query);
+    check_dtype(name, tensor, dtype);
+    check_shape(name, tensor, shape);
+  };
+  const Shape out = {rows[0], rows[1], rows[2], inputs.value.size(3)};
+  check("grad_out", results.grad_out, out, query.scalar_type());
+  check("out", results.out, out, query.scalar_type());
+  check("lse", results.lse, rows, ScalarType::Float);
+  if (results.grad_lse) check("grad_lse", *results.grad_lse, rows, ScalarType::Float);
+}
+
+}  // namespace mfa

@@ -1,0 +1,42 @@
+// What the ops refuse, and the sentences they do that with: the argument, what it was, what it must be. Below these
+// checks nothing about a tensor's device, dtype or shape is in doubt.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "plan.h"
+
+namespace mfa {
+
+// The arguments that forward and backward share.
+struct Inputs {
+  const torch::stable::Tensor& query;
+  const torch::stable::Tensor& key;
+  const torch::stable::Tensor& value;
+  const std::optional<torch::stable::Tensor>& bias;
+  const std::optional<torch::stable::Tensor>& sinks;
+  const std::optional<torch::stable::Tensor>& alibi_slopes;
+  double scale;
+  std::optional<std::int64_t> window_left, window_right;
+  double softcap, dropout_p;
+  const std::optional<torch::stable::Tensor>& rng_state;
+};
+
+// What forward gave, and its gradients.
+struct Results {
+  const torch::stable::Tensor& grad_out;
+  const std::optional<torch::stable::Tensor>& grad_lse;
+  const torch::stable::Tensor& out;
+  const torch::stable::Tensor& lse;
+};
+
+// Both throw std::runtime_error.
+void check_inputs(const Inputs& inputs);
+void check_results(const Results& results, const Inputs& inputs);
+
+DType dtype_of(const torch::stable::Tensor& query);  // throws as well
+
+}  // namespace mfa

@@ -1,0 +1,94 @@
+#include "launches.h"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+
+namespace mfa {
+namespace {
+
+struct NamedConstant {
+  FunctionConstant index;
+  const char* name;
+};
+
+constexpr NamedConstant kConstants[] = {
+    {kHasWindow, "has_window"},
+    {kWritesLse, "writes_lse"},
+    {kAligned, "is_aligned"},
+    {kExactHead, "is_exact_head"},
+    {kHasBias, "has_bias"},
+    {kHasMask, "has_mask"},
+    {kHasFloatBias, "has_float_bias"},
+    {kHasSoftcap, "has_softcap"},
+    {kHasAlibi, "has_alibi"},
+    {kHasSinks, "has_sinks"},
+    {kHasDropout, "has_dropout"},
+    {kHasGradLse, "has_grad_lse"},
+    {kWantsGradKey, "wants_grad_key"},
+    {kWantsGradValue, "wants_grad_value"},
+    {kWantsGradAlibi, "wants_grad_alibi"},
+    {kWritesScoreGradient, "writes_score_gradient"},
+    {kIsVarlen, "is_varlen"},
+    {kHasKeyLengths, "has_key_lengths"},
+    {kIsPaged, "is_paged"},
+    {kIsQuantized, "is_quantized"},
+    {kIsInt8, "is_int8"},
+    {kIsSplit, "is_split"},
+    {kHasMaskBlocks, "has_mask_blocks"},
+};
+
+constexpr bool in_order_of_index() {
+  for (std::size_t i = 0; i < std::size(kConstants); ++i)
+    if (kConstants[i].index != i) return false;
+  return true;
+}
+static_assert(in_order_of_index());
+
+}  // namespace
+
+const char* name(FunctionConstant constant) {
+  if (constant < std::size(kConstants)) return kConstants[constant].name;
+  throw std::logic_error("a function constant without a name");
+}
+
+std::vector<Constant> constants(std::initializer_list<Constant> used) {
+  std::vector<Constant> all;
+  for (const NamedConstant& constant : kConstants) all.push_back({constant.index, false});
+  for (const Constant& constant : used) all[constant.index].value = constant.value;
+  return all;
+}
+
+std::vector<Constant> score_constants(const Problem& problem, const Canonical& canonical, const Instance& instance,
+                                      std::initializer_list<Constant> more) {
+  std::vector<Constant> all = constants({
+      {kHasWindow, canonical.has_window},
+      {kAligned, canonical.aligned},
+      {kExactHead, problem.head_dim == instance.head_dim && problem.value_dim == instance.value_dim},
+      {kHasBias, problem.bias.kind != BiasKind::none},
+      {kHasMask, problem.bias.kind == BiasKind::mask},
+      {kHasFloatBias, problem.bias.kind == BiasKind::float32},
+      {kHasSoftcap, canonical.params.softcap > 0},
+      {kHasAlibi, problem.alibi != Alibi::none},
+      {kHasDropout, canonical.params.dropout_threshold > 0},
+  });
+  for (const Constant& constant : more) all[constant.index].value = constant.value;
+  return all;
+}
+
+void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> constants,
+                const std::array<std::int64_t, 3>& grid, std::int64_t first_unit) {
+  if (std::ranges::find(grid, 0) != grid.end()) return;
+  Launch launch{
+      .kernel = instance.name,
+      .constants = std::move(constants),
+      .grid = {},
+      .group = {static_cast<std::uint32_t>(instance.threads()), 1, 1},
+      .threadgroup_memory = static_cast<std::uint32_t>(instance.threadgroup_memory),
+      .first_unit = static_cast<int>(first_unit),
+  };
+  std::ranges::transform(grid, launch.grid.begin(), [](std::int64_t size) { return static_cast<std::uint32_t>(size); });
+  plan.launches.push_back(std::move(launch));
+}
+
+}  // namespace mfa

@@ -1,0 +1,28 @@
+// How a plan's launches are put together.
+#pragma once
+
+#include <initializer_list>
+#include <vector>
+
+#include "catalogue.h"
+#include "problem.h"
+
+namespace mfa {
+
+// All function constants: those of `used`, and false. A kernel thus has one pipeline, whatever it doesn't use is set
+// to.
+std::vector<Constant> constants(std::initializer_list<Constant> used);
+
+// For a kernel that computes scores: features, alignment and exactness; and `more`.
+std::vector<Constant> score_constants(const Problem& problem, const Canonical& canonical, const Instance& instance,
+                                      std::initializer_list<Constant> more);
+
+constexpr std::int64_t tiles(std::int64_t rows, int rows_per_tile) {
+  return (rows + rows_per_tile - 1) / rows_per_tile;
+}
+
+// Appends a launch, unless its grid is empty.
+void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> constants,
+                const std::array<std::int64_t, 3>& grid, std::int64_t first_unit = 0);
+
+}  // namespace mfa

@@ -1,0 +1,138 @@
+#include "operands.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+
+namespace mfa {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Launcher& launcher_for(const Tensor& query) {
+  if (!query.is_cpu()) return metal_launcher();
+  Launcher* launcher = simulated_launcher();
+  if (!launcher)
+    throw std::runtime_error("query is on the CPU; the Metal kernels take CPU tensors inside mfa.simulate() only");
+  return *launcher;
+}
+
+// Kernels read any strides but a last one other than 1.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.size(3) > 1 && tensor.stride(3) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
+// `address` is const_data_ptr() or mutable_data_ptr(): a virtual address, or on MPS the id<MTLBuffer> plus the offset.
+Buffer buffer_of(const Tensor& tensor, const void* address) {
+  std::int64_t last = 0;
+  for (std::int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const std::uint64_t element_size = tensor.element_size();
+  const std::uint64_t offset = static_cast<std::uint64_t>(tensor.storage_offset()) * element_size;
+  return {const_cast<char*>(static_cast<const char*>(address)) - offset, offset,
+          static_cast<std::uint64_t>(last + 1) * element_size};
+}
+
+// On MPS, buffers start at page boundaries, and the storage "address" says nothing.
+bool is_aligned(const Buffer& buffer, bool is_cpu) {
+  const std::uint64_t base = is_cpu ? reinterpret_cast<std::uintptr_t>(buffer.storage) : 0;
+  return (base + buffer.offset) % 16 == 0;
+}
+
+Bias bias_of(const Tensor& bias, const Tensor& query) {
+  Bias result;
+  result.kind = bias.scalar_type() == ScalarType::Bool      ? BiasKind::mask
+                : bias.scalar_type() == query.scalar_type() ? BiasKind::same_dtype
+                                                            : BiasKind::float32;
+  for (int i = 0; i < 4; ++i) {
+    result.sizes[i] = bias.size(i);
+    result.strides[i] = bias.stride(i);
+  }
+  return result;
+}
+
+}  // namespace
+
+Operands::Operands(const Inputs& inputs) : launcher_(launcher_for(inputs.query)), is_cpu_(inputs.query.is_cpu()) {
+  problem.family = launcher_.family();
+  problem.dtype = dtype_of(inputs.query);
+  problem.batch = inputs.query.size(0);
+  problem.query_heads = inputs.query.size(1);
+  problem.key_heads = inputs.key.size(1);
+  problem.query_length = inputs.query.size(2);
+  problem.key_length = inputs.key.size(2);
+  problem.head_dim = inputs.query.size(3);
+  problem.value_dim = inputs.value.size(3);
+  problem.scale = inputs.scale;
+  problem.window_left = inputs.window_left;
+  problem.window_right = inputs.window_right;
+  problem.softcap = inputs.softcap;
+  problem.dropout_p = inputs.dropout_p;
+  problem.query_strides = read_rows(kQuery, inputs.query);
+  problem.key_strides = read_rows(kKey, inputs.key);
+  problem.value_strides = read_rows(kValue, inputs.value);
+  if (inputs.bias) {
+    problem.bias = bias_of(*inputs.bias, inputs.query);
+    bind(kBias, *inputs.bias, inputs.bias->const_data_ptr());
+  }
+  if (inputs.sinks) {
+    problem.has_sinks = true;
+    read_contiguous(kSinks, *inputs.sinks);
+  }
+  if (inputs.alibi_slopes) {
+    problem.alibi = inputs.alibi_slopes->dim() == 1 ? Alibi::per_head : Alibi::per_batch;
+    read_contiguous(kAlibiSlopes, *inputs.alibi_slopes);
+  }
+  if (inputs.rng_state) read_contiguous(kRngState, *inputs.rng_state);
+}
+
+void Operands::bind(Argument argument, const Tensor& tensor, const void* address) {
+  if (tensor.numel() == 0) {
+    empty_.push_back(argument);
+  } else {
+    arguments_[argument] = buffer_of(tensor, address);
+  }
+}
+
+Strides Operands::bind_rows(Argument argument, const Tensor& tensor, const void* address) {
+  bind(argument, tensor, address);
+  problem.aligned = problem.aligned && is_aligned(arguments_[argument], is_cpu_);
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+Strides Operands::read_rows(Argument argument, const Tensor& tensor) {
+  alive_.push_back(with_contiguous_rows(tensor));
+  return bind_rows(argument, alive_.back(), alive_.back().const_data_ptr());
+}
+
+Strides Operands::write_rows(Argument argument, const Tensor& tensor) {
+  return bind_rows(argument, tensor, tensor.mutable_data_ptr());
+}
+
+void Operands::read_contiguous(Argument argument, const Tensor& tensor) {
+  alive_.push_back(torch::stable::contiguous(tensor));
+  bind(argument, alive_.back(), alive_.back().const_data_ptr());
+}
+
+void Operands::write(Argument argument, const Tensor& tensor) { bind(argument, tensor, tensor.mutable_data_ptr()); }
+
+void Operands::run(const Plan& plan) {
+  if (plan.launches.empty()) return;
+  // A tensor without elements has no address, but a kernel's argument must be bound: to any buffer, of which it may
+  // touch nothing. There is one, since a kernel that runs writes something.
+  for (const Buffer& buffer : arguments_) {
+    if (!buffer.extent) continue;
+    for (Argument argument : empty_) arguments_[argument] = {buffer.storage, buffer.offset, 0};
+    break;
+  }
+  launcher_.run(plan, arguments_);
+}
+
+Tensor allocate_rows(const Tensor& tensor, std::int64_t last_size) {
+  const std::int64_t batch = tensor.size(0), heads = tensor.size(1), length = tensor.size(2);
+  if (heads > 1 && length > 1 && tensor.stride(1) < tensor.stride(2))
+    return torch::stable::transpose(torch::stable::new_empty(tensor, {batch, length, heads, last_size}), 1, 2);
+  return torch::stable::new_empty(tensor, {batch, heads, length, last_size});
+}
+
+}  // namespace mfa

@@ -1,0 +1,45 @@
+// Tensors as a kernel's arguments, and the problem that they pose.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "checks.h"
+#include "launcher.h"
+#include "plan.h"
+
+namespace mfa {
+
+class Operands {
+ public:
+  // Binds what forward and backward share. The inputs have been checked.
+  explicit Operands(const Inputs& inputs);
+
+  Problem problem;  // `aligned` follows from what has been bound
+
+  // Bind a tensor; the strides are those that the kernels see. A tensor of rows has a contiguous last dimension to
+  // them.
+  Strides read_rows(Argument argument, const torch::stable::Tensor& tensor);
+  Strides write_rows(Argument argument, const torch::stable::Tensor& tensor);
+  void read_contiguous(Argument argument, const torch::stable::Tensor& tensor);
+  void write(Argument argument, const torch::stable::Tensor& tensor);
+
+  void run(const Plan& plan);
+
+ private:
+  void bind(Argument argument, const torch::stable::Tensor& tensor, const void* address);
+  Strides bind_rows(Argument argument, const torch::stable::Tensor& tensor, const void* address);
+
+  Launcher& launcher_;
+  bool is_cpu_;
+  Arguments arguments_{};
+  std::vector<Argument> empty_;
+  std::vector<torch::stable::Tensor> alive_;  // copies must outlast the launches
+};
+
+// Contiguous, with the sizes of `tensor` but for the last one; B,L,H,D in memory if `tensor` is: a model whose query is
+// so goes on with out as [B,L,H*D], which then costs no copy.
+torch::stable::Tensor allocate_rows(const torch::stable::Tensor& tensor, std::int64_t last_size);
+
+}  // namespace mfa

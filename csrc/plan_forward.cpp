@@ -1,0 +1,19 @@
+#include "launches.h"
+#include "tuning.h"
+
+namespace mfa {
+
+Plan plan_forward(const Problem& problem) {
+  const Canonical start = canonical(problem);
+  const bool exact_head = problem.head_dim == start.bucket.head_dim && problem.value_dim == start.bucket.value_dim;
+  const Instance& instance = *choose(Kind::forward, problem, start.bucket, start.aligned && exact_head);
+  Plan plan{.launches = {}, .params = start.params};
+  // The heads of a group are adjacent, so that they find each other's K and V in the cache.
+  add_launch(
+      plan, instance,
+      score_constants(problem, start, instance, {{kWritesLse, problem.wants_lse}, {kHasSinks, problem.has_sinks}}),
+      {problem.query_heads, tiles(problem.query_length, instance.rows), problem.batch});
+  return plan;
+}
+
+}  // namespace mfa

@@ -1,0 +1,28 @@
+// A problem, checked and made canonical: what the plans of forward and backward start from.
+#pragma once
+
+#include "plan.h"
+
+namespace mfa {
+
+// Smaller dimensions run in the bucket above, padded with zeros.
+struct Bucket {
+  int head_dim, value_dim;
+};
+
+struct Canonical {
+  AttentionParams params;
+  Bucket bucket;
+  bool aligned;     // every row of query, key, value and out starts at a multiple of 16 bytes
+  bool has_window;  // the window hides a pair
+};
+
+// Throws std::invalid_argument.
+Canonical canonical(const Problem& problem);
+
+// Every row starts at a multiple of 16 bytes, if the first one does.
+bool rows_aligned(const Problem& problem, const Strides& strides, std::int64_t heads, std::int64_t length);
+
+void require(bool condition, const char* message);  // else throws std::invalid_argument
+
+}  // namespace mfa

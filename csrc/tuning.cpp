@@ -1,0 +1,88 @@
+#include "tuning.h"
+
+#include <stdexcept>
+
+namespace mfa {
+namespace {
+
+// A row of tuning.def, and the part of an instance that it names.
+struct Tuning {
+  Family family;
+  Kind kind;
+  DType dtype;
+  int head_dim, value_dim;
+  Path path;
+  Own own;
+  int simdgroups, rows, block;
+};
+
+constexpr Tuning kTuning[] = {
+#define TUNE_FORWARD(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_keys) \
+  {Family::family, Kind::forward, DType::dtype,                                                   \
+   head_dim,       value_dim,     Path::path,                                                     \
+   held,           simdgroups,    8 * row_tiles * simdgroups,                                     \
+   block_keys},
+#define TUNE_DELTA(family, dtype, simdgroups) \
+  {Family::family, Kind::backward_delta, DType::dtype, 0, 0, staged, held, simdgroups, 4 * simdgroups, 0},
+#define TUNE_DKDV(family, dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)     \
+  {Family::family, Kind::backward_dkdv,        DType::dtype, head_dim, value_dim, staged, held, \
+   simdgroups,     8 * row_tiles * simdgroups, block_queries},
+#define TUNE_DQ(family, dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)         \
+  {Family::family, Kind::backward_dq,          DType::dtype, head_dim, value_dim, staged, Own::own, \
+   simdgroups,     8 * row_tiles * simdgroups, block_keys},
+#define TUNE_DQ_FROM_DS(family, dtype, head_dim, simdgroups, query_tiles, block_keys)     \
+  {Family::family, Kind::backward_dq_from_ds,    DType::dtype, head_dim, 0, staged, held, \
+   simdgroups,     8 * query_tiles * simdgroups, block_keys},
+#define TUNE_DBIAS(family, dtype, head_dim, value_dim, simdgroups, block_keys)         \
+  {Family::family, Kind::backward_dbias, DType::dtype,   head_dim,  value_dim, staged, \
+   held,           simdgroups,           8 * simdgroups, block_keys},
+#include "tuning.def"
+};
+
+struct Mode {
+  Family family;
+  int head_dim;  // up to
+  BackwardMode mode;
+};
+
+constexpr Mode kModes[] = {
+#define TUNE_MODE(family, head_dim, mode) {Family::family, head_dim, BackwardMode::mode},
+#include "tuning.def"
+};
+
+constexpr const Instance* find_instance(const Tuning& row) {
+  for (const Instance& instance : kInstances)
+    if (instance.kind == row.kind && instance.dtype == row.dtype && instance.head_dim == row.head_dim &&
+        instance.value_dim == row.value_dim && instance.path == row.path && instance.own == row.own &&
+        instance.simdgroups == row.simdgroups && instance.rows == row.rows && instance.block == row.block)
+      return &instance;
+  return nullptr;
+}
+
+constexpr bool every_row_has_an_instance() {
+  for (const Tuning& row : kTuning)
+    if (!find_instance(row)) return false;
+  return true;
+}
+static_assert(every_row_has_an_instance(), "tuning.def names an instance that instances.def does not have");
+
+constexpr bool fits(int dim, int bucket) { return dim == 0 || dim == bucket; }  // 0: the kernel takes any
+
+}  // namespace
+
+const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
+  for (const Tuning& row : kTuning)
+    if (row.kind == kind && row.family <= problem.family && row.dtype == problem.dtype &&
+        fits(row.head_dim, bucket.head_dim) && fits(row.value_dim, bucket.value_dim) &&
+        (row.path == staged || takes_direct))
+      return find_instance(row);
+  return nullptr;
+}
+
+BackwardMode default_mode(Family family, Bucket bucket) {
+  for (const Mode& row : kModes)
+    if (row.family <= family && bucket.head_dim <= row.head_dim) return row.mode;
+  throw std::logic_error("tuning.def has no mode for a bucket");
+}
+
+}  // namespace mfa

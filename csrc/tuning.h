@@ -1,0 +1,16 @@
+// tuning.def as functions: which instance and which algorithm a problem gets.
+#pragma once
+
+#include "catalogue.h"
+#include "problem.h"
+
+namespace mfa {
+
+// The first row for this kind of kernel that serves the family and the bucket; null if there is none. A kind that has
+// no direct path, or doesn't care for Dv, ignores that argument.
+const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct = false);
+
+// The mode that a family runs best in a bucket.
+BackwardMode default_mode(Family family, Bucket bucket);
+
+}  // namespace mfa

@@ -1,0 +1,115 @@
+// K or V of one (batch entry, key head) in a cache: dense or paged, of the query's dtype or quantized to 8 bits with a scale
+// per token. Pages are found through a block table that is not trusted, and nothing from `length` on is read.
+#pragma once
+
+#include "fragment.h"
+#include "layout.h"
+
+namespace mfa {
+
+// float8_e4m3fn: its exponent and mantissa, moved into a half, are the value / 256; 0x7f is NaN.
+inline float float8_value(uchar x) {
+  const half magnitude = as_type<half>(ushort((x & 0x7f) << 7)) * half(256);
+  const half value = (x & 0x80) != 0 ? -magnitude : magnitude;
+  return (x & 0x7f) == 0x7f ? NAN : float(value);
+}
+
+template <typename T>
+struct Cache {
+  const device uchar* base;    // the head's row 0, of the batch entry or of page 0
+  constant int* table;         // the entry's pages
+  const device float* scales;  // as base
+  long page_stride, row_stride, scale_page_stride, scale_row_stride;
+  int page_size, pages;
+  int length, dim;
+
+  Cache(constant AttentionParams& params, const device uchar* cache, constant int* block_table,
+        const device float* scales_, constant long* strides, constant long* scale_strides, int batch, int head,
+        int length_, int dim_)
+      : base(cache + ((is_paged ? 0 : batch * strides[0]) + head * strides[1]) * element_size()),
+        table(is_paged ? block_table + long(batch) * params.pages_per_sequence : nullptr),
+        scales(is_quantized ? scales_ + ((is_paged ? 0 : batch * scale_strides[0]) + head * scale_strides[1]) : nullptr),
+        page_stride(strides[0]),
+        row_stride(strides[2]),
+        scale_page_stride(is_quantized ? scale_strides[0] : 0),
+        scale_row_stride(is_quantized ? scale_strides[2] : 0),
+        page_size(params.page_size),
+        pages(params.pages),
+        length(length_),
+        dim(dim_) {}
+
+  static int element_size() { return is_quantized ? 1 : sizeof(T); }
+
+  // Of a key before `length`.
+  long offset(int key, long page_step, long row_step) const {
+    if (is_paged) {
+      const int page = min(max(table[key / page_size], 0), pages - 1);
+      return page * page_step + key % page_size * row_step;
+    }
+    return key * row_step;
+  }
+
+  const device uchar* row(int key) const { return base + offset(key, page_stride, row_stride) * element_size(); }
+  float scale(int key) const {
+    return key < length ? scales[offset(key, scale_page_stride, scale_row_stride)] : 0;
+  }
+};
+
+// A block of keys. Page sizes are multiples of eight, so that a tile lies in one page, which is looked up once.
+template <typename T, int kTiles>
+struct CacheRows {
+  const device uchar* tiles[kTiles];
+  long row_bytes;
+  int valid, dim;
+
+  CacheRows(Cache<T> cache, int first_key)
+      : row_bytes(cache.row_stride * Cache<T>::element_size()), valid(cache.length - first_key), dim(cache.dim) {
+#pragma unroll
+    for (short t = 0; t < kTiles; ++t) {
+      tiles[t] = t * kFragment < valid ? cache.row(first_key + t * kFragment) : cache.base;
+    }
+  }
+
+  // Without their scale; zeros where the keys or the dimension end.
+  vec<T, 4> quad(short tile, short row, short d) const {
+    const device uchar* source = tiles[tile] + row * row_bytes;
+    const bool is_valid = tile * kFragment + row < valid;
+    if (is_aligned && is_valid && d + 4 <= dim) {
+      return wide_quad(source, d);
+    }
+    vec<T, 4> x;
+#pragma unroll
+    for (short e = 0; e < 4; ++e) {
+      x[e] = is_valid && d + e < dim ? element(source, d + e) : T(0);
+    }
+    return x;
+  }
+
+  Octet<T> octet(short tile, short row, short d) const {
+    if (!is_quantized && is_aligned && tile * kFragment + row < valid && d + 8 <= dim) {
+      return load_octet((const device T*)(tiles[tile] + row * row_bytes) + d);
+    }
+    return {quad(tile, row, d), quad(tile, row, d + 4)};
+  }
+
+  vec<T, 4> wide_quad(const device uchar* source, int d) const {
+    if (!is_quantized) {
+      return load_quad((const device T*)source + d);
+    }
+    MFA_COUNT_FRAGMENT_LOAD();
+    if (is_int8) {
+      return vec<T, 4>(*(const device char4*)(source + d));
+    }
+    const uchar4 x = *(const device uchar4*)(source + d);
+    return vec<T, 4>(T(float8_value(x.x)), T(float8_value(x.y)), T(float8_value(x.z)), T(float8_value(x.w)));
+  }
+
+  T element(const device uchar* source, int d) const {
+    if (is_quantized) {
+      return is_int8 ? T(((const device char*)source)[d]) : T(float8_value(source[d]));
+    }
+    return ((const device T*)source)[d];
+  }
+};
+
+}  // namespace mfa

@@ -1,0 +1,9 @@
+// Decode kernels, f32.
+#define MFA_INSTANCES_WITHOUT_F16
+#define MFA_INSTANCES_WITHOUT_BF16
+#include "combine.h"
+#include "decode.h"
+
+namespace mfa {
+#include "instances.def"
+}

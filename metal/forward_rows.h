@@ -1,0 +1,148 @@
+// The inner steps of the forward pass, on the rows of one SIMD-group: S = Q K', scores, online softmax, O += P V.
+#pragma once
+
+#include "dropout.h"
+#include "mask.h"
+#include "score.h"
+#include "tile.h"
+
+namespace mfa {
+
+// One SIMD-group's rows. kPacked: the rows are all query heads of a key head, row = query * group_size + member, so that
+// each K and V is read once for the whole group; otherwise they are the queries of one head.
+template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys, bool kPacked = false>
+struct Forward {
+  static constant constexpr int kTiles = kRowTiles;
+  static constant constexpr int kRows = kRowTiles * kFragment;
+  static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
+  static constant constexpr int kHeadSets = kHeadDim / kSetWidth;
+  static constant constexpr int kValueSets = kValueDim / kSetWidth;
+
+  Fragment<float> score[kRowTiles][kKeyTiles];
+  Fragment<float> out[kRowTiles][kValueSets * kSetFragments];
+  SoftmaxRow row[kRowTiles];
+  float slope_log2[kRowTiles];  // ALiBi
+  Lane lane;
+  Sequence sequence;
+  int first_row;
+  int group;
+  View view;
+
+  // `head` is the query head, or the first one of the group.
+  Forward(constant AttentionParams& params, Sequence sequence_, int first_row_, const device float* sinks,
+          const device float* slopes, int head, bool counts_sink, ushort lane_index)
+      : lane(lane_index),
+        sequence(sequence_),
+        first_row(first_row_),
+        group(kPacked ? params.group_size : 1),
+        view(view_of_queries(params, sequence_, query_of(first_row_), query_of(first_row_ + kRows - 1) + 1)) {
+    clear(out);
+#pragma unroll
+    for (short r = 0; r < kRowTiles; ++r) {
+      const int row_head = head + (kPacked ? (first_row + r * kFragment + lane.row) % group : 0);
+      if (has_sinks && counts_sink) {
+        row[r].start_with_sink(sinks[row_head], lane.column == 0);
+      }
+      slope_log2[r] = slope_of(params, sequence, slopes, row_head);
+    }
+  }
+
+  int query_of(int packed_row) const { return kPacked ? packed_row / group : packed_row; }
+
+  // S = Q K'.
+  template <typename Queries, typename Keys>
+  void multiply_keys(thread const Queries& queries, Keys keys) {
+    multiply_transposed<T, kHeadSets>(score, queries, keys, lane);
+  }
+
+  // P = softmax step of the scores that S makes.
+  void softmax(constant AttentionParams& params, Scores<T> scores, Dropout dropout, int first_key) {
+    float scale = params.scale_log2;
+    // max(S) * scale is the largest scaled score only for a scale that is not negative.
+    if (scores.are_modified() || scale < 0 || !view.sees_all(first_key, kBlockKeys)) {
+      modify_and_mask(params, scores, first_key);
+      scale = 1;
+    }
+    rescale(scale);
+#pragma unroll
+    for (short r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (short n = 0; n < kKeyTiles; ++n) {
+        const float2 p = fast::exp2(fma(elements(score[r][n]), float2(scale), float2(-row[r].maximum)));
+        row[r].sum += p.x + p.y;
+        elements(score[r][n]) = p;
+        if (has_dropout) {
+          elements(score[r][n]) *=
+              dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
+        }
+      }
+    }
+  }
+
+  template <typename Values>
+  void add_values(Values values) {
+    multiply_accumulate<T, kValueSets>(out, score, values, lane);
+  }
+
+  // kMasked is a sentinel of the scaled domain, hence the order.
+  void modify_and_mask(constant AttentionParams& params, Scores<T> scores, int first_key) {
+#pragma unroll
+    for (short r = 0; r < kRowTiles; ++r) {
+      const int query = query_of(first_row + r * kFragment + lane.row);
+      const Range keys = visible_keys(params, sequence, query);
+#pragma unroll
+      for (short n = 0; n < kKeyTiles; ++n) {
+        const int key = first_key + n * kFragment + lane.column;
+        float2 derivative;
+        const float2 x = scores.apply(params, elements(score[r][n]), int2(query), int2(key, key + 1), slope_log2[r], derivative);
+        elements(score[r][n]) = float2(keys.has(key) ? x.x : kMasked, keys.has(key + 1) ? x.y : kMasked);
+      }
+    }
+  }
+
+  // Moves each row's maximum if it has to move, and what was accumulated under the old one with it.
+  void rescale(float scale) {
+    float factor[kRowTiles];
+    bool moved = false;
+#pragma unroll
+    for (short r = 0; r < kRowTiles; ++r) {
+      float largest = kMasked;
+#pragma unroll
+      for (short n = 0; n < kKeyTiles; ++n) {
+        const float2 x = elements(score[r][n]);
+        largest = max(largest, max(x.x, x.y));
+      }
+      factor[r] = row[r].advance(row_max(largest) * scale);
+      moved = moved || factor[r] != 1;
+    }
+    if (simd_any(moved)) {
+#pragma unroll
+      for (short r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (short j = 0; j < kValueSets * kSetFragments; ++j) {
+          elements(out[r][j]) *= factor[r];
+        }
+      }
+    }
+  }
+
+  void store(constant AttentionParams& params, device T* out_tensor, device float* lse, int head) {
+    const int valid = sequence.query_length - first_row;
+    float inverse[kRowTiles];
+#pragma unroll
+    for (short r = 0; r < kRowTiles; ++r) {
+      const float sum = row_sum(row[r].sum);
+      inverse[r] = sum == 0 ? 0 : 1 / sum;
+      const int i = r * kFragment + lane.row;
+      if (writes_lse && lane.column == 0 && i < valid) {
+        lse[first_row_index(params, sequence, head) + first_row + i] = log_sum_exp(row[r].maximum, sum);
+      }
+    }
+    store_rows<T, kValueSets>(
+        out_tensor + (sequence.index * params.out_strides[0] + head * params.out_strides[1] +
+                      (sequence.first_query + first_row) * params.out_strides[2]),
+        params.out_strides[2], valid, is_exact_head ? kValueDim : params.value_dim, out, inverse, lane);
+  }
+};
+
+}  // namespace mfa

@@ -1,0 +1,76 @@
+// Where the rows of a threadgroup lie: in a dense batch, or in sequences packed one behind the other (varlen). Contents of
+// index tensors are not trusted: whatever they hold, no row outside of the tensors is touched.
+#pragma once
+
+#include "features.h"
+
+namespace mfa {
+
+using namespace metal;
+
+// One batch entry or packed sequence. Masks, ALiBi and dropout count rows from its start.
+struct Sequence {
+  int index;
+  int query_length, key_length;
+  int first_query, first_key;  // rows of the tensors where it starts
+};
+
+// Index tensors; each is bound only where its function constant is on.
+struct Layout {
+  const device int2* tile_map;     // (sequence, tile) of each threadgroup; sequence -1: nothing to do
+  const device int* query_starts;  // cu_seqlens: [sequences + 1]
+  const device int* key_starts;
+  const device int* key_lengths;  // [batch]: live keys of each cache
+
+  Sequence sequence(constant AttentionParams& params, int index) const {
+    if (is_varlen) {
+      const int2 queries = packed(query_starts, index, params.query_length);
+      const int2 keys = packed(key_starts, index, params.key_length);
+      return {index, queries.y, keys.y, queries.x, keys.x};
+    }
+    int keys = params.key_length;
+    if (has_key_lengths) {
+      keys = min(max(key_lengths[index], 0), params.key_length);
+    }
+    return {index, params.query_length, keys, 0, 0};
+  }
+
+  // Start and length of packed sequence `index`.
+  int2 packed(const device int* starts, int index, int length) const {
+    const int start = min(max(starts[index], 0), length);
+    return int2(start, min(max(starts[index + 1], start), length) - start);
+  }
+};
+
+// A threadgroup's place in the work of a launch.
+struct Tile {
+  Sequence sequence;
+  int index;  // tile of the sequence's queries, or of its keys
+
+  Tile(constant AttentionParams& params, Layout layout, int batch, int y, int tiles) : sequence{0, 0, 0, 0, 0}, index(0) {
+    if (is_varlen) {
+      const int2 entry = layout.tile_map[y];
+      if (entry.x >= 0) {
+        sequence = layout.sequence(params, entry.x);
+        index = entry.y;
+      }
+    } else {
+      sequence = layout.sequence(params, batch);
+      index = params.heavy_first ? tiles - 1 - y : y;
+    }
+  }
+};
+
+// Where a (sequence, query head) starts in a tensor [batch, query_heads, query_length] of packed or dense rows.
+inline long first_row_index(constant AttentionParams& params, Sequence sequence, int head) {
+  const long batch = is_varlen ? 0 : sequence.index;
+  return (batch * params.query_heads + head) * params.query_length + sequence.first_query;
+}
+
+#define MFA_LAYOUT_ARGUMENTS                                                                  \
+  const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],             \
+      const device int *query_starts [[buffer(kQueryStarts), function_constant(is_varlen)]], \
+      const device int *key_starts [[buffer(kKeyStarts), function_constant(is_varlen)]],     \
+      const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]]
+
+}  // namespace mfa

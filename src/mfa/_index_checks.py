@@ -1,0 +1,75 @@
+"""Checks of index tensors, and of what packed and cached attention have in common.
+
+Shapes and dtypes are checked everywhere; contents only where the host can read them without waiting for a device.
+"""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+_INT32_MAX = 2**31 - 1
+
+
+def host_values(tensor: Tensor) -> list[int] | None:
+    """Contents of an integer tensor, or None where there are none yet, or where reading them would wait."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    values: list[int] = tensor.flatten().tolist()
+    return values
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether `value` is an integer, maybe a symbolic one."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: object, largest: int = _INT32_MAX) -> None:
+    """An integer within 0 ... `largest`."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor; it must be an integer, since reading a tensor waits for its device")
+    if not is_count(value):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if not 0 <= value <= largest:
+        raise ValueError(f"{name} is {value}; it must be within 0 ... {largest}")
+
+
+def check_index_tensor(name: str, tensor: object, query: Tensor, shape: str, sizes: tuple[int | None, ...]) -> None:
+    """An int32 tensor on the query's device, of these sizes; None is any size. `shape` names them."""
+    _checks.check_is_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be int32")
+    fits = tensor.dim() == len(sizes) and all(b is None or a == b for a, b in zip(tensor.shape, sizes, strict=False))
+    if not fits:
+        known = "" if None in sizes else f" = {list(sizes)}"
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {shape}{known}")
+
+
+def check_per_head(
+    name: str, tensor: object, query: Tensor, heads: int, entries: tuple[str, int] | None, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """A tensor [Hq], or also [N,Hq] with `entries` = ("N", N), on the query's device."""
+    _checks.check_is_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(dict.fromkeys(map(_checks.dtype_name, dtypes)))
+        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be {names}")
+    shape = tuple(tensor.shape)
+    if shape != (heads,) and (entries is None or shape != (entries[1], heads)):
+        also = "" if entries is None else f" or [{entries[0]},Hq] = {[entries[1], heads]}"
+        raise ValueError(f"{name} has shape {list(shape)}; it must have shape [Hq] = [{heads}]{also}")
+
+
+def check_metal_dtype(query: Tensor) -> None:
+    if query.dtype not in _checks.METAL_DTYPES:
+        names = " or ".join(map(_checks.dtype_name, _checks.METAL_DTYPES))
+        raise TypeError(f"query has dtype {_checks.dtype_name(query.dtype)}; it must be {names}")

@@ -1,0 +1,101 @@
+"""What packed attention refuses, with the sentences of _checks.py."""
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._index_checks import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
+
+
+def check_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    *,
+    metal: bool,
+) -> None:
+    """Everything about the arguments of `mfa::attention_varlen_forward` but the contents of cu_seqlens."""
+    _checks.check_tensors(query, key, value, ranks=(3,))
+    _checks.check_shapes(*(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)))
+    check_index_tensor("cu_seqlens_q", cu_seqlens_q, query, "[N+1]", (None,))
+    if cu_seqlens_q.shape[0] == 0:
+        raise ValueError("cu_seqlens_q has shape [0]; it must have shape [N+1], starting with 0")
+    check_index_tensor("cu_seqlens_k", cu_seqlens_k, query, "[N+1] of cu_seqlens_q", (cu_seqlens_q.shape[0],))
+    check_integer("max_seqlen_q", max_seqlen_q)
+    check_integer("max_seqlen_k", max_seqlen_k)
+    heads, sequences = query.shape[1], cu_seqlens_q.shape[0] - 1
+    if sinks is not None:
+        check_per_head("sinks", sinks, query, heads, None, (torch.float32, query.dtype))
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, query, heads, ("N", sequences), (torch.float32,))
+    _checks.check_values(scale, softcap, dropout_p)
+    check_dropout(dropout_p, rng_state)
+    if metal:
+        check_metal_dtype(query)
+
+
+def check_dropout(dropout_p: float, rng_state: Tensor | None) -> None:
+    if dropout_p != 0 or rng_state is not None:
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}; dropout is not supported yet: use "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+def check_starts(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """Contents of cu_seqlens, where the host can see them."""
+    for side, starts, tokens, longest in (
+        ("q", cu_seqlens_q, query.shape[0], max_seqlen_q),
+        ("k", cu_seqlens_k, key.shape[0], max_seqlen_k),
+    ):
+        values = host_values(starts)
+        if values is None:
+            continue
+        name = f"cu_seqlens_{side}"
+        if values[0] != 0:
+            raise ValueError(f"{name} starts with {values[0]}; it must start with 0")
+        for n, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+            if end < start:
+                raise ValueError(f"{name} falls from {start} to {end} at {n + 1}; it must not decrease")
+            if end - start > longest:
+                raise ValueError(
+                    f"max_seqlen_{side} is {longest}; it must be at least the length of every sequence, and that of "
+                    f"{n} is {end - start}"
+                )
+        if values[-1] > tokens:
+            tensor = "query" if side == "q" else "key"
+            raise ValueError(f"{name} ends with {values[-1]}; it must be at most the {tokens} tokens of {tensor}")
+
+
+def check_results(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, value: Tensor
+) -> None:
+    """The arguments that `mfa::attention_varlen_backward` has besides those of the forward pass."""
+    tokens, heads = query.shape[:2]
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, (tokens, heads, value.shape[2]), query.dtype),
+        ("out", out, (tokens, heads, value.shape[2]), query.dtype),
+        ("grad_lse", grad_lse, (heads, tokens), torch.float32),
+        ("lse", lse, (heads, tokens), torch.float32),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {list(shape)}")
+        if tensor.dtype != dtype:
+            names = (_checks.dtype_name(tensor.dtype), _checks.dtype_name(dtype))
+            raise TypeError(f"{name} has dtype {names[0]}; it must be {names[1]}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")

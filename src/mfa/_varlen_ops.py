@@ -1,0 +1,289 @@
+"""The ops of packed sequences: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _checks, _ops, _varlen_checks, _varlen_cpu, simulator
+from ._index_checks import host_values
+from ._ops import LIBRARY, ops
+
+_Dims = tuple[int | None, ...]
+_FORWARD, _BACKWARD = "mfa::attention_varlen_forward", "mfa::attention_varlen_backward"
+_MPS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
+
+
+# -- attention_varlen_forward ---------------------------------------------------------------------------------------
+
+
+@_checks.as_runtime_errors
+def _forward_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    simulation = simulator.active()
+    starts = (cu_seqlens_q, cu_seqlens_k)
+    layout = (*starts, max_seqlen_q, max_seqlen_k)
+    terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
+    _varlen_checks.check_forward(
+        *(query, key, value, *layout, sinks, alibi_slopes, scale, softcap, dropout_p, rng_state),
+        metal=simulation is not None,
+    )
+    _varlen_checks.check_starts(query, key, *layout)
+    if simulation is not None:  # what an MPS tensor reaches
+        arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
+        outputs: tuple[Tensor, Tensor] = simulation.run(
+            lambda: ops.attention_varlen_forward.default.redispatch(_MPS, *arguments)
+        )
+        return outputs
+    with torch._C._AutoDispatchBelowAutograd():
+        return _varlen_cpu.attention_varlen_forward(query, key, value, *starts, *terms)
+
+
+@_checks.as_runtime_errors
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _varlen_checks.check_forward(
+        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes),
+        *(scale, softcap, dropout_p, rng_state),
+        metal=query.device.type == "mps",
+    )
+    return _varlen_cpu.empty_outputs(query, value.shape[2])
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *starts, ctx.max_seqlen_q, ctx.max_seqlen_k, sinks, slopes = inputs[:9]
+    *ctx.scalars, rng_state = inputs[9:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, *starts, sinks, slopes, rng_state)
+
+
+def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, rng_state = ctx.saved_tensors
+    layout = (cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k)
+    if grad_out is None:
+        grad_out = torch.zeros_like(tensors[3])
+    needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 7, 8)]
+    grads = ops.attention_varlen_backward(
+        grad_out, grad_lse, *tensors, *layout, sinks, alibi_slopes, *ctx.scalars, rng_state, needed
+    )
+    query, key, value, of_sinks, of_slopes = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return (query, key, value, *(None for _ in layout), of_sinks, of_slopes, *(None for _ in ctx.scalars), None)
+
+
+def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    device = query.device.type
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    with torch._C._ExcludeDispatchKeyGuard(off):
+        query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, rest[4])
+        outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(query, key, value, *rest[:4], sinks, *rest[5:])
+    return outputs
+
+
+# The mapped dimension becomes part of the heads: it is 1 in packed rows [T,H,X], 0 in [H,T], and last in [H] or [N,H].
+_TOKENS, _ROWS, _HEADS = 1, 0, -1
+
+
+def _fold(size: int, where: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    if dim is not None:
+        tensor = tensor.movedim(dim, 0)
+    else:
+        tensor = tensor.expand(size, *tensor.shape)
+    if where == _HEADS:
+        return tensor.movedim(0, -2).flatten(-2)
+    return tensor.movedim(0, where).flatten(where, where + 1)
+
+
+def _folded(
+    size: int, in_dims: _Dims, args: Sequence[Any], places: dict[int, int], starts: int
+) -> list[Any] | None:
+    """The arguments of one call for all; `places`: what is folded, and where; None if the starts or the RNG differ."""
+    if any(dim is not None for dim in (in_dims[starts], in_dims[starts + 1], in_dims[starts + 11])):
+        return None
+    return [
+        _fold(size, places[i], dim, arg) if i in places else arg
+        for i, (dim, arg) in enumerate(zip(in_dims, args, strict=True))
+    ]
+
+
+def _forward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
+    size = info.batch_size
+    places = {0: _TOKENS, 1: _TOKENS, 2: _TOKENS, 7: _HEADS, 8: _HEADS}
+    folded = _folded(size, in_dims, args, places, starts=3)
+    if folded is None:
+        return _ops._one_by_one(ops.attention_varlen_forward, size, in_dims, args)
+    out, lse = ops.attention_varlen_forward(*folded)
+    return (out.unflatten(1, (size, -1)), lse.unflatten(0, (size, -1))), (1, 0)
+
+
+def _pairs(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest: tuple[int, int]) -> int:
+    """How many (query, key) there are: exactly where the host sees the lengths, and at most elsewhere."""
+    starts = host_values(cu_seqlens_q), host_values(cu_seqlens_k)
+    if starts[0] is not None and starts[1] is not None:
+        lengths = [[b - a for a, b in zip(s, s[1:], strict=False)] for s in starts if s is not None]
+        return sum(q * k for q, k in zip(*lengths, strict=True))
+    sequences = cu_seqlens_q.shape[0] - 1
+    return min(query.shape[0] * longest[1], key.shape[0] * longest[0], sequences * longest[0] * longest[1])
+
+
+def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
+    pairs = _pairs(query, key, rest[0], rest[1], (rest[2], rest[3]))
+    return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[2])
+
+
+# -- attention_varlen_backward --------------------------------------------------------------------------------------
+
+
+@_checks.as_runtime_errors
+def _backward_cpu(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    simulation = simulator.active()
+    starts = (cu_seqlens_q, cu_seqlens_k)
+    layout = (*starts, max_seqlen_q, max_seqlen_k)
+    terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
+    _varlen_checks.check_forward(
+        *(query, key, value, *layout, sinks, alibi_slopes, scale, softcap, dropout_p, rng_state),
+        metal=simulation is not None,
+    )
+    _varlen_checks.check_results(grad_out, grad_lse, out, lse, query, value)
+    _varlen_checks.check_starts(query, key, *layout)
+    if simulation is not None:  # what an MPS tensor reaches
+        results = (grad_out, grad_lse, query, key, value, out, lse)
+        arguments = (*results, *layout, *terms, dropout_p, rng_state, output_mask)
+        outputs: tuple[Tensor, ...] = simulation.run(
+            lambda: ops.attention_varlen_backward.default.redispatch(_MPS, *arguments)
+        )
+        return outputs
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = _varlen_cpu.attention_varlen_backward(
+            grad_out, grad_lse, query, key, value, lse, *starts, *terms, output_mask
+        )
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, sinks, alibi_slopes)
+    return tuple(
+        tensor.new_empty(tensor.shape) if wanted and tensor is not None else query.new_empty(0)
+        for tensor, wanted in zip(inputs, output_mask, strict=True)
+    )
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("grad_out requires grad, and second derivatives of attention are not supported")
+
+
+def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
+    size = info.batch_size
+    places = {0: _TOKENS, 1: _ROWS, **dict.fromkeys((2, 3, 4, 5), _TOKENS), 6: _ROWS, 11: _HEADS, 12: _HEADS}
+    folded = _folded(size, in_dims, args, places, starts=7)
+    if folded is None:
+        return _ops._one_by_one(ops.attention_varlen_backward, size, in_dims, args)
+    results, dims = [], []
+    for i, grad in enumerate(ops.attention_varlen_backward(*folded)):
+        is_none = grad.shape == (0,)
+        dim = 0 if is_none else 1 if i < 3 else grad.dim() - 1
+        results.append(grad.expand(size, 0) if is_none else grad.unflatten(dim, (size, -1)))
+        dims.append(dim)
+    return tuple(results), tuple(dims)
+
+
+def _backward_flops(_out: object, _lse: object, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
+    pairs = _pairs(query, key, rest[2], rest[3], (rest[4], rest[5]))
+    return 2 * query.shape[1] * pairs * (3 * query.shape[2] + 2 * value.shape[2])
+
+
+# -- registration ---------------------------------------------------------------------------------------------------
+
+if hasattr(ops, "attention_varlen_forward"):
+    LIBRARY.impl("attention_varlen_forward", _forward_cpu, "CPU")
+    torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
+    torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+    LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastCPU")
+    LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastMPS")
+    torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
+    register_flop_formula(ops.attention_varlen_forward, get_raw=True)(_forward_flops)
+
+    LIBRARY.impl("attention_varlen_backward", _backward_cpu, "CPU")
+    torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
+    torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+    torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
+    register_flop_formula(ops.attention_varlen_backward, get_raw=True)(_backward_flops)

@@ -1,0 +1,47 @@
+"""The compiled pipelines of the Metal backend: build them before they are needed, or forget them."""
+
+import torch
+
+from . import _metal, _native
+
+_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+_LENGTH = 1024  # any: no pipeline depends on lengths
+
+
+def precompile(
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float16,
+    is_causal: bool = False,
+    training: bool = False,
+) -> int:
+    """Compiles what attention on contiguous `mps` tensors of these properties runs, so that its first call doesn't.
+
+    The pipelines are also archived on disk, so that later processes find them. `training` adds the backward pass.
+    Returns the number of pipelines. Raises RuntimeError where the Metal kernels can't run, TypeError for another dtype.
+    """
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; it must be torch.float16, torch.bfloat16 or torch.float32")
+    info = _metal.info()
+    if info is None or info["why_not"]:
+        raise RuntimeError("; ".join(info["why_not"]) if info else "this build of mfa has no Metal backend")
+    problem = {
+        "family": info["family"],
+        "dtype": _DTYPES[dtype],
+        "query_length": _LENGTH,
+        "key_length": _LENGTH,
+        "head_dim": head_dim,
+        "value_dim": head_dim if value_dim is None else value_dim,
+        "window_right": 0 if is_causal else None,
+    }
+    launches = list(_native.plan(**problem).launches)
+    if training:
+        launches += _native.plan_backward(**problem).launches
+    _metal.precompile(launches)
+    return len(launches)
+
+
+def clear_cache() -> None:
+    """Forgets the compiled pipelines, in memory and on disk; each is compiled again when it is next used."""
+    _metal.clear_cache()

@@ -1,0 +1,248 @@
+"""F.scaled_dot_product_attention and torch's varlen_attn by mfa: a provider for torch's registry of flash attentions.
+
+    mfa.sdpa.enable()              or torch.nn.attention.activate_flash_attention_impl("MFA")
+    with mfa.sdpa.enabled(): ...
+
+Importing this registers the provider and activates nothing. Activation puts kernels for aten's ops under the keys of MPS
+and, for the simulator, of CPU; what they don't take goes back to ATen, with the reason logged once. Code that
+torch.compile has compiled keeps the attention that was active then.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.attention as torch_attention
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import _checks, _sdpa_varlen, device, simulator
+from .attention import _broadcast, attention
+
+NAME = "MFA"
+LOG = logging.getLogger("mfa")
+
+_aten = torch.ops.aten.scaled_dot_product_attention.default
+_logged: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How calls are routed."""
+
+    cpu: bool = False  # CPU tensors too; without it they are taken inside mfa.simulate() only
+    min_query_length: int = 0  # a shorter query stays with ATen
+    repeat_heads: bool = False  # grouped heads also where enable_gqa isn't given
+
+
+class Handle:
+    """An activation: `remove()` ends it. The only one, since torch keeps one kernel for an op and a key."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
+        keys = ["MPS", "AutogradMPS"]
+        if options.cpu or simulator.why_not() is None:
+            keys += ["CPU", "AutogradCPU"]
+        for key in keys:  # without the autograd key the op would have no derivative
+            self._library.impl("scaled_dot_product_attention", functools.partial(_route, options), key)
+        for key in keys[::2]:  # these have derivatives of their own
+            for name, kernel in _sdpa_varlen.kernels(functools.partial(_takes, options)).items():
+                self._library.impl(name, kernel, key)
+
+    def remove(self) -> None:
+        """Gives the ops back to ATen. Again: nothing."""
+        global _active
+        self._library = None  # torch unregisters when the last reference goes
+        if _active is self:
+            _active = None
+
+
+_active: Handle | None = None
+_next_options = Options()
+
+
+def _activate() -> Handle:
+    """What torch's registry calls."""
+    global _active
+    if _active is not None:
+        _active.remove()
+    _active = Handle(_next_options)
+    return _active
+
+
+def _has_registry() -> bool:
+    """Whether torch can undo an activation (2.12 on). Without, the registry only gets to know the name."""
+    return hasattr(torch_attention, "restore_flash_attention_impl")
+
+
+def enable(*, cpu: bool = False) -> None:
+    """Routes attention of `mps` tensors to mfa; of CPU tensors inside mfa.simulate(), or, with `cpu`, always."""
+    activate(Options(cpu=cpu))
+
+
+def activate(options: Options) -> Handle:
+    """`enable` with all options. Replaces another provider, or an earlier activation."""
+    global _next_options
+    _next_options = options
+    try:
+        if _has_registry():
+            torch_attention.activate_flash_attention_impl(NAME)
+        else:
+            _activate()
+    finally:
+        _next_options = Options()
+    assert _active is not None
+    return _active
+
+
+def disable() -> None:
+    """Gives attention back to ATen. Without an activation: nothing."""
+    if _active is None:
+        return
+    if _has_registry() and torch_attention.current_flash_attention_impl() == NAME:
+        torch_attention.restore_flash_attention_impl()
+    else:
+        _active.remove()
+
+
+def is_enabled() -> bool:
+    """Whether an activation is in force."""
+    return _active is not None
+
+
+@contextmanager
+def enabled(*, cpu: bool = False) -> Iterator[None]:
+    """`enable` for a `with` block; afterwards whatever was active before is so again. Process-wide, like `enable`."""
+    before = _active.options if _active is not None else None
+    provider = torch_attention.current_flash_attention_impl() if _has_registry() else None
+    enable(cpu=cpu)
+    try:
+        yield
+    finally:
+        if before is not None:
+            activate(before)
+        else:
+            disable()
+            if provider is not None and provider != NAME:
+                torch_attention.activate_flash_attention_impl(provider)
+
+
+def _takes(options: Options, tensor: Tensor) -> bool:
+    """Whether tensors of this device are meant at all."""
+    return tensor.device.type != "cpu" or options.cpu or simulator.active() is not None
+
+
+def _route(
+    options: Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`aten::scaled_dot_product_attention` while we are active."""
+    grouped = enable_gqa
+    if _takes(options, query):
+        if options.repeat_heads and query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3]:
+            grouped = True
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, grouped)
+        reasons = not_supported_reasons(*arguments)
+        if query.dim() > 1 and query.shape[-2] < options.min_query_length:
+            reasons.append(f"query is shorter than {options.min_query_length}")
+        if not reasons:
+            return attention(*arguments)
+        for reason in reasons:
+            if reason not in _logged:
+                _logged.add(reason)
+                LOG.warning("scaled_dot_product_attention goes to ATen: %s", reason)
+    if grouped and not enable_gqa:
+        repeats = query.shape[-3] // max(1, key.shape[-3])
+        key, value = (tensor.repeat_interleave(repeats, dim=-3) for tensor in (key, value))
+    out: Tensor = _aten.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return out
+
+
+def not_supported_reasons(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[str]:
+    """Why a call of F.scaled_dot_product_attention goes to ATen instead of mfa. Empty: it doesn't.
+
+    Whether it is routed at all (see `enable`) isn't asked. Depends on the context: `sdpa_kernel`, grad mode, torch.func.
+    """
+    reasons = []
+    if not torch.backends.cuda.flash_sdp_enabled():
+        reasons.append("sdpa_kernel leaves out SDPBackend.FLASH_ATTENTION")
+    elif _another_has_priority():
+        reasons.append("sdpa_kernel prefers another backend to SDPBackend.FLASH_ATTENTION")
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("a transform of torch.func is active, and mfa's ops don't support it")
+    if torch.autograd.forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active, and mfa's ops don't support it")
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    for tensor in tensors:
+        if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+            reasons.append(f"mfa's ops don't support {type(tensor).__name__}")
+            return reasons
+    if attn_mask is not None and is_causal:
+        reasons.append("attn_mask and is_causal are both given, which scaled_dot_product_attention refuses")
+    if query.device.type == "mps" and (why_not := _mps_why_not()) is not None:
+        reasons.append(why_not)
+    try:
+        _check(query, key, value, attn_mask, dropout_p, 1.0 if scale is None else scale, enable_gqa)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        reasons.append(str(error))
+    return reasons
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    enable_gqa: bool,
+) -> None:
+    """What mfa.attention checks before it does anything."""
+    _checks.check_tensors(query, key, value, ranks=(3, 4))
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _checks.check_bias("attn_mask", attn_mask, query, key)
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    metal = query.device.type == "mps" or simulator.active() is not None
+    terms: dict[str, Any] = {"metal": metal, "bias_name": "attn_mask"}
+    _checks.check_forward(query, key, value, attn_mask, None, None, scale, 0.0, dropout_p, None, **terms)
+    if metal and torch.is_grad_enabled():
+        _checks.check_no_grad(query=query, key=key, value=value)
+
+
+def _another_has_priority() -> bool:
+    """Whether sdpa_kernel(..., set_priority=True) put an enabled backend, in practice MATH, before flash attention."""
+    order = torch._C._get_sdp_priority_order()
+    math, flash = (int(backend) for backend in (torch._C._SDPBackend.MATH, torch._C._SDPBackend.FLASH_ATTENTION))
+    return torch.backends.cuda.math_sdp_enabled() and order.index(math) < order.index(flash)
+
+
+@functools.cache
+def _mps_why_not() -> str | None:
+    return device.device_info().why_not
+
+
+if hasattr(torch_attention, "register_flash_attention_impl"):
+    torch_attention.register_flash_attention_impl(NAME, register_fn=_activate)

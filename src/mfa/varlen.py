@@ -1,0 +1,133 @@
+"""Attention over sequences packed one behind the other, without padding."""
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops, _varlen_checks, simulator
+from ._varlen_ops import ops
+
+_Bound = int | None
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`mfa.attention` of N sequences at once, whose tokens lie one behind the other (flash-attention's varlen layout).
+
+    Sequence n has the query tokens cu_seqlens_q[n] ... cu_seqlens_q[n+1]-1, and the key tokens that cu_seqlens_k says;
+    below, Lq and Lk are its lengths, and i and j count from its start. Either may be 0. Tokens behind the last sequence
+    belong to none: their out is 0, their lse -inf, their gradients 0. Nothing waits for a device.
+
+    Args:
+        query: [Tq,Hq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
+        key: [Tk,Hkv,D], of the same dtype and device; Hq is a multiple of Hkv, query head h uses key head h//(Hq/Hkv).
+        value: [Tk,Hkv,Dv], of the same dtype and device; Dv <= 256.
+        cu_seqlens_q, cu_seqlens_k: int32 [N+1], on the same device: 0, then where each sequence ends.
+        max_seqlen_q, max_seqlen_k: no sequence is longer.
+        is_causal: query i sees key j iff j <= i+Lk-Lq: aligned to the lower right, other than in `mfa.attention`.
+        scale: of the scores; None is 1/sqrt(D).
+        window: (left, right): query i sees key j iff i+Lk-Lq-left <= j <= i+Lk-Lq+right. None is open; bounds may be
+            negative.
+        softcap: > 0 replaces a scaled score s by softcap*tanh(s/softcap), before ALiBi.
+        alibi_slopes: float32 [Hq] or [N,Hq]: adds -slope*|i+Lk-Lq-j|.
+        sinks: [Hq], float32 or the query's dtype: one more logit per head that takes probability and has no value.
+        dropout_p: within [0, 1); keyed on (sequence, head, query, key).
+        return_lse: also return the log-sum-exp of the scores, in natural logarithms.
+
+    Returns:
+        out [Tq,Hq,Dv] in the query's dtype; with return_lse also lse [Hq,Tq], float32. A row that sees no key: out 0,
+        lse -inf (with sinks: lse is the sink). Gradients flow to query, key, value, sinks and alibi_slopes.
+
+    Raises:
+        ValueError: shapes, lengths or values out of range; tensors on different devices; where the host can see them,
+            cu_seqlens that don't start with 0, decrease, end behind the tokens or exceed max_seqlen. On a GPU such
+            contents are clamped.
+        TypeError: dtypes that differ or aren't supported.
+        NotImplementedError: a legal request that isn't supported: a device, or a head dimension.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _checks.check_is_tensor(name, tensor)
+    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
+        _checks.check_flag(name, flag)
+    for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
+        _checks.check_number(name, number)
+    left, right = _checks.check_window(window)
+    device = query.device.type
+    if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
+        query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, sinks)
+    layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _varlen_checks.check_forward(
+        *(query, key, value, *layout, sinks, alibi_slopes),
+        *(1.0 if scale is None else scale, softcap, dropout_p, None),
+        metal=device == "mps" or simulator.active() is not None,
+    )
+    _varlen_checks.check_starts(query, key, *layout)
+
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[2])
+    if is_causal:
+        right = 0 if right is None else torch.sym_min(right, 0)
+    out, lse = ops.attention_varlen_forward(
+        query, key, value, *layout, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, None
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,126 @@
+"""Compiles what the driver's tests need, into .cache/driver; each part again only when what it is made of changes."""
+
+import fcntl
+import functools
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+SIMULATOR = REPOSITORY / "csrc" / "simulator"
+DRIVER = SIMULATOR / "driver"
+CACHE = REPOSITORY / ".cache" / "driver"
+GXX = ("g++", "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+
+
+class BuildError(Exception):
+    """The command and what it said."""
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """One process builds; the others wait and find it done."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(command: Iterable[object]) -> None:
+    words = [str(word) for word in command]
+    done = subprocess.run(["nice", *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
+
+
+def make(output: Path, inputs: Iterable[Path], command: Iterable[object]) -> Path:
+    """Runs the command unless `output` came from the same command on the same inputs."""
+    words = [str(word) for word in command]
+    digest = hashlib.sha256("\0".join(words).encode())
+    for path in sorted(inputs):
+        digest.update(path.name.encode() + path.read_bytes())
+    stamp = output.with_name(output.name + ".stamp")
+    if not (output.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest()):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        run(words)
+        stamp.write_text(digest.hexdigest())
+    return output
+
+
+def compile_all(
+    folder: str, sources: Iterable[Path], headers: Iterable[Path], flags: Iterable[object] = ()
+) -> list[Path]:
+    """Objects by the system's compiler."""
+    headers, flags = list(headers), list(flags)
+    objects = []
+    for source in sorted(sources):
+        output = CACHE / folder / f"{source.name}.o"
+        objects.append(make(output, [source, *headers], [*GXX, *flags, "-c", source, "-o", output]))
+    return objects
+
+
+def link(name: str, objects: Iterable[Path], *libraries: object) -> Path:
+    objects = list(objects)
+    output = CACHE / f"lib{name}.so"
+    command = ["g++", "-shared", "-o", output, *objects, f"-L{CACHE}", *libraries]
+    return make(output, objects, [*command, "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"])
+
+
+def metal_cpp_object(source: Path, inputs: Iterable[Path], output: Path, *flags: object) -> Path:
+    """An object of a source that includes metal-cpp, by clang."""
+    command = [sys.executable, DRIVER / "compile.py", source, "-o", output, "-O2", "-fvisibility=hidden", *flags]
+    return make(output, [source, *inputs, DRIVER / "compile.py", *DRIVER.glob("include/*/*.h")], command)
+
+
+@functools.cache
+def driver() -> Path:
+    """libmfa_driver.so, beside libmfa_simulator.so."""
+    with locked():
+        engine = [source for source in SIMULATOR.glob("*.cpp") if not source.name.endswith("launcher.cpp")]
+        objects = compile_all("engine", engine, SIMULATOR.glob("*.h"), ["-fvisibility=default", "-O2"])
+        link("mfa_simulator", objects, "-ldl", "-lpthread")
+        sources = [*DRIVER.glob("*.cpp"), DRIVER / "send.S"]
+        objects = compile_all("driver", sources, [*DRIVER.glob("*.h"), SIMULATOR / "engine.h"])
+        return link("mfa_driver", objects, "-lmfa_simulator", "-ldl")
+
+
+@functools.cache
+def kernels() -> Path:
+    """The driver tests' own kernels."""
+    driver()
+    with locked():
+        source, output = HERE / "kernels.metal", CACHE / "kernels.o"
+        translate = SIMULATOR / "translate.py"
+        inputs = [source, translate, *SIMULATOR.glob("*.py"), SIMULATOR / "engine.h", *SIMULATOR.glob("msl/**/*.h")]
+        make(output, inputs, [sys.executable, translate, "--mode", "count", "-o", output, source])
+        return link("driver_kernels", [output], "-lmfa_simulator")
+
+
+@functools.cache
+def client() -> Path:
+    """The scenarios of client.cpp."""
+    driver()
+    with locked():
+        inputs = [HERE / "client.h", DRIVER / "control.h", SIMULATOR / "engine.h"]
+        output = metal_cpp_object(HERE / "client.cpp", inputs, CACHE / "client.o")
+        return link("driver_client", [output], "-lmfa_driver")
+
+
+@functools.cache
+def mps_device() -> Path:
+    """The stand-in `mps` device for the torch of this Python."""
+    import torch
+
+    folder = Path(torch.__path__[0])
+    driver()
+    with locked():
+        device = SIMULATOR / "mps_device"
+        includes = ["-isystem", folder / "include", "-isystem", folder / "include/torch/csrc/api/include"]
+        headers = [*device.glob("*.h"), DRIVER / "control.h"]
+        objects = compile_all(f"mps_device-{torch.__version__}", device.glob("*.cpp"), headers, includes)
+        libraries = (f"-L{folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{folder / 'lib'}")
+        return link("mfa_mps_device", objects, "-lmfa_driver", *libraries)

@@ -1,0 +1,191 @@
+"""The implementation for CPU tensors: gradients, cuts into blocks, memory."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import Device
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, Problem, problems
+from test_attention import check, oracle_terms
+from torch import Tensor
+
+import mfa
+from mfa import _blocks
+
+ALL_DTYPES = (*DTYPES, torch.float64)
+
+
+def gradients(
+    outputs: tuple[Tensor, Tensor], inputs: list[Tensor | None], seen: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Of a sum of out and lse with random weights; rows that see nothing have an infinite lse, which is left out."""
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for output, mask in zip(outputs, (torch.ones((), dtype=torch.bool), seen), strict=True):
+        weight = torch.randn(output.shape, generator=generator).to(dtype)  # so that no gradient of out is rounded
+        loss = loss + torch.where(mask, output.double(), 0).mul(weight).sum()
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_gradients(shard: int) -> None:
+    """The numerics rule for every gradient, in every dtype."""
+
+    @seed(shard)
+    @settings(max_examples=50)
+    @given(problems(dtypes=ALL_DTYPES))
+    def holds(problem: Problem) -> None:
+        tensors, terms = problem.arguments()
+        names = ("attn_mask", "sinks", "alibi_slopes")
+
+        def run(function: Any, dtype: torch.dtype | None, to_terms: Any) -> tuple[Any, list[Any]]:
+            inputs: list[Any] = [*tensors, *(terms.get(name) for name in names)]
+            for i, tensor in enumerate(inputs):
+                if tensor is not None and tensor.dtype != torch.bool:
+                    inputs[i] = tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+            arguments = {**terms, **dict(zip(names, inputs[3:], strict=True))}
+            return function(*inputs[:3], **to_terms(arguments)), inputs
+
+        results = [
+            run(mfa.attention, None, lambda arguments: {**arguments, "return_lse": True}),
+            run(oracle.attention, torch.float64, oracle_terms),
+            run(oracle.composition, None, oracle_terms),
+        ]
+        seen = results[1][0][1].isfinite()
+        ours, expected, plain = (gradients(outputs, inputs, seen, problem.dtype) for outputs, inputs in results)
+        # dS = P (dP - delta) may cancel to nothing: the rounding is that of dP. A slope's gradient sums dS * distance.
+        products = problem.value_dim + 1
+        distances = math.sqrt(problem.batch * problem.query_length) * (problem.query_length + problem.key_length)
+        for actual, reference, torchs in zip(ours, expected, plain, strict=True):
+            assert actual.shape == reference.shape
+            rounding = torch.finfo(actual.dtype).eps * (products + largest(reference))
+            few = reference.numel() < 512 or problem.query_length * problem.key_length < 512
+            allowed = oracle.tolerance(torchs, reference) + (4 * rounding if few else 0)
+            if terms.get("alibi_slopes") is not None and actual is ours[-1]:
+                allowed += rounding * distances
+            assert oracle.largest_error(actual, reference) <= allowed
+
+    holds()
+
+
+def test_gradcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    inputs = (normal(2, 4, 5, 3), normal(2, 2, 6, 3), normal(2, 2, 6, 2), normal(1, 4, 1, 6), normal(4))
+
+    def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+        terms = {"attn_mask": mask, "sinks": sinks, "softcap": 2.0, "window": (3, 1), "enable_gqa": True}
+        return mfa.attention(query, key, value, **terms)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("scratch", [1, 1 << 12, 1 << 16])
+def test_any_cut_gives_the_same(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of heads and blocks of rows down to one row at a time."""
+    monkeypatch.setattr(_blocks, "SCRATCH_BYTES", scratch)
+
+    @seed(scratch)
+    @settings(max_examples=60)
+    @given(problems(dtypes=ALL_DTYPES))
+    def holds(problem: Problem) -> None:
+        check(problem, Device("cpu"))
+
+    holds()
+
+
+bounds = st.none() | st.integers(-60, 60)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), bounds, bounds, st.integers(1, 16))
+def test_window(query_length: int, key_length: int, left: int | None, right: int | None, step: int) -> None:
+    window = _blocks.Window.of(query_length, key_length, left, right)
+    seen = oracle.visible(query_length, key_length, (left, right))
+    rows = window.rows()
+    assert [bool(row.any()) for row in seen] == [rows.start <= i < rows.stop for i in range(query_length)]
+    for first in range(rows.start, rows.stop, step):
+        block = slice(first, min(first + step, rows.stop))
+        keys = window.keys(block)
+        visited = torch.zeros(key_length, dtype=torch.bool)
+        visited[keys] = True
+        assert torch.equal(visited, seen[block].any(0))
+        assert window.hides(block, keys) == (not seen[block, keys].all())
+
+
+@pytest.mark.parametrize("terms", [{}, {"is_causal": True}, {"window": (3, 2)}, {"attn_mask": torch.ones(9, 9) > 0}])
+def test_scores_that_overflow_only_before_the_scale(terms: dict[str, Any]) -> None:
+    query, key, value = (torch.randn(1, 2, 9, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = mfa.attention(query, key, value, scale=2.0, **terms, return_lse=True)
+    results = mfa.attention(query * 1e19, key * 1e19, value, scale=2e-38, **terms, return_lse=True)
+    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_is_float64() -> None:
+    query, key, value = (torch.randn(1, 2, 70, 16, dtype=torch.float64) for _ in range(3))
+    for terms in ({}, {"window": (9, 3)}, {"softcap": 4.0}, {"alibi_slopes": torch.tensor([0.5, 0.25])}):
+        expected = oracle.attention(query, key, value, **terms)[0]
+        assert oracle.largest_error(mfa.attention(query, key, value, **terms), expected) < 1e-14
+
+
+MEMORY = """
+import resource, sys, torch, mfa
+from pathlib import Path
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+torch.set_num_threads(2)
+shape, dtype = (1, 8, 16384, 64), getattr(torch, sys.argv[1])
+query, key, value = (torch.empty(shape, dtype=dtype).normal_() for _ in range(3))
+terms = {
+    "dense": {},
+    "causal": {"is_causal": True},
+    "window": {"window": (256, 0)},
+    "bottom right": {"window": (1000, -3)},
+    "alibi": {"alibi_slopes": torch.full((8,), 0.1), "window": (512, 0)},
+    "softcap": {"softcap": 20.0, "window": (512, 0)},
+    "padding": {"attn_mask": torch.ones(1, 1, 1, 16384, dtype=torch.bool), "window": (512, 0)},
+}[sys.argv[2]]
+mfa.attention(query[:, :, :300], key[:, :, :300], value[:, :, :300], **{**terms, "attn_mask": None})  # loads code
+before = resident()
+out, lse = mfa.attention(query, key, value, **terms, return_lse=True)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(grown, 4 * query.nbytes + lse.nbytes, 3 * query.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("float32", "causal"),
+        ("float32", "window"),
+        ("float32", "bottom right"),
+        ("float32", "alibi"),
+        ("float32", "softcap"),
+        ("float32", "padding"),
+        ("bfloat16", "window"),
+    ],
+)
+def test_memory_grows_with_the_lengths_only(dtype: str, name: str) -> None:
+    """16384 x 16384 scores of 8 heads would be 8 GiB; allowed are 1.2 times inputs and outputs, and 64 MiB."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, dtype, name], check=True, capture_output=True, text=True, timeout=600
+    )
+    grown, tensors, inputs = map(int, result.stdout.split())
+    assert inputs + grown <= 1.2 * tensors + (64 << 20)
