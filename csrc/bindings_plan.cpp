@@ -155,6 +155,8 @@ void bind_plan(nb::module_& m) {
       .def_ro("first_unit", &Launch::first_unit, "The first (batch, key head) of the backward pass's chunk.");
 
   auto params = nb::class_<AttentionParams>(m, "AttentionParams", "The parameter block of metal/params.h.");
+  params.def(
+      "__bytes__", [](const AttentionParams& p) { return nb::bytes(&p, sizeof p); }, "As kernels read it.");
 #define FIELD(field) params.def_ro(#field, &AttentionParams::field)
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(group_size), FIELD(query_length), FIELD(key_length);
   FIELD(head_dim), FIELD(value_dim), FIELD(window_left), FIELD(window_right), FIELD(scale), FIELD(scale_log2);

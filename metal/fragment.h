@@ -72,18 +72,25 @@ inline Octet<T> load_octet(const threadgroup T* source) {
   return {as_type<vec<T, 4>>(words.xy), as_type<vec<T, 4>>(words.zw)};
 }
 
-template <typename T>
-inline Octet<T> load_octet(const device T* source) {
-  MFA_COUNT_FRAGMENT_LOAD();
-  const uint4 words = *(const device uint4*)source;
-  return {as_type<vec<T, 4>>(words.xy), as_type<vec<T, 4>>(words.zw)};
-}
-
 inline Octet<float> load_octet(const threadgroup float* source) {
   MFA_COUNT_FRAGMENT_LOAD();
   MFA_COUNT_FRAGMENT_LOAD();
   const threadgroup float4* words = (const threadgroup float4*)source;
   return {words[0], words[1]};
+}
+
+template <typename T>
+inline vec<T, 4> load_quad(const threadgroup T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  return *(const threadgroup vec<T, 4>*)source;
+}
+
+#ifndef __MFA_CUDA__  // where both address spaces are one type
+template <typename T>
+inline Octet<T> load_octet(const device T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  const uint4 words = *(const device uint4*)source;
+  return {as_type<vec<T, 4>>(words.xy), as_type<vec<T, 4>>(words.zw)};
 }
 
 inline Octet<float> load_octet(const device float* source) {
@@ -94,16 +101,11 @@ inline Octet<float> load_octet(const device float* source) {
 }
 
 template <typename T>
-inline vec<T, 4> load_quad(const threadgroup T* source) {
-  MFA_COUNT_FRAGMENT_LOAD();
-  return *(const threadgroup vec<T, 4>*)source;
-}
-
-template <typename T>
 inline vec<T, 4> load_quad(const device T* source) {
   MFA_COUNT_FRAGMENT_LOAD();
   return *(const device vec<T, 4>*)source;
 }
+#endif
 
 template <typename T>
 inline void store_octet(device T* target, Octet<T> x) {

@@ -143,11 +143,11 @@ def test_float64_is_float64() -> None:
 
 
 MEMORY = """
-import resource, sys, torch, mfa
+import re, sys, torch, mfa
 from pathlib import Path
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory(field):  # not getrusage: its peak may be that of the parent, before exec
+    return 1024 * int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(2)
 shape, dtype = (1, 8, 16384, 64), getattr(torch, sys.argv[1])
@@ -162,10 +162,9 @@ terms = {
     "padding": {"attn_mask": torch.ones(1, 1, 1, 16384, dtype=torch.bool), "window": (512, 0)},
 }[sys.argv[2]]
 mfa.attention(query[:, :, :300], key[:, :, :300], value[:, :, :300], **{**terms, "attn_mask": None})  # loads code
-before = resident()
+before = memory("VmRSS")
 out, lse = mfa.attention(query, key, value, **terms, return_lse=True)
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-print(grown, 4 * query.nbytes + lse.nbytes, 3 * query.nbytes)
+print(memory("VmHWM") - before, 4 * query.nbytes + lse.nbytes, 3 * query.nbytes)
 """
 
 

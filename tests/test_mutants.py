@@ -42,6 +42,7 @@ SHARED = "      threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 D256 = {"dim": 256, "lengths": (40, 40)}
 ODD: dict[str, Any] = {"dim": 61}
 APPLE9 = {"family": "apple9"}
+UNCHECKED: dict[str, Any] = {"checks": ()}  # divergence is always found, but races would be found first
 
 MUTANTS = [
     Mutant("first barrier deleted", "forward.h", FIRST, "", "race"),
@@ -49,9 +50,24 @@ MUTANTS = [
     Mutant("third barrier deleted", "forward.h", SHARED, "", "race", D256, 1),
     Mutant("fourth barrier deleted", "forward.h", SHARED, "", "race", D256, 2),
     Mutant("first barrier orders nothing", "forward.h", FIRST, FIRST.replace("mem_threadgroup", "mem_none"), "race"),
-    Mutant("second barrier orders device memory", "forward.h", SECOND, SECOND.replace("mem_threadgroup", "mem_device"), "race"),
-    Mutant("barrier in half the lanes", "forward.h", SECOND, "    if (lane_index < 16)\n  " + SECOND, "divergent"),
-    Mutant("barrier in one SIMD-group", "forward.h", SECOND, "    if (simdgroup == 0)\n  " + SECOND, "barrier"),
+    Mutant(
+        "second barrier orders device memory",
+        "forward.h",
+        SECOND,
+        SECOND.replace("mem_threadgroup", "mem_device"),
+        "race",
+    ),
+    Mutant(
+        "barrier in half the lanes",
+        "forward.h",
+        SECOND,
+        "    if (lane_index < 16)\n  " + SECOND,
+        "divergent",
+        UNCHECKED,
+    ),
+    Mutant(
+        "barrier in one SIMD-group", "forward.h", SECOND, "    if (simdgroup == 0)\n  " + SECOND, "barrier", UNCHECKED
+    ),
     Mutant(
         "a lane misses a shuffle",
         "forward_rows.h",
@@ -73,14 +89,44 @@ MUTANTS = [
         "sizeof(T)) / 16 - 8];",
         "out of bounds",
     ),
-    Mutant("no guard for the last keys", "loader.h", "is_aligned && row < rows.valid &&", "is_aligned &&", "out of bounds"),
-    Mutant("no guard for the head dimension", "loader.h", "row < rows.valid && d + e < rows.dim", "row < rows.valid", "out of bounds", ODD),
-    Mutant("no guard for the last queries", "loader.h", "is_aligned && row < valid && d + 8 <= dim", "is_aligned", "out of bounds"),
-    Mutant("direct: no guard for the last keys", "loader.h", "row < valid ? load_quad", "true ? load_quad", "out of bounds", APPLE9),
+    Mutant(
+        "no guard for the last keys", "loader.h", "is_aligned && row < rows.valid &&", "is_aligned &&", "out of bounds"
+    ),
+    Mutant(
+        "no guard for the head dimension",
+        "loader.h",
+        "row < rows.valid && d + e < rows.dim",
+        "row < rows.valid",
+        "out of bounds",
+        ODD,
+    ),
+    Mutant(
+        "no guard for the last queries",
+        "loader.h",
+        "is_aligned && row < valid && d + 8 <= dim",
+        "is_aligned",
+        "out of bounds",
+    ),
+    Mutant(
+        "direct: no guard for the last keys",
+        "loader.h",
+        "row < valid ? load_quad",
+        "true ? load_quad",
+        "out of bounds",
+        APPLE9,
+    ),
     Mutant("output store unguarded", "tile.h", "if (row < valid) {", "if (true) {", "out of bounds|race"),
     Mutant("output store ignores Dv", "loader.h", "if (d + 4 + e < dim) {", "if (true) {", "out of bounds|race", ODD),
-    Mutant("lse store unguarded", "forward_rows.h", "lane.column == 0 && i < valid", "lane.column == 0", "out of bounds|race"),
-    Mutant("every tile writes the first rows", "forward.h", "first_row(tile.index * block_queries)", "first_row(0)", "race"),
+    Mutant(
+        "lse store unguarded",
+        "forward_rows.h",
+        "lane.column == 0 && i < valid",
+        "lane.column == 0",
+        "out of bounds|race",
+    ),
+    Mutant(
+        "every tile writes the first rows", "forward.h", "first_row(tile.index * block_queries)", "first_row(0)", "race"
+    ),
     Mutant(
         "tails are not zeroed",
         "loader.h",

@@ -24,7 +24,8 @@ metal::TorchFunctions stream_functions() {
     *library = reinterpret_cast<AOTIMetalShaderLibraryHandle>(&nothing);
     return AOTI_TORCH_SUCCESS;
   };
-  functions.get_kernel_function = [](AOTIMetalShaderLibraryHandle, const char*, AOTIMetalKernelFunctionHandle* function) {
+  functions.get_kernel_function = [](AOTIMetalShaderLibraryHandle, const char*,
+                                     AOTIMetalKernelFunctionHandle* function) {
     *function = reinterpret_cast<AOTIMetalKernelFunctionHandle>(&nothing);
     return AOTI_TORCH_SUCCESS;
   };
@@ -38,10 +39,32 @@ metal::TorchFunctions stream_functions() {
       const Call& c = *static_cast<const Call*>(context);
       c.run(c.function, c.data);
     };
-    return mfa_driver_stream_run(mfa_driver_stream(), work, &call, nullptr) == 0 ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+    return mfa_driver_stream_run(mfa_driver_stream(), work, &call, nullptr) == 0 ? AOTI_TORCH_SUCCESS
+                                                                                 : AOTI_TORCH_FAILURE;
   };
   return functions;
 }
+
+// Makes the driver's device the one that is simulated; the previous one comes back.
+class Configured {
+ public:
+  Configured(const std::string& kernel_library, Family family, std::uint32_t checks, std::uint64_t seed) {
+    const bool metal4 = family == Family::apple10;
+    mfa_driver_set_mode(1);
+    mfa_driver_set_execution(0);
+    mfa_driver_set_device(1, static_cast<int>(family), metal4 ? 26 : 15, metal4 ? 2 : 0);
+    mfa_driver_set_kernel_library(kernel_library.c_str());
+    mfa_driver_set_checks(checks, seed);
+    mfa_driver_clear_findings();
+    mfa_driver_clear_launches();
+  }
+  ~Configured() { mfa_driver_restore_settings(saved_); }
+  Configured(const Configured&) = delete;
+  Configured& operator=(const Configured&) = delete;
+
+ private:
+  void* saved_ = mfa_driver_save_settings();
+};
 
 // CPU memory as MTLBuffers, for one run.
 class Wrapped {
@@ -93,9 +116,10 @@ SimulatorLauncher::SimulatorLauncher(const std::string& kernel_library, Family f
                                      std::uint64_t seed)
     : kernel_library_(kernel_library), family_(family), checks_(checks), seed_(seed) {
   if (!is_instrumented(kernel_library) && checks)
-    throw std::invalid_argument("checks need a kernel library built in count mode, which " + kernel_library + " is not");
+    throw std::invalid_argument("checks need a kernel library built in count mode, which " + kernel_library +
+                                " is not");
   const std::lock_guard process(process_mutex);
-  configure();
+  const Configured configured(kernel_library_, family_, checks_, seed_);
   backend_ = std::make_unique<Backend>();
 }
 
@@ -104,20 +128,9 @@ SimulatorLauncher::~SimulatorLauncher() {
   backend_.reset();
 }
 
-void SimulatorLauncher::configure() const {
-  const bool metal4 = family_ == Family::apple10;
-  mfa_driver_set_mode(1);
-  mfa_driver_set_execution(0);
-  mfa_driver_set_device(1, static_cast<int>(family_), metal4 ? 26 : 15, metal4 ? 2 : 0);
-  mfa_driver_set_kernel_library(kernel_library_.c_str());
-  mfa_driver_set_checks(checks_, seed_);
-  mfa_driver_clear_findings();
-  mfa_driver_clear_launches();
-}
-
 void SimulatorLauncher::run(const Plan& plan, const Arguments& arguments) {
   const std::lock_guard process(process_mutex);
-  configure();
+  const Configured configured(kernel_library_, family_, checks_, seed_);
   std::string wrong;
   try {
     const Wrapped wrapped(arguments);
@@ -165,8 +178,8 @@ void SimulatorLauncher::clear() {
 
 }  // namespace mfa
 
-// csrc/metal asks torch's library who it is. A simulation of CPU tensors goes without torch's Metal stream, and whoever only
-// imports this library goes without torch. (metal_launcher.map keeps the two names from everybody else.)
+// csrc/metal asks torch's library who it is. A simulation of CPU tensors goes without torch's Metal stream, and whoever
+// only imports this library goes without torch. (metal_launcher.map keeps the two names from everybody else.)
 extern "C" {
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle, int64_t*) { return AOTI_TORCH_FAILURE; }
 uint64_t aoti_torch_abi_version() { return TORCH_TARGET_VERSION; }

@@ -35,7 +35,6 @@ class __attribute__((visibility("default"))) SimulatorLauncher final : public La
  private:
   struct Backend;  // csrc/metal's launcher; keeps metal-cpp out of this header
 
-  void configure() const;
   void record(const Plan& plan);
 
   std::string kernel_library_;

@@ -1,8 +1,13 @@
 """Attention for PyTorch on Apple GPUs: exact, memory-efficient, from hand-written Metal kernels."""
 
 from .attention import attention
+from .context_parallel import context_parallel
 from .device import DeviceInfo, device_info, is_available
+from .kv_cache import attention_with_kv_cache
+from .merge import merge_attention
+from .quantize import quantize_kv
 from .simulator import Counters, Launch, Simulation, SimulationError, simulate
+from .varlen import attention_varlen
 
 __all__ = [
     "Counters",
@@ -11,7 +16,12 @@ __all__ = [
     "Simulation",
     "SimulationError",
     "attention",
+    "attention_varlen",
+    "attention_with_kv_cache",
+    "context_parallel",
     "device_info",
     "is_available",
+    "merge_attention",
+    "quantize_kv",
     "simulate",
 ]

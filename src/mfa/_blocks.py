@@ -53,6 +53,14 @@ class Window:
         first_sees_last = rows.start + self.shift + self.right >= keys.stop - 1
         return not (last_sees_first and first_sees_last)
 
+    def block_rows(self) -> int:
+        """How many rows to compute at a time: few for a narrow window, since what it hides in a block costs as much."""
+        return max(64, min(BLOCK_ROWS, 1 << (max(0, self.left + self.right) // 8).bit_length()))
+
+    def block_keys(self, rows: int) -> int:
+        """The most keys that a block of so many rows sees."""
+        return min(self.key_length, max(0, self.left + self.right) + rows)
+
     def is_causal(self, first_row: int) -> bool:
         """Whether `first_row` sees key 0 only, and each further row one key more."""
         return first_row + self.shift + self.right == 0 and self.left >= self.key_length - 1
@@ -145,10 +153,8 @@ class Cut:
             score_copies: how many matrices of scores a block holds at a time, per query head.
         """
         window = terms.window
-        span = window.left + window.right + 1
-        # Short blocks for a narrow window: what lies outside of the window is computed all the same.
-        rows = max(64, min(BLOCK_ROWS, 1 << max(0, span // 4).bit_length()))
-        row_bytes = min(window.key_length, span + rows) * terms.dtype.itemsize
+        rows = window.block_rows()
+        row_bytes = window.block_keys(rows) * terms.dtype.itemsize
         per_head, per_batch = terms.mask_copies()
         head_bytes = (per_head + score_copies) * group * row_bytes
         batch_bytes = per_batch * row_bytes

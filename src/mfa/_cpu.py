@@ -86,18 +86,23 @@ def attention_forward(
         same = whole_out.stride() == out.stride() and whole_out.dtype == out.dtype
         return whole_out if same else out.copy_(whole_out), lse.copy_(whole_lse)
 
-    group = query_heads // key_heads
-    rows_per_head = group * query_length + key.shape[2]
-    operand_bytes = (width + value_width) * rows_per_head * dtype.itemsize if copied else 0
+    # Copies are made of a chunk's tensors, or, where a block sees but a small part of them, of that part.
+    group, block_rows = query_heads // key_heads, window.block_rows()
+    local = copied and not whole and 2 * window.block_keys(block_rows) <= key.shape[2]
+    lengths = (block_rows, window.block_keys(block_rows)) if local else (query_length, key.shape[2])
+    operand_bytes = (width + value_width) * (group * lengths[0] + lengths[1]) * dtype.itemsize if copied else 0
     terms = Terms(window, bias, _slopes(alibi_slopes, query_heads, dtype), dtype)
     cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 0 if softcap == 0 else 1)
+
     for batches, heads, q_heads in cut.chunks():
-        q = _operand(query[batches, q_heads], dtype, width)
-        k = _operand(key[batches, heads], dtype, width)
-        v = _operand(value[batches, heads], dtype, value_width)
+        chunk = query[batches, q_heads], key[batches, heads], value[batches, heads]
+        if not local:
+            chunk = _operands(*chunk, dtype, width, value_width)
         for rows, columns in [(visible, keys)] if whole else cut.blocks():
             mask = None if whole else terms.mask(batches, q_heads, rows, columns)
-            block = q[:, :, rows], k[:, :, columns], v[:, :, columns]
+            block = chunk[0][:, :, rows], chunk[1][:, :, columns], chunk[2][:, :, columns]
+            if local:
+                block = _operands(*block, dtype, width, value_width)
             block_out, block_lse = _attend(*block, mask, scale, softcap, causal)
             if sinks is not None:
                 block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
@@ -203,8 +208,14 @@ def _is_copied(tensor: Tensor, dtype: torch.dtype, width: int) -> bool:
     return tensor.dtype != dtype or tensor.shape[-1] != width or tensor.stride(-1) != 1
 
 
+def _operands(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, width: int, value_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors in `dtype`, rows contiguous and padded with zeros (ATen's kernel assumes all that)."""
+    return _operand(query, dtype, width), _operand(key, dtype, width), _operand(value, dtype, value_width)
+
+
 def _operand(tensor: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """The tensor in `dtype`, rows contiguous and padded with zeros to `width` (ATen's kernel assumes both)."""
     if tensor.shape[-1] == width:
         operand = tensor.to(dtype)
         return operand if operand.stride(-1) == 1 else operand.contiguous()

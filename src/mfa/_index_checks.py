@@ -53,7 +53,12 @@ def check_index_tensor(name: str, tensor: object, query: Tensor, shape: str, siz
 
 
 def check_per_head(
-    name: str, tensor: object, query: Tensor, heads: int, entries: tuple[str, int] | None, dtypes: tuple[torch.dtype, ...]
+    name: str,
+    tensor: object,
+    query: Tensor,
+    heads: int,
+    entries: tuple[str, int] | None,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """A tensor [Hq], or also [N,Hq] with `entries` = ("N", N), on the query's device."""
     _checks.check_is_tensor(name, tensor)

@@ -1,5 +1,7 @@
 """What packed attention refuses, with the sentences of _checks.py."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def check_starts(
         name = f"cu_seqlens_{side}"
         if values[0] != 0:
             raise ValueError(f"{name} starts with {values[0]}; it must start with 0")
-        for n, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+        for n, (start, end) in enumerate(itertools.pairwise(values)):
             if end < start:
                 raise ValueError(f"{name} falls from {start} to {end} at {n + 1}; it must not decrease")
             if end - start > longest:

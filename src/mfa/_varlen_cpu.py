@@ -18,7 +18,7 @@ from ._blocks import HIDDEN
 class Packed(NamedTuple):
     """One sequence: its number, and its rows of the query and of the key."""
 
-    index: int
+    number: int
     queries: slice
     keys: slice
 
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
     def slopes(self, tensor: Tensor | None) -> Tensor | None:
         """[Hq] or [N,Hq] as [Hq]."""
-        return tensor if tensor is None or tensor.dim() == 1 else tensor[self.index]
+        return tensor if tensor is None or tensor.dim() == 1 else tensor[self.number]
 
 
 def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[Packed]:
@@ -100,7 +100,6 @@ def attention_varlen_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     sinks: Tensor | None,
@@ -114,7 +113,7 @@ def attention_varlen_backward(
     """Gradients of `attention_varlen_forward`, whose arguments these are.
 
     Args:
-        grad_out: [Tq,Hq,Dv]. grad_lse, lse: float32 [Hq,Tq].
+        grad_out: [Tq,Hq,Dv]. grad_lse: float32 [Hq,Tq].
         output_mask: which of the five gradients are wanted.
 
     Returns:
@@ -136,8 +135,13 @@ def attention_varlen_backward(
             sequence.of_queries(grad_out),
             None if grad_lse is None else sequence.row_values(grad_lse),
             *tensors,
-            sequence.row_values(lse),
-            *(None, sinks, sequence.slopes(alibi_slopes), scale, window_left, window_right, softcap),
+            None,
+            sinks,
+            sequence.slopes(alibi_slopes),
+            scale,
+            window_left,
+            window_right,
+            softcap,
             (*output_mask[:3], False, *output_mask[3:]),
         )
         if grad_query is not None and part_query is not None:
@@ -148,7 +152,7 @@ def attention_varlen_backward(
         if grad_sinks is not None and part_sinks is not None:
             grad_sinks += part_sinks
         if grad_slopes is not None and part_slopes is not None:
-            target = grad_slopes if grad_slopes.dim() == 1 else grad_slopes[sequence.index]
+            target = grad_slopes if grad_slopes.dim() == 1 else grad_slopes[sequence.number]
             target += part_slopes
     return [
         None if grad is None or tensor is None else grad.to(tensor.dtype)

@@ -1,5 +1,6 @@
-"""The ops of packed sequences: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order."""
+"""Ops of packed sequences: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _checks, _ops, _varlen_checks, _varlen_cpu, simulator
 from ._index_checks import host_values
-from ._ops import LIBRARY, ops
+from ._ops import LIBRARY
+from ._ops import ops as ops
 
 _Dims = tuple[int | None, ...]
 _FORWARD, _BACKWARD = "mfa::attention_varlen_forward", "mfa::attention_varlen_backward"
@@ -53,7 +55,7 @@ def _forward_cpu(
         )
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
-        return _varlen_cpu.attention_varlen_forward(query, key, value, *starts, *terms)
+        return _varlen_cpu.attention_varlen_forward(*(query, key, value, *starts, *terms))
 
 
 @_checks.as_runtime_errors
@@ -118,18 +120,13 @@ _TOKENS, _ROWS, _HEADS = 1, 0, -1
 def _fold(size: int, where: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    if dim is not None:
-        tensor = tensor.movedim(dim, 0)
-    else:
-        tensor = tensor.expand(size, *tensor.shape)
+    tensor = tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
     if where == _HEADS:
         return tensor.movedim(0, -2).flatten(-2)
     return tensor.movedim(0, where).flatten(where, where + 1)
 
 
-def _folded(
-    size: int, in_dims: _Dims, args: Sequence[Any], places: dict[int, int], starts: int
-) -> list[Any] | None:
+def _folded(size: int, in_dims: _Dims, args: Sequence[Any], places: dict[int, int], starts: int) -> list[Any] | None:
     """The arguments of one call for all; `places`: what is folded, and where; None if the starts or the RNG differ."""
     if any(dim is not None for dim in (in_dims[starts], in_dims[starts + 1], in_dims[starts + 11])):
         return None
@@ -153,7 +150,7 @@ def _pairs(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tenso
     """How many (query, key) there are: exactly where the host sees the lengths, and at most elsewhere."""
     starts = host_values(cu_seqlens_q), host_values(cu_seqlens_k)
     if starts[0] is not None and starts[1] is not None:
-        lengths = [[b - a for a, b in zip(s, s[1:], strict=False)] for s in starts if s is not None]
+        lengths = [[b - a for a, b in itertools.pairwise(s)] for s in starts if s is not None]
         return sum(q * k for q, k in zip(*lengths, strict=True))
     sequences = cu_seqlens_q.shape[0] - 1
     return min(query.shape[0] * longest[1], key.shape[0] * longest[0], sequences * longest[0] * longest[1])
@@ -209,7 +206,7 @@ def _backward_cpu(
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         grads = _varlen_cpu.attention_varlen_backward(
-            grad_out, grad_lse, query, key, value, lse, *starts, *terms, output_mask
+            *(grad_out, grad_lse, query, key, value, *starts, *terms, output_mask)
         )
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -1,11 +1,10 @@
 """The GPU that the package would run on."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from . import _library
+from . import _metal
 
 
 @dataclass(frozen=True)
@@ -15,29 +14,26 @@ class DeviceInfo:
     family: str | None  # apple7 (M1) ... apple10 (M5)
     name: str | None
     cores: int | None
-    metallib: str | None  # path of the compiled kernels
+    metallib: str | None  # the compiled kernels in use
     torch: str  # version
     why_not: str | None  # why `mps` tensors can't be used here; None if they can
 
 
 def device_info() -> DeviceInfo:
-    """What the machine has, and, where `mps` tensors can't be used, the reason."""
-    from . import _native
-
-    gpu: dict[str, Any] = dict(_native.device_info())
-    metallib = _library.metallib() if _library.metallib().exists() else None
-    why_not = gpu["why_not"]
-    if why_not is None and metallib is None:
-        why_not = f"the compiled kernels are missing: {_library.metallib()}"
-    if why_not is None and not torch.backends.mps.is_available():
-        why_not = "torch.backends.mps.is_available() is False"
+    """What the machine has, and, where `mps` tensors can't be used, the reasons."""
+    backend = _metal.info()
+    has_mps = torch.backends.mps.is_available()
+    reasons = ["this build of mfa has no Metal backend"] if backend is None else list(backend["why_not"])
+    if not has_mps:
+        reasons.append("torch finds no MPS device")
+    gpu = backend or {}
     return DeviceInfo(
-        family=gpu["family"],
-        name=gpu["name"],
-        cores=gpu["cores"],
-        metallib=None if metallib is None else str(metallib),
+        family=gpu.get("family") or None,
+        name=gpu.get("name") or None,
+        cores=torch.backends.mps.get_core_count() if has_mps else None,
+        metallib=gpu.get("metallib") or None,
         torch=torch.__version__,
-        why_not=why_not,
+        why_not="; ".join(reasons) or None,
     )
 
 

@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 from . import _checks, _native
 
-# Whether this source tree can launch kernels on tensors whose device is mps.
-RUNS_ON_MPS = False
+# What the kernels do they should do on mps tensors too, through csrc/metal. Nobody has tried: say so until somebody has.
+MPS = "`mps`, not run on a Mac yet"
 
 _DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # as the catalogue names them
-_CPU_DIMS = f"1 ... {_checks.LARGEST_HEAD_DIM}"
-_FAMILIES = {"apple7": "M1", "apple8": "M2", "apple9": "M3, M4", "apple10": "M5"}
+_KINDS = {"forward": "forward", "decode": "decode", "backward_dkdv": "backward"}
 
 
 class Feature(NamedTuple):
@@ -36,17 +35,14 @@ FEATURES = (
 )
 
 
-def head_dims(dtype: str, family: str) -> dict[str, list[str]]:
-    """Buckets of D (or D x Dv) by the path that `family` takes in them; a smaller D runs in the next bucket."""
-    rows = {row.name: row for row in _native.catalogue()}
-    paths: dict[str, list[str]] = {}
-    for head, value in sorted({(row.head_dim, row.value_dim) for row in rows.values()}):
-        plan = _native.plan(
-            family=family, dtype=_DTYPES[dtype], query_length=1, key_length=1, head_dim=head, value_dim=value
-        )
-        bucket = str(head) if head == value else f"{head}x{value}"
-        paths.setdefault(rows[plan.launches[0].kernel].path, []).append(bucket)
-    return paths
+def head_dims(kind: str, dtype: str) -> list[str]:
+    """Buckets of D (or D x Dv) of one kind of kernel. A smaller D runs in the next one."""
+    buckets = {
+        (row.head_dim, row.value_dim)
+        for row in _native.catalogue()
+        if row.kind == kind and row.dtype == _DTYPES.get(dtype)
+    }
+    return [str(head) if head == value else f"{head}x{value}" for head, value in sorted(buckets)]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -55,26 +51,21 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown() -> str:
-    """Both tables: dtype x D by GPU family, and feature by device."""
-    families: dict[str, list[str]] = {}  # families that choose alike, under one heading
-    for family, chips in _FAMILIES.items():
-        cells = ["; ".join(f"{path} {' '.join(dims)}" for path, dims in head_dims(d, family).items()) for d in _DTYPES]
-        heading = next((h for h, known in families.items() if known == cells), None)
-        if heading is not None:
-            families[f"{heading}, {chips}"] = families.pop(heading)
-        else:
-            families[chips] = cells
-    dims = [[dtype, _CPU_DIMS, *(cells[i] for cells in families.values())] for i, dtype in enumerate(_DTYPES)] + [
-        ["float64", _CPU_DIMS] + ["no"] * len(families)
+    """Both tables: dtype x D by kind of kernel, and feature by device."""
+    kinds = {kind: title for kind, title in _KINDS.items() if head_dims(kind, "float16")}
+    dims = [
+        [
+            dtype,
+            f"1 ... {_checks.LARGEST_HEAD_DIM}",
+            *(" ".join(head_dims(kind, dtype)) or "none" for kind in kinds),
+        ]
+        for dtype in map(_checks.dtype_name, _checks.DTYPES)
     ]
-    features = [
-        [f.name, *("yes" if c else "no" for c in (f.cpu, f.kernels)), "yes" if f.kernels and RUNS_ON_MPS else "no"]
-        for f in FEATURES
-    ]
+    features = [[f.name, *("yes" if can else "no" for can in (f.cpu, f.kernels, f.kernels))] for f in FEATURES]
     return "\n\n".join(
         (
-            _markdown(["D by dtype", "`cpu`", *(f"kernels, {chips}" for chips in families)], dims),
-            _markdown(["feature", "`cpu`", "`cpu` in `simulate()`", "`mps`"], features),
+            _markdown(["D, Dv", "`cpu`", *(f"{title} kernels" for title in kinds.values())], dims),
+            _markdown(["feature", "`cpu`", "`cpu` in `simulate()`", MPS], features),
         )
     )
 

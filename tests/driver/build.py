@@ -63,11 +63,12 @@ def compile_all(
     return objects
 
 
-def link(name: str, objects: Iterable[Path], *libraries: object) -> Path:
+def link(name: str, objects: Iterable[Path], *libraries: object, folder: Path = CACHE) -> Path:
     objects = list(objects)
-    output = CACHE / f"lib{name}.so"
+    output = folder / f"lib{name}.so"
     command = ["g++", "-shared", "-o", output, *objects, f"-L{CACHE}", *libraries]
-    return make(output, objects, [*command, "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"])
+    # With a soname, so that a process which has loaded the package's library of that name keeps to it.
+    return make(output, objects, [*command, f"-Wl,-soname,{output.name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"])
 
 
 def metal_cpp_object(source: Path, inputs: Iterable[Path], output: Path, *flags: object) -> Path:
@@ -110,12 +111,64 @@ def client() -> Path:
         return link("driver_client", [output], "-lmfa_driver")
 
 
+def torch_folder() -> Path:
+    import torch
+
+    return Path(torch.__path__[0])
+
+
+def ops(name: str, patches: dict[str, tuple[str, str]]) -> Path:
+    """libmfa with csrc/metal over the driver, from sources with replaced texts: file below csrc/ -> (old, new)."""
+    driver()
+    with locked():
+        csrc, folder = REPOSITORY / "csrc", CACHE / "ops" / name
+        include = torch_folder() / "include"
+        flags = ["-DMFA_METAL", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{csrc}", "-isystem", include]
+        headers = [
+            *csrc.glob("*.h"),
+            *csrc.glob("*.def"),
+            *csrc.glob("metal/*.h"),
+            *(REPOSITORY / "metal").glob("*.[hd]*"),
+        ]
+        embedded = CACHE / "ops" / "kernel_sources.cpp"
+        embed = REPOSITORY / "cmake" / "embed_kernels.py"
+        metal = sorted((REPOSITORY / "metal").glob("*.metal"))
+        make(embedded, [embed, *metal, *headers], [sys.executable, embed, embedded, *metal])
+
+        objects = []
+        hosts = [source for source in csrc.glob("*.cpp") if not source.name.startswith("bindings")]
+        for source in sorted([*hosts, *csrc.glob("metal/*.cpp"), embedded]):
+            relative = "" if source == embedded else str(source.relative_to(csrc))
+            place = CACHE / "ops" / "base"
+            if relative in patches:
+                old, new = patches[relative]
+                text = source.read_text()
+                if text.count(old) != 1:
+                    raise BuildError(f"{relative} has the text {old!r} {text.count(old)} times, not once")
+                place = folder
+                mutated = folder / relative
+                mutated.parent.mkdir(parents=True, exist_ok=True)
+                # Beside the original's headers: the compiler looks there for "..." only through this line.
+                mutated.write_text(text.replace(old, new).replace('#include "', f'#include "{source.parent}/'))
+                source = mutated
+            output = place / f"{relative.replace('/', '-') or source.name}.o"
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if relative.startswith("metal/") or not relative:
+                objects.append(metal_cpp_object(source, headers, output, *flags))
+            else:
+                objects.append(make(output, [source, *headers], [*GXX, *flags, "-c", source, "-o", output]))
+        lib = torch_folder() / "lib"
+        return link(
+            "mfa", objects, "-lmfa_driver", f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{CACHE}:{lib}", folder=folder
+        )
+
+
 @functools.cache
 def mps_device() -> Path:
     """The stand-in `mps` device for the torch of this Python."""
     import torch
 
-    folder = Path(torch.__path__[0])
+    folder = torch_folder()
     driver()
     with locked():
         device = SIMULATOR / "mps_device"

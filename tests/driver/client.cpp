@@ -1,4 +1,5 @@
-// What must work, and what must not, through metal-cpp. test_driver.py runs each scenario by name and looks at the findings.
+// What must work, and what must not, through metal-cpp. test_driver.py runs each scenario by name and looks at the
+// findings.
 #define METALCPP_SYMBOL_VISIBILITY_HIDDEN
 #define NS_PRIVATE_IMPLEMENTATION
 #define MTL_PRIVATE_IMPLEMENTATION
@@ -136,7 +137,8 @@ SCENARIO(fresh_memory_is_nan) {
 SCENARIO(library_from_data) {
   const Rig rig;
   const std::string metallib = "mfa-simulator-metallib\n";
-  dispatch_data_t data = dispatch_data_create(metallib.data(), metallib.size(), nullptr, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
+  dispatch_data_t data =
+      dispatch_data_create(metallib.data(), metallib.size(), nullptr, DISPATCH_DATA_DESTRUCTOR_DEFAULT);
   NS::Error* error = nullptr;
   const auto library = NS::TransferPtr(rig.device->newLibrary(data, &error));
   dispatch_release(data);
@@ -175,7 +177,8 @@ SCENARIO(wrong_constant_type) {
   const int one = 1;
   values->setConstantValue(&one, MTL::DataTypeInt, NS::UInteger(1));
   CHECK(!rig.function("scale", values.get()));
-  CHECK(rig.error == "function 'scale': the function constant 'has_extra' (index 1) is a bool, but its value is given as a int");
+  CHECK(rig.error ==
+        "function 'scale': the function constant 'has_extra' (index 1) is a bool, but its value is given as a int");
 }
 
 SCENARIO(no_constants) {
@@ -188,7 +191,8 @@ SCENARIO(no_constants) {
 SCENARIO(unknown_function) {
   Rig rig;
   CHECK(rig.library->newFunction(text("nothing")) == nullptr);
-  CHECK(!rig.function("nothing", rig.constants().get()) && rig.error == "Function nothing was not found in the library");
+  CHECK(!rig.function("nothing", rig.constants().get()) &&
+        rig.error == "Function nothing was not found in the library");
 }
 
 SCENARIO(archive) {
@@ -204,7 +208,8 @@ SCENARIO(archive) {
   const NS::Object* archives[] = {archive.get()};
   pipeline->setBinaryArchives(NS::Array::array(archives, 1));
   const auto compile = [&] {
-    return NS::TransferPtr(rig.device->newComputePipelineState(pipeline.get(), MTL::PipelineOptionFailOnBinaryArchiveMiss, nullptr, &error));
+    return NS::TransferPtr(rig.device->newComputePipelineState(
+        pipeline.get(), MTL::PipelineOptionFailOnBinaryArchiveMiss, nullptr, &error));
   };
   CHECK(!compile() && error);
   CHECK(archive->addComputePipelineFunctions(pipeline.get(), &error) && archive->serializeToURL(url, &error));
@@ -220,20 +225,22 @@ SCENARIO(archive) {
   fseek(file, -30, SEEK_END);
   fputc('~', file);
   fclose(file);
-  CHECK(!NS::TransferPtr(rig.device->newBinaryArchive(descriptor.get(), &error)) && error->code() == MTL::BinaryArchiveErrorInvalidFile);
+  CHECK(!NS::TransferPtr(rig.device->newBinaryArchive(descriptor.get(), &error)) &&
+        error->code() == MTL::BinaryArchiveErrorInvalidFile);
   remove(path.c_str());
 }
 
-// ---- what is wrong: each must leave exactly one finding, of the rule that test_driver.py names --------------------------
+// ---- what is wrong: each must leave exactly one finding, of the rule that test_driver.py names
+// --------------------------
 
-#define DISPATCH_SCENARIO(name, ...)                \
-  SCENARIO(name) {                                  \
-    Rig rig;                                        \
-    const auto state = rig.pipeline();              \
+#define DISPATCH_SCENARIO(name, ...)                   \
+  SCENARIO(name) {                                     \
+    Rig rig;                                           \
+    const auto state = rig.pipeline();                 \
     rig.run([&](MTL::ComputeCommandEncoder* encoder) { \
-      rig.bind(encoder, state.get());               \
-      __VA_ARGS__;                                  \
-    });                                             \
+      rig.bind(encoder, state.get());                  \
+      __VA_ARGS__;                                     \
+    });                                                \
   }
 
 DISPATCH_SCENARIO(unbound_buffer, encoder->setBuffer(nullptr, 0, 1); encoder->dispatchThreadgroups(kGroups, kThreads))
@@ -392,7 +399,9 @@ namespace {
 void on_stream(const std::function<void()>& work) {
   char* error = nullptr;
   void* context = const_cast<std::function<void()>*>(&work);
-  if (mfa_driver_stream_run(mfa_driver_stream(), [](void* c) { (*static_cast<const std::function<void()>*>(c))(); }, context, &error) == 0)
+  if (mfa_driver_stream_run(
+          mfa_driver_stream(), [](void* c) { (*static_cast<const std::function<void()>*>(c))(); }, context, &error) ==
+      0)
     return;
   const std::string message = error;
   mfa_driver_free(error);
@@ -460,7 +469,8 @@ SCENARIO(exception_passes) {
   CHECK(caught);
 }
 
-// ---- crashes, for a process of their own --------------------------------------------------------------------------------
+// ---- crashes, for a process of their own
+// --------------------------------------------------------------------------------
 
 SCENARIO(dereference_handle) {
   Rig rig;
@@ -472,7 +482,8 @@ SCENARIO(write_behind_contents) {
   static_cast<volatile float*>(rig.input->contents())[kCount] = 1;
 }
 
-// ---- the price of a message ---------------------------------------------------------------------------------------------
+// ---- the price of a message
+// ---------------------------------------------------------------------------------------------
 
 SCENARIO(million_messages) {
   Rig rig;

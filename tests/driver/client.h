@@ -3,7 +3,6 @@
 
 #include <Foundation/Foundation.hpp>
 #include <Metal/Metal.hpp>
-
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -24,8 +23,8 @@ struct Scenario {
 };
 
 // SCENARIO(name) { ... }: what client_run("name") runs.
-#define SCENARIO(name)                                 \
-  static void scenario_##name();                       \
+#define SCENARIO(name)                                           \
+  static void scenario_##name();                                 \
   static const Scenario register_##name(#name, scenario_##name); \
   static void scenario_##name()
 
@@ -36,7 +35,9 @@ struct Pool {
   Owned<NS::AutoreleasePool> pool = NS::TransferPtr(NS::AutoreleasePool::alloc()->init());
 };
 
-inline NS::String* text(const std::string& string) { return NS::String::string(string.c_str(), NS::UTF8StringEncoding); }
+inline NS::String* text(const std::string& string) {
+  return NS::String::string(string.c_str(), NS::UTF8StringEncoding);
+}
 
 struct Params {
   unsigned count;
@@ -61,7 +62,8 @@ struct Rig {
 
   Owned<MTL::Buffer> buffer(std::size_t bytes = kCount * sizeof(float)) {
     auto b = NS::TransferPtr(device->newBuffer(bytes, MTL::ResourceStorageModeShared));
-    for (std::size_t i = 0; i < bytes / sizeof(float); ++i) static_cast<float*>(b->contents())[i] = static_cast<float>(i);
+    for (std::size_t i = 0; i < bytes / sizeof(float); ++i)
+      static_cast<float*>(b->contents())[i] = static_cast<float>(i);
     return b;
   }
 
@@ -86,7 +88,8 @@ struct Rig {
     auto descriptor = NS::TransferPtr(MTL::ComputePipelineDescriptor::alloc()->init());
     descriptor->setComputeFunction(f.get());
     NS::Error* failure = nullptr;
-    auto state = NS::TransferPtr(device->newComputePipelineState(descriptor.get(), MTL::PipelineOptionNone, nullptr, &failure));
+    auto state =
+        NS::TransferPtr(device->newComputePipelineState(descriptor.get(), MTL::PipelineOptionNone, nullptr, &failure));
     if (failure) error = failure->localizedDescription()->utf8String();
     return state;
   }

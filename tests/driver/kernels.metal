@@ -1,4 +1,5 @@
-// Kernels for the driver's own tests: an argument of each kind, constants of several types, both kinds of threadgroup memory.
+// Kernels for the driver's own tests: an argument of each kind, constants of several types, both kinds of threadgroup
+// memory.
 #include <metal_stdlib>
 using namespace metal;
 
@@ -13,11 +14,8 @@ struct Params {
 
 // output[i] = (2) input[i]^power * scale (+ extra[i])
 [[max_total_threads_per_threadgroup(64)]] kernel void scale(
-    const device float* input [[buffer(0)]],
-    device float* output [[buffer(1)]],
-    constant Params& params [[buffer(2)]],
-    const device float* extra [[buffer(3), function_constant(has_extra)]],
-    uint i [[thread_position_in_grid]]) {
+    const device float* input [[buffer(0)]], device float* output [[buffer(1)]], constant Params& params [[buffer(2)]],
+    const device float* extra [[buffer(3), function_constant(has_extra)]], uint i [[thread_position_in_grid]]) {
   if (i >= params.count) return;
   float value = params.scale;
   for (uint k = 0; k < power; ++k) value *= input[i];
@@ -27,12 +25,9 @@ struct Params {
 }
 
 // Reverses each threadgroup's 32 values through threadgroup memory: 24 KiB static, and what the host adds.
-kernel void reverse(
-    const device float* input [[buffer(0)]],
-    device float* output [[buffer(1)]],
-    threadgroup float* dynamic [[threadgroup(0)]],
-    uint i [[thread_position_in_grid]],
-    uint lane [[thread_index_in_threadgroup]]) {
+kernel void reverse(const device float* input [[buffer(0)]], device float* output [[buffer(1)]],
+                    threadgroup float* dynamic [[threadgroup(0)]], uint i [[thread_position_in_grid]],
+                    uint lane [[thread_index_in_threadgroup]]) {
   threadgroup float fixed[6144];
   fixed[lane] = input[i];
   threadgroup_barrier(mem_flags::mem_threadgroup);

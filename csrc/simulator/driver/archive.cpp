@@ -55,18 +55,21 @@ void set_url(ArchiveDescriptor* self, const void* url) {
 void* get_url(ArchiveDescriptor* self) { return lend(self->url.get()); }
 
 void* new_archive(Device*, const void* descriptor, void** error) {
-  const auto* d = expect<ArchiveDescriptor>(descriptor, "MTLBinaryArchiveDescriptor", "newBinaryArchiveWithDescriptor:error:");
+  const auto* d =
+      expect<ArchiveDescriptor>(descriptor, "MTLBinaryArchiveDescriptor", "newBinaryArchiveWithDescriptor:error:");
   if (d == nullptr) return nullptr;
   const Ref<Archive> archive(make<Archive>());
   if (d->url && !read(*archive, d->url->path)) {
-    set_error(error, kDomain, kInvalidFile, "the binary archive " + d->url->path + " is missing, damaged or for another device");
+    set_error(error, kDomain, kInvalidFile,
+              "the binary archive " + d->url->path + " is missing, damaged or for another device");
     return nullptr;
   }
   return give(archive.get());
 }
 
 bool add(Archive* self, const void* descriptor, void** error) {
-  const auto* d = expect<PipelineDescriptor>(descriptor, "MTLComputePipelineDescriptor", "addComputePipelineFunctionsWithDescriptor:error:");
+  const auto* d = expect<PipelineDescriptor>(descriptor, "MTLComputePipelineDescriptor",
+                                             "addComputePipelineFunctionsWithDescriptor:error:");
   if (d == nullptr) return false;
   const std::optional<std::string> reason = d->function ? unspecialised(*d->function) : "computeFunction is nil";
   if (reason) {
@@ -97,7 +100,9 @@ void set_label(Archive* self, const void* label) { self->label = text_of(label, 
 
 void define_archive() {
   extend("MTLDevice").method<&new_archive>("newBinaryArchiveWithDescriptor:error:");
-  define("MTLBinaryArchiveDescriptor", &make_object<ArchiveDescriptor>).method<&set_url>("setUrl:").method<&get_url>("url");
+  define("MTLBinaryArchiveDescriptor", &make_object<ArchiveDescriptor>)
+      .method<&set_url>("setUrl:")
+      .method<&get_url>("url");
   define("MTLBinaryArchive")
       .method<&add>("addComputePipelineFunctionsWithDescriptor:error:")
       .method<&serialize>("serializeToURL:error:")

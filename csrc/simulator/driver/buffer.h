@@ -9,7 +9,8 @@ namespace mfa::driver {
 
 class Buffer final : public Object {
  public:
-  // `memory` null: fresh memory, all 0xFF (NaN in every float format), which ends at a guard page, up to 16 bytes of slack.
+  // `memory` null: fresh memory, all 0xFF (NaN in every float format), which ends at a guard page, up to 16 bytes of
+  // slack.
   Buffer(std::uint64_t size, std::uint64_t resource_options, void* memory, HeldBlock deallocator);
   ~Buffer() override;
 

@@ -66,7 +66,8 @@ bool is_type(std::uint64_t data_type, const std::string& spelling) {
 ConstantValues::Value value_of(const void* bytes, std::uint64_t type) {
   const std::uint64_t size = size_of(type);
   if (size == 0 || bytes == nullptr) {
-    report("constant", "setConstantValue: %s", bytes == nullptr ? "the value is a null pointer" : ("unknown type " + name_of(type)).c_str());
+    report("constant", "setConstantValue: %s",
+           bytes == nullptr ? "the value is a null pointer" : ("unknown type " + name_of(type)).c_str());
     return {type, {}};
   }
   const auto* from = static_cast<const std::uint8_t*>(bytes);

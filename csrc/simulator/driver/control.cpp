@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <memory>
 
 #include "findings.h"
 #include "runtime.h"
@@ -20,6 +21,11 @@ void change(Change&& change) {
   change(s);
   change_settings(s);
 }
+
+struct Saved {
+  Settings settings;
+  Mode mode;
+};
 
 template <typename Work>
 int caught(char** error, Work&& work) {
@@ -61,6 +67,13 @@ void mfa_driver_set_checks(uint32_t checks, uint64_t seed) {
 }
 void mfa_driver_require_all_constants(int required) {
   change([=](Settings& s) { s.all_constants = required != 0; });
+}
+
+void* mfa_driver_save_settings() { return new Saved{settings(), current_mode()}; }
+void mfa_driver_restore_settings(void* saved) {
+  const std::unique_ptr<Saved> s(static_cast<Saved*>(saved));
+  change_settings(s->settings);
+  set_mode(s->mode);
 }
 
 char* mfa_driver_findings() {

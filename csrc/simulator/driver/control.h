@@ -17,11 +17,16 @@ void mfa_driver_free(char* text);
 void mfa_driver_set_mode(int mode);
 // execution: 0 eager, 1 lazy (when someone waits), 2 nothing (validate only).
 void mfa_driver_set_execution(int execution);
+// Not present until this says so.
 void mfa_driver_set_device(int present, int family, int os_major, int os_minor);
 void mfa_driver_set_kernel_library(const char* path);
 void mfa_driver_set_checks(uint32_t checks, uint64_t seed);  // MFA_SIM_CHECK_*; for instrumented libraries
 // 0: functions may be specialised with some constants of their library missing; for libraries of unrelated kernels.
 void mfa_driver_require_all_constants(int required);
+
+// All of the above, to be put back later; the second call frees them.
+void* mfa_driver_save_settings(void);
+void mfa_driver_restore_settings(void* saved);
 
 char* mfa_driver_findings(void);  // one a line, "text [rule]"
 void mfa_driver_clear_findings(void);
@@ -49,7 +54,8 @@ void* mfa_driver_new_buffer(uint64_t size, void* memory);
 void* mfa_driver_contents(void* buffer);  // null for what is no live buffer
 void mfa_driver_release(void* object);
 
-// torch's Metal stream: an encoder shared by all ops, ended by synchronize. 0, or 1 with a message for the caller to free.
+// torch's Metal stream: an encoder shared by all ops, ended by synchronize. 0, or 1 with a message for the caller to
+// free.
 void* mfa_driver_stream(void);
 int mfa_driver_stream_is_lazy(void);
 void* mfa_driver_stream_encoder(void* stream);  // within mfa_driver_stream_run only

@@ -37,11 +37,11 @@ void* name(Device*) { return give_autoreleased(make<String>(device_name())); }
 std::uint64_t registry_id(Device*) { return 1; }
 bool supports_family(Device*, std::int64_t family) {
   const Settings s = settings();
-  if (family > 1000 && family <= 1000 + s.family) return true;               // Apple1 ...
-  if (family > 3000 && family <= 3003) return true;                          // Common1 ...
-  if (family == 2002) return true;                                           // Mac2
-  if (family == 5001) return s.family >= 7;                                  // Metal3
-  if (family == 5002) return s.family >= 7 && s.os_major >= 26;              // Metal4
+  if (family > 1000 && family <= 1000 + s.family) return true;   // Apple1 ...
+  if (family > 3000 && family <= 3003) return true;              // Common1 ...
+  if (family == 2002) return true;                               // Mac2
+  if (family == 5001) return s.family >= 7;                      // Metal3
+  if (family == 5002) return s.family >= 7 && s.os_major >= 26;  // Metal4
   return false;
 }
 std::uint64_t max_threadgroup_memory(Device*) { return kThreadgroupMemory; }

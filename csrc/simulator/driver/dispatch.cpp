@@ -33,7 +33,8 @@ void Data::dispose() {
 
 void Queue::sync(void* context, void (*work)(void*)) {
   if (is_current()) {
-    report("queue-deadlock", "dispatch_sync to the serial queue '%s' from a block that runs on it: on a Mac this never returns",
+    report("queue-deadlock",
+           "dispatch_sync to the serial queue '%s' from a block that runs on it: on a Mac this never returns",
            label.c_str());
     work(context);
     return;
@@ -96,7 +97,8 @@ void dispatch_retain(void* object) {
 void dispatch_release(void* object) {
   Object* o = object == nullptr ? nullptr : find(object);
   if (o == nullptr || !usable(*o)) {
-    note("over-release", "dispatch_release of %s", o == nullptr ? "something that is no object" : o->describe().c_str());
+    note("over-release", "dispatch_release of %s",
+         o == nullptr ? "something that is no object" : o->describe().c_str());
   } else {
     client_release(*o);
   }

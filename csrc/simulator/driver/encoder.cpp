@@ -36,8 +36,8 @@ void set_pipeline(Encoder* self, const void* state) {
 
 bool check_offset(Encoder* self, const Buffer& buffer, std::uint64_t offset, std::uint64_t index, const char* what) {
   if (offset < buffer.length) return true;
-  report("offset", "%s: offset %llu is beyond the %llu bytes of %s, at index %llu%s", what, number(offset), number(buffer.length),
-         buffer.describe().c_str(), number(index), who(*self).c_str());
+  report("offset", "%s: offset %llu is beyond the %llu bytes of %s, at index %llu%s", what, number(offset),
+         number(buffer.length), buffer.describe().c_str(), number(index), who(*self).c_str());
   return false;
 }
 
@@ -45,18 +45,22 @@ void set_buffer(Encoder* self, const void* handle, std::uint64_t offset, std::ui
   constexpr const char* kWhat = "setBuffer:offset:atIndex:";
   Slot* s = slot(self, index, kWhat);
   if (s == nullptr) return;
-  *s = Slot();
+  s->bound = false;
   if (handle == nullptr) return;
   auto* buffer = expect<Buffer>(handle, "MTLBuffer", kWhat);
   if (buffer == nullptr || !check_offset(self, *buffer, offset, index, kWhat)) return;
-  *s = {buffer, offset, {}, true, self->op};
+  if (s->buffer.get() != buffer) s->buffer = buffer;
+  s->offset = offset;
+  s->bound = true;
+  s->op = self->op;
 }
 
 void set_offset(Encoder* self, std::uint64_t offset, std::uint64_t index) {
   constexpr const char* kWhat = "setBufferOffset:atIndex:";
   Slot* s = slot(self, index, kWhat);
   if (s == nullptr) return;
-  if (!s->buffer) return report("unbound-buffer", "%s: no buffer is bound to index %llu%s", kWhat, number(index), who(*self).c_str());
+  if (!s->bound || !s->buffer)
+    return report("unbound-buffer", "%s: no buffer is bound to index %llu%s", kWhat, number(index), who(*self).c_str());
   if (check_offset(self, *s->buffer, offset, index, kWhat)) s->offset = offset;
 }
 
@@ -68,23 +72,28 @@ void set_bytes(Encoder* self, const void* bytes, std::uint64_t length, std::uint
   constexpr const char* kWhat = "setBytes:length:atIndex:";
   Slot* s = slot(self, index, kWhat);
   if (s == nullptr) return;
-  *s = Slot();
+  s->bound = false;
+  s->buffer = {};
   if (bytes == nullptr || length == 0 || length > kMaxBytes) {
     return report("set-bytes", "%s: %s at index %llu, where 1 to %llu bytes are allowed%s", kWhat,
-                  bytes == nullptr ? "a null pointer" : (std::to_string(length) + " bytes").c_str(), number(index), number(kMaxBytes),
-                  who(*self).c_str());
+                  bytes == nullptr ? "a null pointer" : (std::to_string(length) + " bytes").c_str(), number(index),
+                  number(kMaxBytes), who(*self).c_str());
   }
   const auto* from = static_cast<const std::uint8_t*>(bytes);
-  *s = {nullptr, 0, Bytes(from, from + length), true, self->op};
+  s->bytes.assign(from, from + length);
+  s->bound = true;
+  s->op = self->op;
 }
 
 void set_threadgroup_memory(Encoder* self, std::uint64_t length, std::uint64_t index) {
   constexpr const char* kWhat = "setThreadgroupMemoryLength:atIndex:";
   if (slot(self, index, kWhat) == nullptr) return;
-  if (length % 16 != 0) return report("threadgroup-memory", "%s: %llu bytes are not a multiple of 16%s", kWhat, number(length), who(*self).c_str());
-  if (length > MFA_SIM_THREADGROUP_LIMIT) {
-    return report("threadgroup-memory", "%s: %llu bytes exceed the limit of %d%s", kWhat, number(length), MFA_SIM_THREADGROUP_LIMIT,
+  if (length % 16 != 0)
+    return report("threadgroup-memory", "%s: %llu bytes are not a multiple of 16%s", kWhat, number(length),
                   who(*self).c_str());
+  if (length > MFA_SIM_THREADGROUP_LIMIT) {
+    return report("threadgroup-memory", "%s: %llu bytes exceed the limit of %d%s", kWhat, number(length),
+                  MFA_SIM_THREADGROUP_LIMIT, who(*self).c_str());
   }
   self->bindings.threadgroup_memory[index] = length;
 }
@@ -100,8 +109,10 @@ void dispatch_threads(Encoder* self, Size grid, Size threads) {
   for (int i = 0; i < 3; ++i) {
     const std::uint64_t n = (&grid.width)[i], t = (&threads.width)[i];
     if (t > 0 && n % t != 0) {
-      return report("partial-threadgroup", "dispatchThreads: a grid of %llu threads in groups of %llu needs a partial group, which is not modelled%s",
-                    number(n), number(t), who(*self).c_str());
+      return report(
+          "partial-threadgroup",
+          "dispatchThreads: a grid of %llu threads in groups of %llu needs a partial group, which is not modelled%s",
+          number(n), number(t), who(*self).c_str());
     }
     (&groups.width)[i] = t == 0 ? 0 : n / t;
   }
@@ -111,7 +122,8 @@ void dispatch_threads(Encoder* self, Size grid, Size threads) {
 void barrier_scope(Encoder* self, std::uint64_t) { encoding(self, "memoryBarrierWithScope:"); }
 void barrier_resources(Encoder* self, const void* const* resources, std::uint64_t count) {
   if (!encoding(self, "memoryBarrierWithResources:count:")) return;
-  for (std::uint64_t i = 0; i < count; ++i) expect<Buffer>(resources[i], "MTLBuffer", "memoryBarrierWithResources:count:");
+  for (std::uint64_t i = 0; i < count; ++i)
+    expect<Buffer>(resources[i], "MTLBuffer", "memoryBarrierWithResources:count:");
 }
 void use_resource(Encoder* self, const void* resource, std::uint64_t) {
   if (encoding(self, "useResource:usage:")) expect<Buffer>(resource, "MTLBuffer", "useResource:usage:");
@@ -121,7 +133,8 @@ std::uint64_t dispatch_type(Encoder* self) { return self->concurrent ? 1 : 0; }
 void end_encoding(Encoder* self) {
   if (!encoding(self, "endEncoding")) return;
   if (self->shared) {
-    return report("shared-encoder", "endEncoding on torch's encoder%s: torch goes on to use it, and ends it itself", who(*self).c_str());
+    return report("shared-encoder", "endEncoding on torch's encoder%s: torch goes on to use it, and ends it itself",
+                  who(*self).c_str());
   }
   self->end();
 }
@@ -130,8 +143,10 @@ void push_group(Encoder* self, const void* name) {
   if (encoding(self, "pushDebugGroup:") && expect<String>(name, "NSString", "pushDebugGroup:")) ++self->debug_groups;
 }
 void pop_group(Encoder* self) {  // destructors call it: never thrown
-  if (self->debug_groups > 0) --self->debug_groups;
-  else note("debug-group", "popDebugGroup without a pushDebugGroup%s", who(*self).c_str());
+  if (self->debug_groups > 0)
+    --self->debug_groups;
+  else
+    note("debug-group", "popDebugGroup without a pushDebugGroup%s", who(*self).c_str());
 }
 void signpost(Encoder* self, const void* name) {
   if (encoding(self, "insertDebugSignpost:")) expect<String>(name, "NSString", "insertDebugSignpost:");
@@ -143,7 +158,8 @@ void* device(Encoder*) { return lend(default_device()); }
 }  // namespace
 
 void Encoder::end() {
-  if (debug_groups != 0) note("debug-group", "%s ends with %d open debug groups%s", describe().c_str(), debug_groups, who(*this).c_str());
+  if (debug_groups != 0)
+    note("debug-group", "%s ends with %d open debug groups%s", describe().c_str(), debug_groups, who(*this).c_str());
   ended = true;
   buffer->open = nullptr;
   bindings = Bindings();

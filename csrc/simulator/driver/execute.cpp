@@ -1,7 +1,6 @@
 #include "execute.h"
 
 #include <algorithm>
-#include <cstring>
 #include <mutex>
 
 #include "findings.h"
@@ -26,33 +25,20 @@ std::string name_of(const Pipeline& pipeline) {
   return text;
 }
 
-// Whether a function constant removes the parameter.
-bool is_removed(const Pipeline& pipeline, const mfa_sim_parameter& parameter) {
-  if (parameter.function_constant == nullptr) return false;
-  const mfa_sim_library* library = pipeline.function->library->engine;
-  for (int i = 0; i < mfa_sim_function_constant_count(library); ++i) {
-    const mfa_sim_function_constant& constant = *mfa_sim_function_constant_at(library, i);
-    if (strcmp(constant.name, parameter.function_constant) != 0) continue;
-    const auto value = pipeline.function->constants.find(constant.index);
-    if (value == pipeline.function->constants.end()) return true;
-    return std::ranges::none_of(value->second, [](std::uint8_t byte) { return byte != 0; });
-  }
-  return false;
-}
-
 bool validate_buffer(const Bindings& b, const std::string& who, const mfa_sim_parameter& parameter, std::uint64_t op) {
   const Slot& slot = b.slots[parameter.index];
   if (!slot.bound) {
-    report("unbound-buffer", "%s: nothing is bound to buffer %d, parameter '%s'", who.c_str(), parameter.index, parameter.name);
+    report("unbound-buffer", "%s: nothing is bound to buffer %d, parameter '%s'", who.c_str(), parameter.index,
+           parameter.name);
   } else if (slot.op != op) {
     report("left-over", "%s: buffer %d, parameter '%s', is left over from an earlier op on this encoder", who.c_str(),
            parameter.index, parameter.name);
   } else if (slot.buffer && slot.buffer->dead) {
-    report("use-after-release", "%s: buffer %d, parameter '%s', is %s, which has been released", who.c_str(), parameter.index,
-           parameter.name, slot.buffer->describe().c_str());
+    report("use-after-release", "%s: buffer %d, parameter '%s', is %s, which has been released", who.c_str(),
+           parameter.index, parameter.name, slot.buffer->describe().c_str());
   } else if ((parameter.is_reference || !slot.buffer) && slot.size() < parameter.element_size) {
-    report("short-argument", "%s: buffer %d, parameter '%s', holds %llu bytes, but '%s' reads %zu", who.c_str(), parameter.index,
-           parameter.name, number(slot.size()), parameter.type, parameter.element_size);
+    report("short-argument", "%s: buffer %d, parameter '%s', holds %llu bytes, but '%s' reads %zu", who.c_str(),
+           parameter.index, parameter.name, number(slot.size()), parameter.type, parameter.element_size);
   } else {
     return true;
   }
@@ -63,14 +49,16 @@ bool validate_threads(const Bindings& b, const std::string& who, const Size& gro
   const Size t = threads;
   const std::uint64_t count = t.width * t.height * t.depth;
   if (is_zero(groups) || is_zero(threads)) {
-    report("empty-grid", "%s: a grid of (%llu, %llu, %llu) threadgroups of (%llu, %llu, %llu) threads is empty", who.c_str(),
-           number(groups.width), number(groups.height), number(groups.depth), number(t.width), number(t.height), number(t.depth));
+    report("empty-grid", "%s: a grid of (%llu, %llu, %llu) threadgroups of (%llu, %llu, %llu) threads is empty",
+           who.c_str(), number(groups.width), number(groups.height), number(groups.depth), number(t.width),
+           number(t.height), number(t.depth));
   } else if (count > b.pipeline->max_threads) {
-    report("too-many-threads", "%s: %llu threads per threadgroup, but the pipeline's maximum is %llu", who.c_str(), number(count),
-           number(b.pipeline->max_threads));
+    report("too-many-threads", "%s: %llu threads per threadgroup, but the pipeline's maximum is %llu", who.c_str(),
+           number(count), number(b.pipeline->max_threads));
   } else if (b.pipeline->whole_simdgroups && count % MFA_SIM_LANES != 0) {
-    report("partial-simdgroup", "%s: %llu threads per threadgroup are not the multiple of %d that the descriptor promised",
-           who.c_str(), number(count), MFA_SIM_LANES);
+    report("partial-simdgroup",
+           "%s: %llu threads per threadgroup are not the multiple of %d that the descriptor promised", who.c_str(),
+           number(count), MFA_SIM_LANES);
   } else {
     return true;
   }
@@ -78,23 +66,21 @@ bool validate_threads(const Bindings& b, const std::string& who, const Size& gro
 }
 
 bool validate_threadgroup_memory(const Bindings& b, const std::string& who) {
-  const mfa_sim_kernel& kernel = *b.pipeline->function->kernel;
   std::uint64_t dynamic = 0;
-  for (int i = 0; i < kernel.parameter_count; ++i) {
-    const mfa_sim_parameter& parameter = kernel.parameters[i];
-    if (parameter.kind != MFA_SIM_THREADGROUP || is_removed(*b.pipeline, parameter)) continue;
-    const std::uint64_t size = b.threadgroup_memory[parameter.index];
+  for (const mfa_sim_parameter* parameter : b.pipeline->parameters) {
+    if (parameter->kind != MFA_SIM_THREADGROUP) continue;
+    const std::uint64_t size = b.threadgroup_memory[parameter->index];
     if (size == 0) {
-      report("no-threadgroup-memory", "%s: threadgroup memory %d, parameter '%s', has no length", who.c_str(), parameter.index,
-             parameter.name);
+      report("no-threadgroup-memory", "%s: threadgroup memory %d, parameter '%s', has no length", who.c_str(),
+             parameter->index, parameter->name);
       return false;
     }
     dynamic += size;
   }
   const std::uint64_t total = dynamic + b.pipeline->static_threadgroup_memory;
   if (total <= MFA_SIM_THREADGROUP_LIMIT) return true;
-  report("threadgroup-memory", "%s: %llu bytes of threadgroup memory, %llu of them static, exceed the limit of %d", who.c_str(),
-         number(total), number(b.pipeline->static_threadgroup_memory), MFA_SIM_THREADGROUP_LIMIT);
+  report("threadgroup-memory", "%s: %llu bytes of threadgroup memory, %llu of them static, exceed the limit of %d",
+         who.c_str(), number(total), number(b.pipeline->static_threadgroup_memory), MFA_SIM_THREADGROUP_LIMIT);
   return false;
 }
 
@@ -115,17 +101,15 @@ bool validate(const Bindings& b, const Size& groups, const Size& threads, std::u
     return false;
   }
   if (!validate_threads(b, who, groups, threads) || !validate_threadgroup_memory(b, who)) return false;
-  const mfa_sim_kernel& kernel = *b.pipeline->function->kernel;
-  for (int i = 0; i < kernel.parameter_count; ++i) {
-    const mfa_sim_parameter& parameter = kernel.parameters[i];
-    if (parameter.kind != MFA_SIM_BUFFER || is_removed(*b.pipeline, parameter)) continue;
-    if (!validate_buffer(b, who, parameter, op)) return false;
+  for (const mfa_sim_parameter* parameter : b.pipeline->parameters) {
+    if (parameter->kind == MFA_SIM_BUFFER && !validate_buffer(b, who, *parameter, op)) return false;
   }
   return true;
 }
 
 std::optional<std::string> execute(const Bindings& b, const Size& groups, const Size& threads) {
   const Settings s = settings();
+  if (s.execution == Execution::nothing) return std::nullopt;
   const Function& function = *b.pipeline->function;
   std::vector<mfa_sim_constant_value> constants;
   for (const auto& [index, bytes] : function.constants) constants.push_back({index, bytes.data(), bytes.size()});
@@ -148,23 +132,20 @@ std::optional<std::string> execute(const Bindings& b, const Size& groups, const 
     const std::uint8_t* address = slot.buffer ? slot.address() : copies.emplace_back(slot.bytes).data();
     info.arguments[i] = {const_cast<std::uint8_t*>(address), slot.size()};
   }
-  for (int i = 0; i < function.kernel->parameter_count; ++i) {
-    const mfa_sim_parameter& parameter = function.kernel->parameters[i];
-    if (parameter.kind != MFA_SIM_THREADGROUP) continue;
-    info.threadgroup_memory[parameter.index] = b.threadgroup_memory[parameter.index];
-    dynamic += b.threadgroup_memory[parameter.index];
+  for (const mfa_sim_parameter* parameter : b.pipeline->parameters) {
+    if (parameter->kind != MFA_SIM_THREADGROUP) continue;
+    info.threadgroup_memory[parameter->index] = b.threadgroup_memory[parameter->index];
+    dynamic += b.threadgroup_memory[parameter->index];
   }
   info.checks = mfa_sim_is_instrumented(info.library) ? s.checks : 0;
   info.seed = s.seed;
 
-  LaunchRecord record{function.kernel->name, b.pipeline->label, function.constants, groups, threads, 0, {}};
-  if (s.execution != Execution::nothing) {
-    char error[kErrorSize] = {};
-    if (mfa_sim_dispatch(&info, &record.counters, &record.threadgroup_memory, error, sizeof error) != 0) return error;
-    b.pipeline->static_threadgroup_memory = record.threadgroup_memory - std::min(record.threadgroup_memory, dynamic);
-  }
+  LaunchRecord record{function.kernel->name, groups, threads, 0, {}};
+  char error[kErrorSize] = {};
+  if (mfa_sim_dispatch(&info, &record.counters, &record.threadgroup_memory, error, sizeof error) != 0) return error;
+  b.pipeline->static_threadgroup_memory = record.threadgroup_memory - std::min(record.threadgroup_memory, dynamic);
   const std::lock_guard guard(lock);
-  if (s.execution != Execution::nothing && records.size() < kLaunches) records.push_back(std::move(record));
+  if (records.size() < kLaunches) records.push_back(std::move(record));
   return std::nullopt;
 }
 

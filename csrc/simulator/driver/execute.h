@@ -15,9 +15,9 @@ namespace mfa::driver {
 struct Slot {
   Ref<Buffer> buffer;
   std::uint64_t offset = 0;
-  Bytes bytes;               // of setBytes
+  Bytes bytes;  // of setBytes
   bool bound = false;
-  std::uint64_t op = 0;      // in which op of a shared encoder it was set
+  std::uint64_t op = 0;  // in which op of a shared encoder it was set
 
   const std::uint8_t* address() const;
   std::uint64_t size() const { return buffer ? buffer->length - offset : bytes.size(); }
@@ -42,8 +42,7 @@ bool validate(const Bindings& bindings, const Size& groups, const Size& threads,
 std::optional<std::string> execute(const Bindings& bindings, const Size& groups, const Size& threads);
 
 struct LaunchRecord {
-  std::string kernel, label;
-  std::map<int, Bytes> constants;
+  std::string kernel;
   Size groups, threads;
   std::uint64_t threadgroup_memory;
   mfa_sim_counters counters;

@@ -41,6 +41,8 @@ std::string add(const char* rule, std::string text) {
 
 void set_mode(Mode value) { mode = value; }
 
+Mode current_mode() { return mode; }
+
 bool raises() { return mode == Mode::raise; }
 
 void report(const char* rule, const char* format, ...) {

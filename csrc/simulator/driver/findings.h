@@ -15,6 +15,7 @@ struct Finding {
 };
 
 void set_mode(Mode mode);
+Mode current_mode();
 
 // Adds a finding and, in that mode, throws it. Returns otherwise: the caller then leaves the wrong call undone.
 [[gnu::format(printf, 2, 3)]] void report(const char* rule, const char* format, ...);

@@ -140,7 +140,8 @@ Version os_version(ProcessInfo*) {
 }
 void* os_version_text(ProcessInfo*) {
   const Settings s = settings();
-  return give_autoreleased(make<String>(format("Version %d.%d (Build MFA%d%d)", s.os_major, s.os_minor, s.os_major, s.os_minor)));
+  return give_autoreleased(
+      make<String>(format("Version %d.%d (Build MFA%d%d)", s.os_major, s.os_minor, s.os_major, s.os_minor)));
 }
 bool os_at_least(ProcessInfo*, Version version) {
   const Settings s = settings();
@@ -149,7 +150,8 @@ bool os_at_least(ProcessInfo*, Version version) {
 }
 std::uint64_t processors(ProcessInfo*) { return std::thread::hardware_concurrency(); }
 unsigned long long physical_memory(ProcessInfo*) {
-  return static_cast<unsigned long long>(sysconf(_SC_PHYS_PAGES)) * static_cast<unsigned long long>(sysconf(_SC_PAGESIZE));
+  return static_cast<unsigned long long>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<unsigned long long>(sysconf(_SC_PAGESIZE));
 }
 
 }  // namespace

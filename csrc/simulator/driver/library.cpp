@@ -96,7 +96,8 @@ void* new_function_with(Library* self, const std::string& name, const void* valu
   }
   const Ref<Function> function(make<Function>(self, kernel));
   if (values != nullptr) {
-    const auto* v = expect<ConstantValues>(values, "MTLFunctionConstantValues", "newFunctionWithName:constantValues:error:");
+    const auto* v =
+        expect<ConstantValues>(values, "MTLFunctionConstantValues", "newFunctionWithName:constantValues:error:");
     if (v == nullptr) return nullptr;
     if (const auto reason = specialise(*function, *v)) {
       set_error(error, kDomain, kCompileFailure, *reason);
@@ -150,9 +151,10 @@ std::uint64_t language_version(CompileOptions* self) { return self->language_ver
 }  // namespace
 
 std::string Function::key() const {
-  struct stat status {};
+  struct stat status{};
   stat(library->path.c_str(), &status);
-  std::string text = library->path + ":" + std::to_string(status.st_size) + ":" + std::to_string(status.st_mtime) + "|" + kernel->name;
+  std::string text =
+      library->path + ":" + std::to_string(status.st_size) + ":" + std::to_string(status.st_mtime) + "|" + kernel->name;
   for (const auto& [index, bytes] : constants) {
     text += "|" + std::to_string(index) + "=";
     for (const std::uint8_t byte : bytes) text += format("%02x", byte);

@@ -13,7 +13,8 @@ namespace mfa::driver {
 
 class Library final : public Object {
  public:
-  Library(const mfa_sim_library* library, std::string where) : Object("MTLLibrary"), engine(library), path(std::move(where)) {}
+  Library(const mfa_sim_library* library, std::string where)
+      : Object("MTLLibrary"), engine(library), path(std::move(where)) {}
   const mfa_sim_library* engine;
   std::string path, label;
 };

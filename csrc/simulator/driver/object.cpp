@@ -32,7 +32,9 @@ Registry& registry() {  // leaked: statics of the client release their objects a
 thread_local std::vector<std::vector<Object*>> pools;
 std::atomic<std::uint64_t> serials{0};
 
-bool held(const Object& object) { return object.client + object.pooled + object.driver > 0 || object.immortal || object.constant; }
+bool held(const Object& object) {
+  return object.client + object.pooled + object.driver > 0 || object.immortal || object.constant;
+}
 
 // The caller has dropped a reference under the lock; this ends the object's life outside of it.
 void reap(Object& object) {
@@ -62,6 +64,11 @@ bool drop(Object& object, int& count) {
   return true;
 }
 
+// Whether the client may use it.
+bool has_right(const Object& object) {
+  return object.immortal || object.constant || (!object.dead && (object.client + object.pooled > 0 || object.lent));
+}
+
 // Whether the client is answerable for it.
 bool leakable(const Object& object) {
   return !object.immortal && !object.constant && !object.dead && object.client + object.pooled > 0;
@@ -71,7 +78,9 @@ bool leakable(const Object& object) {
 
 Object::Object(const char* class_name) : isa(class_named(class_name)), serial(++serials), creator(call.caller) {}
 
-std::string Object::describe() const { return format("%s #%llu", isa->name(), static_cast<unsigned long long>(serial)); }
+std::string Object::describe() const {
+  return format("%s #%llu", isa->name(), static_cast<unsigned long long>(serial));
+}
 
 void enroll(Object& object) {
   auto& r = registry();
@@ -80,11 +89,13 @@ void enroll(Object& object) {
   if (object.extent() > 1) r.wide[object.handle()] = &object;
 }
 
-Object* find(const void* handle) {
+Object* find(const void* handle, bool* usable) {
   auto& r = registry();
   const std::lock_guard guard(r.lock);
   const auto known = r.by_handle.find(handle);
-  return known == r.by_handle.end() ? nullptr : known->second;
+  if (known == r.by_handle.end()) return nullptr;
+  if (usable != nullptr) *usable = has_right(*known->second);
+  return known->second;
 }
 
 Object* find_around(const void* address, std::uint64_t* offset) {
@@ -127,8 +138,10 @@ void client_release(Object& object) {
   {
     const std::lock_guard guard(registry().lock);
     if (object.constant) return;
-    if (object.client > 0) last = drop(object, object.client);
-    else last = true;
+    if (object.client > 0)
+      last = drop(object, object.client);
+    else
+      last = true;
   }
   if (!last) return;
   if (object.dead) return reap(object);
@@ -157,7 +170,7 @@ void client_autorelease(Object& object) {
 
 bool usable(const Object& object) {
   const std::lock_guard guard(registry().lock);
-  return object.immortal || object.constant || (!object.dead && (object.client + object.pooled > 0 || object.lent));
+  return has_right(object);
 }
 
 void* push_pool() {
@@ -216,7 +229,8 @@ std::string live_objects() {
         for (const char* p = file; *p != 0; ++p)
           if (*p == '/') file = p + 1;
         row += format(" from %s+0x%zx", file,
-                      static_cast<std::size_t>(static_cast<const char*>(object->creator) - static_cast<const char*>(info.dli_fbase)));
+                      static_cast<std::size_t>(static_cast<const char*>(object->creator) -
+                                               static_cast<const char*>(info.dli_fbase)));
         if (info.dli_sname != nullptr) row += format(" in %s", info.dli_sname);
       }
       rows.emplace_back(object->serial, row);
@@ -232,8 +246,7 @@ std::uint64_t live_count() {
   auto& r = registry();
   const std::lock_guard guard(r.lock);
   std::uint64_t count = 0;
-  for (const auto& [handle, object] : r.by_handle)
-    count += leakable(*object);
+  for (const auto& [handle, object] : r.by_handle) count += leakable(*object);
   return count;
 }
 

@@ -1,5 +1,5 @@
-// Objects, and who holds them. The client's references are counted apart from the driver's own, so that a reference too many
-// or too few is found at the call and not in some later crash.
+// Objects, and who holds them. The client's references are counted apart from the driver's own, so that a reference too
+// many or too few is found at the call and not in some later crash.
 #pragma once
 
 #include <atomic>
@@ -28,10 +28,10 @@ class Object {
   const std::uint64_t serial;
   const void* creator = nullptr;  // return address of the call that made it
   // Guarded by one lock, in object.cpp.
-  int client = 0;       // the client's: new, alloc, copy, retain
-  int pooled = 0;       // held by autorelease pools
-  int driver = 0;       // held by other objects
-  bool lent = false;    // returned by a getter, without a reference
+  int client = 0;     // the client's: new, alloc, copy, retain
+  int pooled = 0;     // held by autorelease pools
+  int driver = 0;     // held by other objects
+  bool lent = false;  // returned by a getter, without a reference
   bool dead = false;
   bool immortal = false;  // classes, devices
   bool constant = false;  // a string literal: nobody counts
@@ -47,11 +47,11 @@ T* make(Args&&... args) {
   return object;
 }
 
-Object* find(const void* handle);                              // dead or alive; null when it is no object
+Object* find(const void* handle, bool* usable = nullptr);         // dead or alive; null when it is no object
 Object* find_around(const void* address, std::uint64_t* offset);  // whose extent holds the address
 
 // How objects reach the client. All return the handle, or null for null.
-void* give(Object* object);             // +1, the caller must release: new, alloc, copy
+void* give(Object* object);  // +1, the caller must release: new, alloc, copy
 void* give_autoreleased(Object* object);
 void* lend(Object* object);
 

@@ -1,5 +1,7 @@
 #include "pipeline.h"
 
+#include <algorithm>
+#include <cstring>
 #include <mutex>
 
 #include "constants.h"
@@ -26,6 +28,20 @@ bool in_archives(const PipelineDescriptor& descriptor, const std::string& key) {
   return false;
 }
 
+// Whether a function constant removes the parameter.
+bool is_removed(const Function& function, const mfa_sim_parameter& parameter) {
+  if (parameter.function_constant == nullptr) return false;
+  const mfa_sim_library* library = function.library->engine;
+  for (int i = 0; i < mfa_sim_function_constant_count(library); ++i) {
+    const mfa_sim_function_constant& constant = *mfa_sim_function_constant_at(library, i);
+    if (strcmp(constant.name, parameter.function_constant) != 0) continue;
+    const auto value = function.constants.find(constant.index);
+    if (value == function.constants.end()) return true;
+    return std::ranges::none_of(value->second, [](std::uint8_t byte) { return byte != 0; });
+  }
+  return false;
+}
+
 void* build(const PipelineDescriptor& descriptor, std::uint64_t options, void** error) {
   Function* function = descriptor.function.get();
   if (function == nullptr) {
@@ -39,13 +55,15 @@ void* build(const PipelineDescriptor& descriptor, std::uint64_t options, void** 
   const std::string key = function->key();
   if (!in_archives(descriptor, key)) {
     if (options & kFailOnArchiveMiss) {
-      set_error(error, kDomain, 2, std::string("'") + function->kernel->name + "' is in no binary archive of the descriptor");
+      set_error(error, kDomain, 2,
+                std::string("'") + function->kernel->name + "' is in no binary archive of the descriptor");
       return nullptr;
     }
     const std::lock_guard guard(lock);
     ++counts[key];
   }
-  const std::uint64_t own = function->kernel->max_total_threads > 0 ? function->kernel->max_total_threads : MFA_SIM_MAX_THREADS;
+  const std::uint64_t own =
+      function->kernel->max_total_threads > 0 ? function->kernel->max_total_threads : MFA_SIM_MAX_THREADS;
   auto* pipeline = make<Pipeline>(function, descriptor.label.empty() ? function->kernel->name : descriptor.label,
                                   descriptor.max_threads > 0 ? std::min(descriptor.max_threads, own) : own);
   pipeline->whole_simdgroups = descriptor.whole_simdgroups;
@@ -98,7 +116,12 @@ void* device(Pipeline*) { return lend(default_device()); }
 }  // namespace
 
 Pipeline::Pipeline(Function* of, std::string name, std::uint64_t threads)
-    : Object("MTLComputePipelineState"), function(of), label(std::move(name)), max_threads(threads) {}
+    : Object("MTLComputePipelineState"), function(of), label(std::move(name)), max_threads(threads) {
+  for (int i = 0; i < of->kernel->parameter_count; ++i) {
+    const mfa_sim_parameter& parameter = of->kernel->parameters[i];
+    if (parameter.kind != MFA_SIM_BUILTIN && !is_removed(*of, parameter)) parameters.push_back(&parameter);
+  }
+}
 
 std::map<std::string, int> compilations() {
   const std::lock_guard guard(lock);

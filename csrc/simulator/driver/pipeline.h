@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "foundation.h"
 #include "library.h"
@@ -30,7 +31,8 @@ class Pipeline final : public Object {
   std::string label;  // the descriptor's, or the function's name
   std::uint64_t max_threads;
   bool whole_simdgroups = false;
-  std::uint64_t static_threadgroup_memory = 0;  // known after the first dispatch only
+  std::vector<const mfa_sim_parameter*> parameters;  // without built-ins and those that a function constant removes
+  std::uint64_t static_threadgroup_memory = 0;       // known after the first dispatch only
 };
 
 class Archive final : public Object {

@@ -2,7 +2,6 @@
 
 #include <stdexcept>
 
-
 #include "encoder.h"
 #include "findings.h"
 #include "runtime.h"
@@ -43,7 +42,8 @@ void commit(CommandBuffer* self) {
     return report("after-commit", "%s is committed a second time", self->describe().c_str());
   }
   if (self->open != nullptr) {
-    return report("encoder-open", "%s is committed, but %s was never ended", self->describe().c_str(), self->open->describe().c_str());
+    return report("encoder-open", "%s is committed, but %s was never ended", self->describe().c_str(),
+                  self->open->describe().c_str());
   }
   self->status = CommandBuffer::committed;
   {
@@ -58,24 +58,28 @@ void enqueue(CommandBuffer* self) {
 }
 void wait(CommandBuffer* self) {
   if (self->status < CommandBuffer::committed) {
-    return report("deadlock", "waitUntilCompleted on %s, which was not committed: on a Mac this never returns", self->describe().c_str());
+    return report("deadlock", "waitUntilCompleted on %s, which was not committed: on a Mac this never returns",
+                  self->describe().c_str());
   }
   self->queue->run_until(self);
   if (self->status == CommandBuffer::failed && raises()) throw std::runtime_error(self->error);
 }
 void wait_scheduled(CommandBuffer* self) {
-  if (self->status < CommandBuffer::committed) report("deadlock", "waitUntilScheduled on %s, which was not committed", self->describe().c_str());
+  if (self->status < CommandBuffer::committed)
+    report("deadlock", "waitUntilScheduled on %s, which was not committed", self->describe().c_str());
 }
 std::uint64_t status(CommandBuffer* self) { return self->status; }
 void* error(CommandBuffer* self) {
   return self->error.empty() ? nullptr : give_autoreleased(make<Error>("MTLCommandBufferErrorDomain", 1, self->error));
 }
 void add_completed(CommandBuffer* self, const void* block) {
-  if (self->status >= CommandBuffer::committed) return report("after-commit", "addCompletedHandler: on a committed %s", self->describe().c_str());
+  if (self->status >= CommandBuffer::committed)
+    return report("after-commit", "addCompletedHandler: on a committed %s", self->describe().c_str());
   self->completed_handlers.emplace_back(block);
 }
 void add_scheduled(CommandBuffer* self, const void* block) {
-  if (self->status >= CommandBuffer::committed) return report("after-commit", "addScheduledHandler: on a committed %s", self->describe().c_str());
+  if (self->status >= CommandBuffer::committed)
+    return report("after-commit", "addScheduledHandler: on a committed %s", self->describe().c_str());
   self->scheduled_handlers.emplace_back(block);
 }
 double no_time(CommandBuffer*) { return 0; }  // time is not modelled

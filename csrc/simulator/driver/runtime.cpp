@@ -1,6 +1,5 @@
 #include "runtime.h"
 
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -98,8 +97,13 @@ Object* constant_string(const void* address) {
     const char* text;
     long length;
   } layout{};
-  iovec to{&layout, sizeof layout}, from{const_cast<void*>(address), sizeof layout};
-  if (process_vm_readv(getpid(), &to, 1, &from, 1, 0) != sizeof layout) return nullptr;
+  int pipe_ends[2];  // the kernel reads the address, and fails where it can't be read
+  if (pipe(pipe_ends) != 0) return nullptr;
+  const bool readable = write(pipe_ends[1], address, sizeof layout) == sizeof layout &&
+                        read(pipe_ends[0], &layout, sizeof layout) == sizeof layout;
+  close(pipe_ends[0]);
+  close(pipe_ends[1]);
+  if (!readable) return nullptr;
   return is_constant_string_class(layout.isa)
              ? make<ConstantString>(address, std::string(layout.text, static_cast<std::size_t>(layout.length)))
              : nullptr;
@@ -143,7 +147,8 @@ std::string Class::list() const {
     for (bool of_class : {true, false}) {
       const auto& table = of_class ? class_methods_ : methods_;
       if (selector->id >= table.size() || table[selector->id].imp == nullptr) continue;
-      text += format("%c[%s %s] %s\n", of_class ? '+' : '-', name_, name.c_str(), table[selector->id].signature.c_str());
+      text +=
+          format("%c[%s %s] %s\n", of_class ? '+' : '-', name_, name.c_str(), table[selector->id].signature.c_str());
     }
   }
   return text;
@@ -177,17 +182,19 @@ std::string list_methods() {
 }
 
 Object* expect_object(const void* handle, const char* class_name, const char* what) {
-  Object* object = handle == nullptr ? nullptr : find(handle);
+  bool usable = true;
+  Object* object = handle == nullptr ? nullptr : find(handle, &usable);
   if (object == nullptr && handle != nullptr) object = constant_string(handle);
-  if (object != nullptr && usable(*object)) return object;
+  if (object != nullptr && usable) return object;
   std::uint64_t offset = 0;
   if (handle == nullptr) {
     report("not-an-object", "%s: the argument must be a live %s", what, class_name);
   } else if (object != nullptr) {
     report("use-after-release", "%s: %s has been released", what, object->describe().c_str());
   } else if (Object* around = find_around(handle, &offset); around != nullptr) {
-    report("not-a-buffer", "%s: %p is %llu bytes behind the start of %s: the storage offset was not subtracted from data_ptr()",
-           what, handle, static_cast<unsigned long long>(offset), around->describe().c_str());
+    report("not-a-buffer",
+           "%s: %p is %llu bytes behind the start of %s: the storage offset was not subtracted from data_ptr()", what,
+           handle, static_cast<unsigned long long>(offset), around->describe().c_str());
   } else {
     report("not-an-object", "%s: %p is not a live %s", what, handle, class_name);
   }
@@ -202,22 +209,25 @@ extern "C" {
 
 // Called by send.S, and by it alone.
 __attribute__((visibility("hidden"))) Imp mfa_driver_resolve(void* self, const Selector* selector, const void* caller) {
-  static const Selector* const counting[] = {selector_named("release"), selector_named("autorelease"), selector_named("retain")};
+  static const Selector* const counting[] = {selector_named("release"), selector_named("autorelease"),
+                                             selector_named("retain")};
   const bool counts = selector == counting[0] || selector == counting[1] || selector == counting[2];
   call.caller = caller;
   const char* name = selector->name.c_str();
   if (self == nullptr && counts) return &mfa_driver_zero;  // NS::SharedPtr does so
   if (self == nullptr) return refuse(note("nil", "'%s' is sent to nil", name));
-  Object* object = find(self);
+  bool usable = true;
+  Object* object = find(self, &usable);
   if (object == nullptr) object = constant_string(self);
   if (object == nullptr) return refuse(note("not-an-object", "'%s' is sent to %p, which is no object", name, self));
 
-  if (!usable(*object)) {
+  if (!usable) {
     if (counts && selector != counting[2]) {  // comes from destructors: never thrown
       note("over-release", "%s is released more often than it was retained", object->describe().c_str());
       return &mfa_driver_zero;
     }
-    return refuse(note("use-after-release", "'%s' is sent to %s after its last release", name, object->describe().c_str()));
+    return refuse(
+        note("use-after-release", "'%s' is sent to %s after its last release", name, object->describe().c_str()));
   }
   const bool is_class = object->isa == nullptr;
   const Class* c = is_class ? static_cast<const Class*>(object) : object->isa;

@@ -1,5 +1,6 @@
 // Classes, selectors and methods. A method is an ordinary function `Result f(T* self, arguments...)`; the same calling
-// convention holds on Linux and macOS, so its address, behind a wrapper that drops self and selector, is the implementation.
+// convention holds on Linux and macOS, so its address, behind a wrapper that drops self and selector, is the
+// implementation.
 #pragma once
 
 #include <cstdint>
@@ -34,13 +35,20 @@ extern thread_local Call call;
 
 template <typename T>
 std::string type_code() {
-  if constexpr (std::is_void_v<T>) return "v";
-  else if constexpr (std::is_pointer_v<T>) return "p";
-  else if constexpr (std::is_same_v<T, bool>) return "B";
-  else if constexpr (std::is_same_v<T, double>) return "d";
-  else if constexpr (std::is_same_v<T, float>) return "f";
-  else if constexpr (std::is_integral_v<T>) return (std::is_signed_v<T> ? "i" : "u") + std::to_string(8 * sizeof(T));
-  else return "{" + std::to_string(sizeof(T)) + "}";
+  if constexpr (std::is_void_v<T>)
+    return "v";
+  else if constexpr (std::is_pointer_v<T>)
+    return "p";
+  else if constexpr (std::is_same_v<T, bool>)
+    return "B";
+  else if constexpr (std::is_same_v<T, double>)
+    return "d";
+  else if constexpr (std::is_same_v<T, float>)
+    return "f";
+  else if constexpr (std::is_integral_v<T>)
+    return (std::is_signed_v<T> ? "i" : "u") + std::to_string(8 * sizeof(T));
+  else
+    return "{" + std::to_string(sizeof(T)) + "}";
 }
 
 template <auto Function>
@@ -48,9 +56,7 @@ struct Wrapper;
 
 template <typename Result, typename T, typename... Args, Result (*Function)(T*, Args...)>
 struct Wrapper<Function> {
-  static Result imp(void*, const Selector*, Args... args) {
-    return Function(static_cast<T*>(call.receiver), args...);
-  }
+  static Result imp(void*, const Selector*, Args... args) { return Function(static_cast<T*>(call.receiver), args...); }
   static std::string signature() {
     std::string text = type_code<Result>() + ":";
     ((text += type_code<Args>() + ","), ...);
@@ -74,7 +80,8 @@ class Class : public Object {
   }
   template <auto Function>
   Class& class_method(const char* selector) {
-    return add(class_methods_, selector, {reinterpret_cast<Imp>(&Wrapper<Function>::imp), Wrapper<Function>::signature()});
+    return add(class_methods_, selector,
+               {reinterpret_cast<Imp>(&Wrapper<Function>::imp), Wrapper<Function>::signature()});
   }
 
   const Method* find_method(const Selector* selector, bool of_class) const;

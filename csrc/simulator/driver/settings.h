@@ -13,12 +13,12 @@ enum class Execution {
 };
 
 struct Settings {
-  bool present = true;        // false: MTLCreateSystemDefaultDevice() returns null
-  int family = 7;             // Apple GPU family
+  bool present = false;  // false: MTLCreateSystemDefaultDevice() returns null, as on a machine without a GPU
+  int family = 7;        // Apple GPU family
   int os_major = 15, os_minor = 0;
   std::string kernel_library;  // what newLibrary with source or an unnamed metallib stands for
   Execution execution = Execution::eager;
-  std::uint32_t checks = 0;   // MFA_SIM_CHECK_*
+  std::uint32_t checks = 0;  // MFA_SIM_CHECK_*
   std::uint64_t seed = 0;
   bool all_constants = true;  // a function needs every constant of its library
 };

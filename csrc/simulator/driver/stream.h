@@ -12,9 +12,9 @@ class Stream {
 
   // Runs `work` on the stream's queue, in an autorelease pool, as one op.
   void run(void* context, void (*work)(void*));
-  void* encoder();      // on the queue only; the client's handle, or null
-  void synchronize();   // ends, commits and waits
-  void settle();        // the same if anything waits to be run; always through the queue
+  void* encoder();     // on the queue only; the client's handle, or null
+  void synchronize();  // ends, commits and waits
+  void settle();       // the same if anything waits to be run; always through the queue
 
  private:
   Ref<Queue> queue_;

@@ -12,9 +12,11 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                  double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
   std::optional<Tensor> additive = mask;
   if (mask && mask->scalar_type() == at::kBool) {
-    additive = at::zeros_like(*mask, query.options()).masked_fill(mask->logical_not(), -std::numeric_limits<double>::infinity());
+    additive = at::zeros_like(*mask, query.options())
+                   .masked_fill(mask->logical_not(), -std::numeric_limits<double>::infinity());
   }
-  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, additive, dropout_p, is_causal, std::nullopt, scale, enable_gqa));
+  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, additive, dropout_p, is_causal,
+                                                            std::nullopt, scale, enable_gqa));
 }
 
 TORCH_LIBRARY_IMPL(aten, MPS, m) { m.impl("scaled_dot_product_attention", TORCH_FN(attention)); }

@@ -56,7 +56,9 @@ struct MPSHooks final : MPSHooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
-  bool isOnMacOSorNewer(unsigned major, unsigned minor) const override { return std::pair(major, minor) <= std::pair(15u, 0u); }
+  bool isOnMacOSorNewer(unsigned major, unsigned minor) const override {
+    return std::pair(major, minor) <= std::pair(15u, 0u);
+  }
   const Generator& getDefaultGenerator(DeviceIndex) const override { return default_generator(); }
   Generator getNewGenerator(DeviceIndex) const override { return new_generator(); }
   Allocator* getMPSDeviceAllocator() const override { return &allocator(); }

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -23,8 +24,8 @@ struct Block {
   std::size_t size;
 };
 
-// Torch's allocator keeps freed buffers too: a block that is freed while a dispatch waits is used again in the queue's order.
-// By exact size, so that the guard page stays at the end.
+// Torch's allocator keeps freed buffers too: a block that is freed while a dispatch waits is used again in the queue's
+// order. By exact size, so that the guard page stays at the end.
 class Cache {
  public:
   Block* take(std::size_t size) {
@@ -98,8 +99,9 @@ class BufferAllocator final : public c10::Allocator {
   }
 };
 
-void throw_if(int failed, char* error) {
-  if (!failed) return;
+void on_stream(int (*function)(void*, char**)) {
+  char* error = nullptr;
+  if (function(mfa_driver_stream(), &error) == 0) return;
   const std::string message = error;
   mfa_driver_free(error);
   throw std::runtime_error(message);
@@ -140,14 +142,8 @@ void grow(const c10::Storage& storage, std::size_t bytes) {
   storage.unsafeGetStorageImpl()->set_nbytes(bytes);
 }
 
-void settle() {
-  char* error = nullptr;
-  throw_if(mfa_driver_stream_settle(mfa_driver_stream(), &error), error);
-}
+void settle() { on_stream(&mfa_driver_stream_settle); }
 
-void synchronize() {
-  char* error = nullptr;
-  throw_if(mfa_driver_stream_synchronize(mfa_driver_stream(), &error), error);
-}
+void synchronize() { on_stream(&mfa_driver_stream_synchronize); }
 
 }  // namespace mfa::stand_in

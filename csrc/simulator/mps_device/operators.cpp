@@ -1,5 +1,5 @@
-// ATen on the stand-in device: what creates, copies and views is native; everything else runs on the CPU and is copied back.
-// A green test therefore says nothing about which ops the real MPS backend has.
+// ATen on the stand-in device: what creates, copies and views is native; everything else runs on the CPU and is copied
+// back. A green test therefore says nothing about which ops the real MPS backend has.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
@@ -29,8 +29,8 @@ at::ScalarType checked(optional<at::ScalarType> dtype) {
   return type;
 }
 
-Tensor empty(IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<at::Device>, optional<bool>,
-             optional<at::MemoryFormat> format) {
+Tensor empty(IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<at::Device>,
+             optional<bool>, optional<at::MemoryFormat> format) {
   return at::detail::empty_generic(size, &allocator(), kKeys, checked(dtype), format);
 }
 
@@ -84,7 +84,8 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
 }
 
 Tensor& set_nothing(Tensor& self) {
-  at::Storage storage(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), 0, &allocator(), true));
+  at::Storage storage(
+      c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), 0, &allocator(), true));
   return set_storage_offset(self, std::move(storage), 0, {0}, {});
 }
 

@@ -43,7 +43,8 @@ AOTITorchError aoti_torch_mps_get_kernel_function(AOTIMetalShaderLibraryOpaque* 
 }
 
 // Torch's shim turns an exception of the callback into this code, and its text is lost.
-AOTITorchError aoti_torch_mps_run_command_block(AOTIMetalKernelFunctionOpaque* function, Callback callback, void* data) {
+AOTITorchError aoti_torch_mps_run_command_block(AOTIMetalKernelFunctionOpaque* function, Callback callback,
+                                                void* data) {
   struct Call {
     AOTIMetalKernelFunctionOpaque* function;
     Callback callback;

@@ -36,20 +36,20 @@ def _tensors(dtype: torch.dtype, length: int, heads: int, dim: int) -> list[Tens
 
 
 def _plain(dtype: torch.dtype, length: int, is_causal: bool) -> _Case:
-    tensors = _tensors(dtype, length, heads=8, dim=64)
+    query, key, value = _tensors(dtype, length, heads=8, dim=64)
     return (
-        lambda: scaled_dot_product_attention(*tensors, is_causal=is_causal),
-        lambda: attention(*tensors, is_causal=is_causal),
+        lambda: scaled_dot_product_attention(query, key, value, is_causal=is_causal),
+        lambda: attention(query, key, value, is_causal=is_causal),
     )
 
 
 def _window(dtype: torch.dtype, length: int, left: int) -> _Case:
     """Causal, `left` keys back; torch gets the equivalent mask, made beforehand."""
-    tensors = _tensors(dtype, length, heads=8, dim=64)
+    query, key, value = _tensors(dtype, length, heads=8, dim=64)
     mask = torch.ones(length, length, dtype=torch.bool).tril().triu(-left)
     return (
-        lambda: scaled_dot_product_attention(*tensors, attn_mask=mask),
-        lambda: attention(*tensors, window=(left, 0)),
+        lambda: scaled_dot_product_attention(query, key, value, attn_mask=mask),
+        lambda: attention(query, key, value, window=(left, 0)),
     )
 
 
@@ -97,11 +97,11 @@ def main() -> None:
     arguments = parser.parse_args()
     line = "{},{:.4g},{:.4g},{:.4g},{}" if arguments.csv else "{:36}{:>12.3f}{:>12.3f}{:>9.3f}{:>8}"
     header = "case,torch_ms,mfa_ms,ratio,goal" if arguments.csv else f"{'case':36}{'torch ms':>12}{'mfa ms':>12}"
-    print(header if arguments.csv else f"{header}{'ratio':>9}{'goal':>8}")  # noqa: T201
+    print(header if arguments.csv else f"{header}{'ratio':>9}{'goal':>8}")
     for name, (case, goal) in cases(arguments.lengths).items():
         if arguments.only in name:
             row = measure(name, case, goal, arguments.rounds, arguments.seconds, arguments.threads)
-            print(line.format(row.name, row.torch_ms, row.mfa_ms, row.ratio, row.goal), flush=True)  # noqa: T201
+            print(line.format(row.name, row.torch_ms, row.mfa_ms, row.ratio, row.goal), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,5 +18,4 @@ typedef struct CGSize {
 #ifdef __cplusplus
 extern "C"
 #endif
-    CFStringRef
-    __CFStringMakeConstantString(const char* text);
+    CFStringRef __CFStringMakeConstantString(const char* text);

@@ -30,7 +30,8 @@ void dispatch_sync(dispatch_queue_t queue, dispatch_block_t block);
 typedef void* dispatch_block_t;
 #endif
 
-// `destructor` null copies the bytes; _dispatch_data_destructor_free takes over malloc'ed ones; a block runs at the end.
+// `destructor` null copies the bytes; _dispatch_data_destructor_free takes over malloc'ed ones; a block runs at the
+// end.
 dispatch_data_t dispatch_data_create(const void* buffer, size_t size, dispatch_queue_t queue,
                                      dispatch_block_t destructor);
 extern const dispatch_block_t _dispatch_data_destructor_free;

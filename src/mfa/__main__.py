@@ -1,0 +1,58 @@
+"""`python -m mfa info | demo | bench`."""
+
+import argparse
+import sys
+from dataclasses import asdict
+
+
+def info() -> None:
+    """Prints what there is, and for what there isn't, why."""
+    from . import device_info, simulator, support
+
+    gpu = asdict(device_info())
+    gpu["mps tensors"] = f"no: {gpu.pop('why_not')}" if gpu["why_not"] else "yes"
+    reason = simulator.why_not()
+    facts = {**gpu, "simulator": "yes" if reason is None else f"no: {reason}"}
+    for name, fact in facts.items():
+        print(f"{name:12} {'none' if fact is None else fact}")
+    print()
+    print(support.markdown())
+
+
+def demo() -> None:
+    """Prints attention by the kernels beside float64. Exits with 1 if it is wrong, or if nothing can run them."""
+    from .demo import table
+
+    for line in table():
+        print(line, flush=True)
+
+
+def bench() -> None:
+    """Times CPU tensors against torch; everything behind `bench` goes to it."""
+    from .bench import cpu
+
+    cpu.main()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mfa", description="Attention from Metal kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "info", help="GPU, kernels, simulator, and what runs where", description="What there is here, and why not."
+    )
+    commands.add_parser(
+        "demo",
+        help="attention on the best device, beside float64",
+        description="Computes attention with the real kernels on the best device there is, an Apple GPU or else the "
+        "simulator, and compares it with float64. Exits with 1 if a result is wrong.",
+    )
+    commands.add_parser("bench", help="CPU tensors against torch; see bench --help", add_help=False)
+    arguments, rest = parser.parse_known_args()
+    if arguments.command != "bench" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    sys.argv[1:] = rest
+    {"info": info, "demo": demo, "bench": bench}[arguments.command]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""What attention over a cache refuses, with the sentences of _checks.py."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._index_checks import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
+
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+PAGE_MULTIPLE = 8
+
+
+def capacity(key_cache: Tensor, block_table: Tensor | None) -> int:
+    """How many tokens one batch entry may have."""
+    return key_cache.shape[2] if block_table is None else block_table.shape[1] * key_cache.shape[2]
+
+
+def check_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    softcap: float,
+    num_splits: int,
+    *,
+    metal: bool,
+) -> None:
+    """Everything about the arguments of `mfa::attention_decode` but cache_lengths and the block table's contents."""
+    _checks.check_tensors(query, query, query, ranks=(4,))
+    for name, cache, dtypes in (
+        ("key_cache", key_cache, (query.dtype, *QUANTIZED_DTYPES)),
+        ("value_cache", value_cache, (key_cache.dtype,)),
+    ):
+        _check_tensor(name, cache, query, 4, dtypes)
+    _check_sizes(query, key_cache, value_cache)
+    batch, heads = query.shape[:2]
+    if block_table is not None:
+        check_index_tensor("block_table", block_table, query, "[B,pages per sequence]", (batch, None))
+        page = key_cache.shape[2]
+        if page < PAGE_MULTIPLE or page % PAGE_MULTIPLE:
+            raise ValueError(
+                f"key_cache has pages of {page} tokens; it must be a multiple of {PAGE_MULTIPLE}, and not 0"
+            )
+    elif key_cache.shape[0] != batch:
+        raise ValueError(f"key_cache has batch size {key_cache.shape[0]}; it must be that of query, {batch}")
+    for side, scales, cache in (("key", key_scale, key_cache), ("value", value_scale, value_cache)):
+        _check_scales(side, scales, cache, query)
+    if sinks is not None:
+        check_per_head("sinks", sinks, query, heads, None, (torch.float32, query.dtype))
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, query, heads, ("B", batch), (torch.float32,))
+    _checks.check_values(scale, softcap, 0)
+    check_integer("num_splits", num_splits)
+    if metal:
+        check_metal_dtype(query)
+
+
+def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: Sequence[torch.dtype]) -> None:
+    _checks.check_is_tensor(name, tensor)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise NotImplementedError(f"{name} isn't strided; only strided tensors are supported: pad it")
+    if tensor.dim() != rank:
+        raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have {rank}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(dict.fromkeys(map(_checks.dtype_name, dtypes)))
+        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be {names}")
+
+
+def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    heads, dim = query.shape[1], query.shape[3]
+    key_heads = key_cache.shape[1]
+    if value_cache.shape[:3] != key_cache.shape[:3]:
+        shapes = list(value_cache.shape[:3]), list(key_cache.shape[:3])
+        raise ValueError(f"value_cache has shape {shapes[0]} and Dv; it must begin with that of key_cache, {shapes[1]}")
+    if key_cache.shape[3] != dim:
+        raise ValueError(f"key_cache has head dimension {key_cache.shape[3]}; it must have that of query, {dim}")
+    if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
+        raise ValueError(f"query has {heads} heads; it must have a multiple of those of key_cache, {key_heads}")
+    for name, size in (("query", dim), ("value_cache", value_cache.shape[3])):
+        if size == 0:
+            raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {_checks.LARGEST_HEAD_DIM}")
+        if size > _checks.LARGEST_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name} has head dimension {size}; it must be within 1 ... {_checks.LARGEST_HEAD_DIM}: use "
+                "torch.nn.functional.scaled_dot_product_attention"
+            )
+
+
+def _check_scales(side: str, scales: Tensor | None, cache: Tensor, query: Tensor) -> None:
+    name = f"{side}_scale"
+    if cache.dtype not in QUANTIZED_DTYPES:
+        if scales is not None:
+            dtype = _checks.dtype_name(cache.dtype)
+            raise ValueError(f"{name} is given for a {side}_cache of {dtype}; it must be None unless that is quantized")
+        return
+    if scales is None:
+        dtype = _checks.dtype_name(cache.dtype)
+        raise ValueError(f"{name} is None; it must have a scale for each token of the {dtype} {side}_cache")
+    _check_tensor(name, scales, query, 3, (torch.float32,))
+    if scales.shape != cache.shape[:3]:
+        raise ValueError(
+            f"{name} has shape {list(scales.shape)}; it must have the first three sizes of {side}_cache, "
+            f"{list(cache.shape[:3])}"
+        )
+
+
+def check_new_tokens(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor) -> None:
+    """Keys and values that are to be appended: [B,Hkv,Lnew,D] and [B,Hkv,Lnew,Dv], in the query's dtype."""
+    for name, tensor in (("key", key), ("value", value)):
+        _check_tensor(name, tensor, query, 4, (query.dtype,))
+    for name, tensor, dim in (("key", key, key_cache.shape[3]), ("value", value, value_cache.shape[3])):
+        shape = (query.shape[0], key_cache.shape[1], key.shape[2], dim)
+        if tensor.shape != shape:
+            sizes = f"[B,Hkv,Lnew,D] = {list(shape)}"
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {sizes}")
+
+
+def check_lengths(
+    name: str, lengths: Tensor | int, new: int, query: Tensor, key_cache: Tensor, block_table: Tensor | None
+) -> None:
+    """Tokens in the cache, before `new` ones are appended: int32 [B], or one number for all.
+
+    Contents are checked where the host can see them: the capacity, the pages that live tokens need, and that no two
+    batch entries append to the same place.
+    """
+    batch, slots = query.shape[0], capacity(key_cache, block_table)
+    if isinstance(lengths, Tensor):
+        check_index_tensor(name, lengths, query, "[B]", (batch,))
+        values = host_values(lengths)
+    else:
+        check_integer(name, lengths)
+        values = [lengths] * batch
+    after = "" if new == 0 else f" and {new} new"
+    if new > slots:
+        raise ValueError(f"key has length {new}; it must be at most the capacity of the cache, {slots}")
+    if new > 0 and query.shape[0] > 0 and key_cache.shape[0] == 0:
+        raise ValueError("key_cache has no pages; it must have some to append to")
+    for entry, value in enumerate(values or ()):
+        if not 0 <= value <= slots - new:
+            raise ValueError(
+                f"{name} has {value}{after} tokens at {entry}; they must be within 0 ... {slots}, the cache's capacity"
+            )
+    table = None if block_table is None else host_values(block_table)
+    if block_table is None or table is None or values is None:
+        return
+    pages, page, width = key_cache.shape[0], key_cache.shape[2], block_table.shape[1]
+    owners: dict[tuple[int, int], int] = {}
+    for entry, value in enumerate(values):
+        row = table[entry * width : (entry + 1) * width]
+        for index, number in enumerate(row[: (value + new + page - 1) // page]):
+            if not 0 <= number < pages:
+                raise ValueError(
+                    f"block_table has page {number} at [{entry}, {index}]; it must be within 0 ... {pages - 1}"
+                )
+        for slot in range(value, value + new):
+            place = (row[slot // page], slot % page)
+            if owners.setdefault(place, entry) != entry:
+                raise ValueError(
+                    f"block_table has page {place[0]} for entries {owners[place]} and {entry}, which append to the "
+                    "same slot of it; it must give each a page of its own"
+                )
+
+
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """Refuses, instead of returning something without a gradient."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} requires grad, and attention over a cache has no gradients: call under torch.no_grad(), or "
+                "use mfa.attention"
+            )

@@ -1,0 +1,252 @@
+"""Keys and values go around in a ring of processes, while each keeps its queries (Liu et al. 2023, Ring Attention).
+
+    forward, for the keys and values of each process, the own ones first:
+        out_s, lse_s <- attention of the own queries over them, if they see any
+        out, lse <- merge_attention(out, lse, out_s, lse_s)
+    backward, in the same order, with w = exp(lse_s - lse):
+        dout_s = w dout,  dlse_s = w (dlse + rowsum(dout * (out_s - out)))
+        dq += ...,  and dk, dv go around with their k and v, and come home
+
+The next part travels while this one is computed. A process holds its own keys and values and two parts in transit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _checks, simulator
+from ._blocks import HIDDEN, Window
+from ._ops import ops
+from .merge import merge_attention
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the whole sequence's attention is, besides its tensors."""
+
+    is_causal: bool
+    window_left: int | None
+    window_right: int | None
+    scale: float | None
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process's place in the ring, and its window on the part of the keys that comes from `source`."""
+
+    source: int
+    key_length: int
+    window_left: int | None
+    window_right: int | None
+    is_visible: bool
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The group as one process sees it."""
+
+    group: Any  # None: the default one
+    rank: int
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, group: Any) -> Ring:
+        """Collective: the processes tell each other their sizes."""
+        batch, heads, query_length, dim = query.shape
+        names = ("batch size", "query heads", "key heads", "head dimension", "head dimension of value")
+        sizes = (batch, heads, key.shape[1], dim, value.shape[3])
+        own = torch.tensor([*sizes, query_length, key.shape[2]], device=query.device)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        rows = [tensor.tolist() for tensor in gathered]
+        for rank, row in enumerate(rows):
+            for name, size, other in zip(names, rows[0], row, strict=False):
+                if size != other:
+                    raise ValueError(f"{name} is {other} in process {rank}; it must be that of process 0, {size}")
+        return cls(group, dist.get_rank(group), tuple(row[5] for row in rows), tuple(row[6] for row in rows))
+
+    def parts(self, terms: Terms) -> list[Part]:
+        """In the order in which they come by: the own one, then those of the processes before."""
+        size = len(self.key_lengths)
+        query_length, total = self.query_lengths[self.rank], sum(self.query_lengths)
+        shift = sum(self.key_lengths) - total  # of the whole: i sees j by j - (i + shift)
+        right = terms.window_right
+        if terms.is_causal:
+            right = -shift if right is None else min(right, -shift)
+        parts = []
+        for source in (*range(self.rank, -1, -1), *range(size - 1, self.rank, -1)):
+            length = self.key_lengths[source]
+            first_query, first_key = sum(self.query_lengths[: self.rank]), sum(self.key_lengths[:source])
+            # In numbers that start with the part: j - (i + first_query - first_key + shift).
+            moved = (first_query - first_key + shift) - (length - query_length)
+            bounds = (
+                None if terms.window_left is None else terms.window_left - moved,
+                None if right is None else right + moved,
+            )
+            rows = Window.of(query_length, length, *bounds).rows()
+            parts.append(Part(source, length, *bounds, rows.start < rows.stop))
+        return parts
+
+    def pass_on(self, tensor: Tensor, received: Tensor) -> list[Any]:
+        """Starts to send to the next process, and to receive from the one before; empty tensors stay."""
+        size = len(self.key_lengths)
+        transfers = [(dist.isend, tensor, (self.rank + 1) % size), (dist.irecv, received, (self.rank - 1) % size)]
+        operations = [
+            dist.P2POp(function, buffer, group=self.group, group_peer=peer)
+            for function, buffer, peer in transfers
+            if buffer.numel()
+        ]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, terms: Terms, group: Any
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of this process's queries; see `context_parallel`."""
+    scale = 1.0 if terms.scale is None else terms.scale
+    metal = query.device.type == "mps" or simulator.active() is not None
+    _checks.check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=metal)
+    ring = Ring.of(query, key, value, group)
+    outputs: tuple[Tensor, Tensor] = _RingAttention.apply(query, key, value, sinks, ring, terms)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _wait(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _sizes(key: Tensor, value: Tensor, length: int) -> tuple[int, int]:
+    """How many numbers a part's key and value have."""
+    rows = key.shape[0] * key.shape[1] * length
+    return rows * key.shape[3], rows * value.shape[3]
+
+
+def _unpacked(buffer: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The key and value in a buffer, of `length` and otherwise of these shapes."""
+    parts = buffer.split(_sizes(key, value, length))
+    keys, values = (
+        part.view(*tensor.shape[:2], length, tensor.shape[3]) for part, tensor in zip(parts, (key, value), strict=True)
+    )
+    return keys, values
+
+
+def _around(ring: Ring, parts: list[Part], key: Tensor, value: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Each part with its key and value, while the next one is on its way. Every process must take all of them."""
+    buffer = key if len(parts) == 1 else torch.cat([key.flatten(), value.flatten()])
+    for step, part in enumerate(parts):
+        received = buffer
+        works: list[Any] = []
+        if step + 1 < len(parts):
+            received = buffer.new_empty(sum(_sizes(key, value, parts[step + 1].key_length)))
+            works = ring.pass_on(buffer, received)
+        yield part, *((key, value) if step == 0 else _unpacked(buffer, key, value, part.key_length))
+        _wait(works)
+        buffer = received
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, ring: Ring, terms: Terms
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        out, lse = None, None
+        for part, keys, values in _around(ring, ring.parts(terms), key, value):
+            is_own = part.source == ring.rank
+            if not (part.is_visible or is_own):
+                continue
+            # The own part is the first, and has the sink.
+            part_out, part_lse = _forward_part(query, keys, values, sinks if is_own else None, part, terms)
+            if out is None or lse is None:
+                out, lse = part_out.to(wide), part_lse
+            else:
+                out, lse = merge_attention(out, lse, part_out.to(wide), part_lse)
+        assert out is not None
+        assert lse is not None
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.ring, ctx.terms = ring, terms
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        ring, parts = ctx.ring, ctx.ring.parts(ctx.terms)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        grad_query, grad_sinks = torch.zeros_like(query, dtype=wide), None
+        # Gradients that the processes before have begun for the part that is here, and those on their way from here.
+        begun: Tensor | None = None
+        sent, works = grad_query, []
+        for step, (part, keys, values) in enumerate(_around(ring, parts, key, value)):
+            is_own = part.source == ring.rank
+            grads = torch.zeros(keys.numel() + values.numel(), dtype=wide, device=key.device)
+            if part.is_visible or is_own:
+                of_part = _backward_part(
+                    *(grad_out, grad_lse, query, keys, values, out, lse, sinks if is_own else None), part, ctx.terms
+                )
+                grad_query += of_part[0]
+                grads.copy_(torch.cat([of_part[1].flatten(), of_part[2].flatten()]))
+                grad_sinks = of_part[4] if is_own else grad_sinks
+            _wait(works)
+            if begun is not None:
+                grads += begun
+            following = parts[(step + 1) % len(parts)]  # in the end, the own part comes home
+            begun, sent = grads.new_empty(sum(_sizes(key, value, following.key_length))), grads
+            works = ring.pass_on(sent, begun) if len(parts) > 1 else []
+        _wait(works)
+        home = sent if begun is None or len(parts) == 1 else begun
+        grad_key, grad_value = _unpacked(home, key, value, key.shape[2])
+        sums = (grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype))
+        return (*sums, None if sinks is None else grad_sinks, None, None)
+
+
+def _scalars(query: Tensor, part: Part, terms: Terms) -> tuple[Any, ...]:
+    scale = 1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale
+    return (scale, part.window_left, part.window_right, terms.softcap, 0.0, None)
+
+
+def _forward_part(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms
+) -> tuple[Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor] = ops.attention_forward(
+        query, key, value, None, sinks, None, *_scalars(query, part, terms)
+    )
+    return outputs
+
+
+def _backward_part(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    part: Part,
+    terms: Terms,
+) -> tuple[Tensor, ...]:
+    """What `attention_backward` returns for a part; out and lse are the whole's."""
+    part_out, part_lse = _forward_part(query, key, value, sinks, part, terms)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weight = torch.exp(part_lse - lse).masked_fill(part_lse == HIDDEN, 0)
+    moved = (grad_out.to(wide) * (part_out.to(wide) - out.to(wide))).sum(-1)
+    part_grad_out = (grad_out * weight.unsqueeze(-1)).to(query.dtype)
+    part_grad_lse = (weight * (grad_lse + moved)).to(torch.float32)
+    grads: tuple[Tensor, ...] = ops.attention_backward(
+        *(part_grad_out, part_grad_lse, query, key, value, part_out, part_lse, None, sinks, None),
+        *_scalars(query, part, terms),
+        [True, True, True, False, sinks is not None, False],
+    )
+    return grads

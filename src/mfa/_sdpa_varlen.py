@@ -1,0 +1,185 @@
+"""The aten ops behind torch.nn.attention.varlen.varlen_attn, by mfa's ops. ATen has none for our devices to fall back to.
+
+Flash attention's conventions: heads come after lengths, a window of -1 is open, causal and windows are aligned to the
+lower right of each sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._varlen_ops import ops
+
+_Bound = int | None
+
+
+def kernels(takes: Callable[[Tensor], bool]) -> dict[str, Callable[..., Any]]:
+    """Kernel by the name of its op. `takes` says whether the device of a tensor is meant."""
+
+    def forward(query: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        _check_taken(takes, query)
+        out, lse = _forward(query, *arguments, **options)
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        return out, lse, rng_state, rng_state.new_empty(()), query.new_empty(0)
+
+    def forward_into(out: Tensor, query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        _check_taken(takes, query)
+        result, lse = _forward(query, *arguments, **options)
+        out.copy_(result)
+        return lse
+
+    def backward(grad_out: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _check_taken(takes, grad_out)
+        return _backward(grad_out, *arguments, **options)
+
+    found = {
+        "_flash_attention_forward": forward,
+        "_flash_attention_forward_no_dropout_inplace": forward_into,  # torch 2.12 on
+        "_flash_attention_backward": backward,
+    }
+    if not hasattr(ops, "attention_varlen_forward"):
+        return {}
+    return {name: kernel for name, kernel in found.items() if hasattr(torch.ops.aten, name)}
+
+
+def _check_taken(takes: Callable[[Tensor], bool], tensor: Tensor) -> None:
+    if not takes(tensor):
+        raise NotImplementedError(
+            f"query is on {tensor.device}; varlen_attn takes mps tensors, and cpu tensors inside mfa.simulate() or after "
+            "mfa.sdpa.enable(cpu=True)"
+        )
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: _Bound = None,
+    window_size_right: _Bound = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    if dropout_p != 0:
+        raise NotImplementedError(f"dropout_p is {dropout_p}; varlen_attn has none: use mfa.attention_varlen")
+    if return_debug_mask:
+        raise NotImplementedError("return_debug_mask is not supported: the probabilities are never in memory")
+    window = _window(is_causal, window_size_left, window_size_right)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if seqused_k is not None or block_table is not None:
+        cache = (key, value, seqused_k, block_table)
+        return _forward_cached(query, *cache, cum_seq_q, max_q, max_k, scale, window, alibi_slopes, num_splits)
+    terms = (alibi_slopes, scale, *window, 0.0, 0.0, None)  # dense kernels and packed ones split keys as they like
+    if cum_seq_q is None or cum_seq_k is None:
+        _check_dense(cum_seq_q, cum_seq_k)
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        out, lse = ops.attention_forward(*heads_first, None, None, *terms)
+        return out.transpose(1, 2), lse
+    layout = (cum_seq_q, cum_seq_k, max_q, max_k)
+    outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(query, key, value, *layout, None, *terms)
+    return outputs
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: _Bound = None,
+    window_size_right: _Bound = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    window = _window(is_causal, window_size_left, window_size_right)
+    terms = (None, query.shape[-1] ** -0.5 if scale is None else scale, *window, 0.0, 0.0, None)
+    if cum_seq_q is None or cum_seq_k is None:
+        _check_dense(cum_seq_q, cum_seq_k)
+        first, *tensors = (tensor.transpose(1, 2) for tensor in (grad_out, query, key, value, out))
+        wanted = [True] * 3 + [False] * 3
+        grads = ops.attention_backward(first, None, *tensors, logsumexp, None, None, *terms, wanted)
+        query, key, value = (grad.transpose(1, 2) for grad in grads[:3])
+        return query, key, value
+    layout = (cum_seq_q, cum_seq_k, max_q, max_k)
+    results = (grad_out, None, query, key, value, out, logsumexp)
+    query, key, value, *_ = ops.attention_varlen_backward(*results, *layout, None, *terms, [True] * 3 + [False] * 2)
+    return query, key, value
+
+
+def _forward_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+    cum_seq_q: Tensor | None,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: tuple[_Bound, _Bound],
+    alibi_slopes: Tensor | None,
+    num_splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys in slots, or in pages, that are longer than what is used of them: a cache."""
+    from .kv_cache import attention_with_kv_cache
+
+    if seqused_k is None or cum_seq_q is None:
+        raise NotImplementedError("block_table needs seqused_k and cu_seq_q")
+    sequences = seqused_k.shape[0]
+    if query.shape[0] != sequences * max_q:
+        raise NotImplementedError(
+            f"seqused_k needs queries of one length, but {query.shape[0]} are not {sequences} times max_q = {max_q}: call "
+            "once per length"
+        )
+    if block_table is None:
+        if key.shape[0] != sequences * max_k:
+            raise NotImplementedError(
+                f"seqused_k needs slots of one size, but {key.shape[0]} keys are not {sequences} times max_k = {max_k}: "
+                "use block_table"
+            )
+        key, value = (tensor.unflatten(0, (sequences, max_k)) for tensor in (key, value))
+    out, lse = attention_with_kv_cache(
+        query.unflatten(0, (sequences, max_q)).transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        cache_seqlens=seqused_k,
+        block_table=block_table,
+        is_causal=False,
+        scale=scale,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        num_splits=0 if num_splits is None else num_splits,
+        return_lse=True,
+    )
+    return out.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
+
+
+def _window(is_causal: bool, left: _Bound, right: _Bound) -> tuple[_Bound, _Bound]:
+    left, right = (None if bound is None or bound < 0 else bound for bound in (left, right))
+    return left, 0 if is_causal else right
+
+
+def _check_dense(cum_seq_q: Tensor | None, cum_seq_k: Tensor | None) -> None:
+    if cum_seq_q is not None or cum_seq_k is not None:
+        raise NotImplementedError("cum_seq_q and cum_seq_k must both be given, or neither")

@@ -1,0 +1,127 @@
+"""Attention by the real kernels on the best device there is, beside float64: what `python -m mfa demo` prints."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from . import device_info, simulator
+from .attention import attention
+
+_Window = tuple[int | None, int | None]
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    dtype: torch.dtype
+    dim: int
+    lengths: tuple[int, int]
+    heads: tuple[int, int] = (4, 4)  # query, key
+    is_causal: bool = False
+    window: _Window = (None, None)
+
+    @property
+    def masking(self) -> str:
+        parts = ["causal"] if self.is_causal else []
+        if self.window != (None, None):
+            parts.append("window " + " ".join("open" if side is None else str(side) for side in self.window))
+        return ", ".join(parts) or "dense"
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = zip((self.heads[0], *[self.heads[1]] * 2), (self.lengths[0], *[self.lengths[1]] * 2), strict=True)
+        query, key, value = (torch.randn(1, h, n, self.dim, generator=generator).to(self.dtype) for h, n in shapes)
+        return query, key, value
+
+    def visible(self) -> Tensor:
+        """bool [Lq,Lk]: what the case's masks let a query see."""
+        rows, columns = torch.arange(self.lengths[0])[:, None], torch.arange(self.lengths[1])[None, :]
+        distance = columns - rows - (self.lengths[1] - self.lengths[0])
+        left, right = self.window
+        seen = torch.ones(self.lengths, dtype=torch.bool)
+        seen &= torch.tensor(True) if left is None else distance >= -left
+        seen &= torch.tensor(True) if right is None else distance <= right
+        return seen & (columns <= rows) if self.is_causal else seen
+
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+CASES = (
+    Case(HALF, 64, (256, 256)),
+    Case(HALF, 64, (256, 256), is_causal=True),
+    Case(HALF, 128, (200, 333), window=(64, 0)),
+    Case(HALF, 64, (128, 256), heads=(8, 2), is_causal=True),
+    Case(BFLOAT, 64, (256, 256), is_causal=True),
+    Case(BFLOAT, 256, (64, 128), window=(100, 20)),
+    Case(torch.float32, 64, (256, 256), is_causal=True),
+    Case(torch.float32, 80, (77, 131)),
+)
+
+
+class Result(NamedTuple):
+    """What a case gave."""
+
+    error: float  # the largest against float64
+    allowed: float  # twice that of torch's math path in the same dtype, plus 1e-6
+    kernel: str
+    mma: int | None  # 8x8x8 multiply-accumulates, which only the simulator counts
+
+
+def run(case: Case, on_mps: bool) -> Result:
+    """Computes a case by the kernels, by float64 and by torch's math path."""
+    query, key, value = case.tensors()
+    terms: dict[str, Any] = {"attn_mask": case.visible(), "enable_gqa": case.heads[0] != case.heads[1]}
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), **terms)
+        plain = scaled_dot_product_attention(query, key, value, **terms)
+    asked: dict[str, Any] = {**terms, "attn_mask": None, "is_causal": case.is_causal, "window": case.window}
+    if on_mps:
+        out: Tensor = attention(query.to("mps"), key.to("mps"), value.to("mps"), **asked).cpu()
+        kernel, mma = "", None
+    else:
+        with simulator.simulate() as simulation:
+            out = attention(query, key, value, **asked)
+        kernel, mma = simulation.launches[-1].kernel, simulation.counters.mma
+    errors = [float((result.double() - expected).abs().max()) for result in (out, plain)]
+    return Result(errors[0], 2 * errors[1] + 1e-6, kernel, mma)
+
+
+def table() -> Iterator[str]:
+    """The table, line by line as it is computed; the last line is the verdict."""
+    why_no_gpu = device_info().why_not
+    why_no_simulator = simulator.why_not()
+    if why_no_gpu is not None and why_no_simulator is not None:
+        yield f"Nothing can run the kernels here. GPU: {why_no_gpu}. Simulator: {why_no_simulator}."
+        raise SystemExit(1)
+    if why_no_gpu is None:
+        yield f"On {device_info().name}."
+    else:
+        yield f"In the simulator, as on apple7 (M1). Not on a GPU: {why_no_gpu}."
+    yield ""
+    line = "{:9} {:>4} {:>5} {:>5} {:>6}  {:20} {:>10} {:>10}  {:5} {:>9}  {}"
+    yield line.format("dtype", "D", "Lq", "Lk", "heads", "mask", "error", "allowed", "", "MMAs", "kernel")
+    failed = 0
+    for case in CASES:
+        result = run(case, on_mps=why_no_gpu is None)
+        good = result.error <= result.allowed
+        failed += not good
+        yield line.format(
+            str(case.dtype).removeprefix("torch."),
+            case.dim,
+            *case.lengths,
+            "/".join(map(str, case.heads)),
+            case.masking,
+            f"{result.error:.2e}",
+            f"{result.allowed:.2e}",
+            "ok" if good else "WRONG",
+            "" if result.mma is None else f"{result.mma:,}",
+            result.kernel,
+        )
+    yield ""
+    yield "error: the largest against float64. allowed: twice that of torch's math path in the same dtype, plus 1e-6."
+    if failed:
+        yield f"{failed} of {len(CASES)} are wrong."
+        raise SystemExit(1)

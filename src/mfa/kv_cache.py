@@ -1,0 +1,194 @@
+"""Attention of new queries over a cache of keys and values, dense or paged, of full or of 8-bit numbers."""
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import _cache_checks, _checks, simulator
+from ._decode_ops import autocast, ops
+from .quantize import quantize_kv, store_in_place
+
+_Bound = int | None
+
+
+@overload
+def attention_with_kv_cache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | int,
+    block_table: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention_with_kv_cache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | int,
+    block_table: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_with_kv_cache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | int,
+    block_table: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: tuple[_Bound, _Bound] = (None, None),
+    softcap: float = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends new keys and values to a cache, in place, and attends over its live part. Nothing waits for a device.
+
+    Batch entry b has Lk = cache_seqlens[b] + Lnew live tokens (Lnew is 0 without `key`). What lies behind them is never
+    read, and may be anything; nor is an entry of the block table that no live token needs.
+
+    A paged cache is one pool of pages for all batch entries: token t of entry b is in slot t % page of page
+    block_table[b, t // page]. Entries may share pages, but not the slots that they append to (vLLM; as in
+    flash-attention). A quantized cache holds 8-bit numbers, of which each token of each head has a scale; new tokens
+    are quantized as `mfa.quantize_kv` does it.
+
+    Args:
+        query: [B,Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
+        key_cache: dense [B,Hkv,Lmax,D] or paged [pages,Hkv,page,D], page a multiple of 8; of the query's dtype, int8 or
+            float8_e4m3fn. Any strides. Modified if `key` is given.
+        value_cache: as key_cache, with Dv <= 256 for D. Modified if `value` is given.
+        key, value: [B,Hkv,Lnew,D] and [B,Hkv,Lnew,Dv], of the query's dtype, appended at cache_seqlens; both or none.
+        cache_seqlens: int32 [B], or one integer for all: tokens in the cache before the call. Not modified.
+        block_table: int32 [B,pages per sequence], of a paged cache.
+        is_causal: query i sees key j iff j <= i+Lk-Lq: aligned to the lower right.
+        scale: of the scores; None is 1/sqrt(D).
+        window: (left, right): query i sees key j iff i+Lk-Lq-left <= j <= i+Lk-Lq+right. None is open; bounds may be
+            negative.
+        softcap: > 0 replaces a scaled score s by softcap*tanh(s/softcap), before ALiBi.
+        alibi_slopes: float32 [Hq] or [B,Hq]: adds -slope*|i+Lk-Lq-j|.
+        sinks: [Hq], float32 or the query's dtype: one more logit per head that takes probability and has no value.
+        key_scale, value_scale: float32, the shape of a quantized cache without D; modified with it. None for others.
+        num_splits: into how many parts the kernels cut the keys, so that few rows fill a GPU: 0 lets them choose. The
+            result differs in rounding only. The CPU implementation needs no parts.
+        return_lse: also return the log-sum-exp of the scores, in natural logarithms.
+
+    Returns:
+        out [B,Hq,Lq,Dv] in the query's dtype, B,L,H,D in memory if the query is; with return_lse also lse [B,Hq,Lq],
+        float32. A row that sees no key: out 0, lse -inf (with sinks: lse is the sink).
+
+    Raises:
+        ValueError: shapes, lengths or values out of range; tensors on different devices; where the host can see them,
+            lengths beyond the capacity, pages that don't exist, two entries that append to one slot. On a GPU such
+            contents are clamped.
+        TypeError: dtypes that differ or aren't supported.
+        NotImplementedError: a legal request that isn't supported: gradients, a device, or a head dimension.
+    """
+    for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
+        _checks.check_is_tensor(name, tensor)
+    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
+        _checks.check_flag(name, flag)
+    for name, number in (("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
+        _checks.check_number(name, number)
+    left, right = _checks.check_window(window)
+    if (key is None) != (value is None):
+        given, missing = ("value", "key") if key is None else ("key", "value")
+        raise ValueError(f"{missing} is None, and {given} is given; both or none must be")
+    device = query.device.type
+    if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
+        query = autocast(device, query, key_cache)
+        key, value = (t if t is None else autocast(device, t, key_cache) for t in (key, value))
+    tensors = (query, key_cache, value_cache, block_table, key_scale, value_scale, sinks, alibi_slopes)
+    _cache_checks.check_decode(
+        *(*tensors, 1.0 if scale is None else scale, softcap, num_splits),
+        metal=device == "mps" or simulator.active() is not None,
+    )
+    new = 0
+    if key is not None and value is not None:
+        _cache_checks.check_new_tokens(query, key_cache, value_cache, key, value)
+        new = key.shape[2]
+    _cache_checks.check_lengths("cache_seqlens", cache_seqlens, new, query, key_cache, block_table)
+    if torch.is_grad_enabled():
+        _cache_checks.check_no_grad(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            key=key,
+            value=value,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+        )
+
+    lengths = cache_seqlens
+    if not isinstance(lengths, Tensor):
+        lengths = torch.full((query.shape[0],), lengths, dtype=torch.int32, device=query.device)
+    if key is not None and value is not None and new != 0:
+        entries, slots = _places(lengths, new, key_cache, block_table)
+        for cache, scales, rows in ((key_cache, key_scale, key), (value_cache, value_scale, value)):
+            if scales is not None:
+                rows, row_scales = quantize_kv(rows, cache.dtype)
+                store_in_place(scales, entries, slots, row_scales)
+            store_in_place(cache, entries, slots, rows)
+        lengths = lengths + new
+
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[3])
+    if is_causal:
+        right = 0 if right is None else torch.sym_min(right, 0)
+    caches, scales_ = (key_cache, value_cache), (key_scale, value_scale)
+    out, lse = ops.attention_decode(
+        *(query, *caches, lengths, block_table, *scales_, sinks, alibi_slopes),
+        *(scale, left, right, softcap, num_splits),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _places(lengths: Tensor, new: int, key_cache: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where `new` tokens go: index in the cache's first dimension, and slot there, as int64 that broadcast to [B,new].
+
+    Within the cache, whatever the lengths and the table hold.
+    """
+    capacity = _cache_checks.capacity(key_cache, block_table)
+    tokens = lengths.long().unsqueeze(1) + torch.arange(new, device=lengths.device)
+    tokens = tokens.clamp(0, capacity - 1)
+    if block_table is None:
+        return torch.arange(lengths.shape[0], device=lengths.device).unsqueeze(1), tokens
+    page = key_cache.shape[2]
+    pages = block_table.long().gather(1, tokens.div(page, rounding_mode="floor"))
+    return pages.clamp(0, key_cache.shape[0] - 1), tokens.remainder(page)

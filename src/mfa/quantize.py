@@ -1,0 +1,55 @@
+"""8-bit keys and values with a scale per token, for `mfa.attention_with_kv_cache`."""
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._cache_checks import QUANTIZED_DTYPES
+
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Keys or values in 8 bits: `tensor` is about `quantized.float() * scale[..., None]`.
+
+    Symmetric, with a scale for each token of each head: its largest absolute value becomes 127 (int8) or 448
+    (float8_e4m3fn). int8 is the more exact of the two where a token's numbers are of like size. An infinity or NaN
+    makes its own token NaN, and no other.
+
+    Args:
+        tensor: [...,D], floating point.
+        dtype: int8 or float8_e4m3fn.
+
+    Returns:
+        quantized [...,D] of `dtype`, and scale [...], float32.
+
+    Raises:
+        TypeError: another dtype of either.
+    """
+    _checks.check_is_tensor("tensor", tensor)
+    if tensor.dtype not in _checks.DTYPES:
+        names = ", ".join(map(_checks.dtype_name, _checks.DTYPES))
+        raise TypeError(f"tensor has dtype {_checks.dtype_name(tensor.dtype)}; it must be one of {names}")
+    if dtype not in QUANTIZED_DTYPES:
+        names = " or ".join(map(_checks.dtype_name, QUANTIZED_DTYPES))
+        raise TypeError(f"dtype is {dtype}; it must be {names}")
+    wide, largest = tensor.to(torch.float32), _LARGEST[dtype]
+    # A normal number even for a token of zeros or of the smallest ones, which a GPU may round to 0.
+    scale = (wide.abs().amax(-1) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = wide / scale.unsqueeze(-1)
+    if dtype == torch.int8:
+        scaled = scaled.round().nan_to_num(0.0, 0.0, 0.0)  # the scale tells; casting a NaN is undefined
+    return scaled.clamp(-largest, largest).to(dtype), scale
+
+
+def store_in_place(cache: Tensor, entries: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """cache[entries, :, slots] = rows, on the device's own queue: the indices stay on the device.
+
+    Args:
+        cache: [B or pages,Hkv,tokens,D], or without D; modified.
+        entries, slots: int64, broadcastable to [B,Lnew], within the cache.
+        rows: [B,Hkv,Lnew,D], or without D, of the cache's dtype.
+    """
+    if cache.dtype == torch.float8_e4m3fn:  # few index operations know it
+        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
+    cache[entries, :, slots] = rows.transpose(1, 2)

@@ -1,0 +1,54 @@
+"""The command line: each command runs, and says what it should."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mfa import attention, demo, support
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "mfa", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
+
+
+@pytest.mark.parametrize("command", ["", "info", "demo", "bench"])
+def test_help(command: str) -> None:
+    assert run(*command.split(), "--help").startswith("usage: python -m mfa")
+
+
+def test_info_has_reasons_and_the_support_table() -> None:
+    text = run("info")
+    for fact in ("family", "metallib", "torch", "mps tensors", "simulator"):
+        assert f"\n{fact}" in "\n" + text
+    assert support.markdown() in text
+
+
+def test_demo_is_right() -> None:
+    text = run("demo")
+    assert text.count(" ok ") == len(demo.CASES)
+    assert "WRONG" not in text
+
+
+def test_demo_fails_when_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "CASES", demo.CASES[:1])
+    monkeypatch.setattr(demo, "attention", lambda *tensors, **terms: attention(*tensors, **terms) + 1)
+    lines: list[str] = []
+    with pytest.raises(SystemExit, match=r"^1$"):
+        lines.extend(demo.table())
+    assert any(" WRONG " in line for line in lines)
+
+
+def test_bench_prints_a_table() -> None:
+    text = run("bench", "--only", "float32 dense", "--lengths", "64", "--seconds", "0.02", "--rounds", "1", "--csv")
+    header, row = text.splitlines()
+    assert header == "case,torch_ms,mfa_ms,ratio,goal"
+    assert row.startswith("float32 dense L=64,")
+
+
+def test_unknown_commands_and_options_are_refused() -> None:
+    for arguments in (["nothing"], ["demo", "--fast"], []):
+        done = subprocess.run([sys.executable, "-m", "mfa", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "usage: python -m mfa" in done.stderr
