@@ -118,12 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor statistics = floats({batch, heads, length, 2});
   operands.write(kStatistics, statistics);
 
-  const Plan plan = plan_backward(operands.problem, gradients);
-  const std::int64_t scratch_size =
-      static_cast<std::int64_t>(plan.scratch_bytes) / element_size(operands.problem.dtype);
-  const Tensor scratch = torch::stable::new_empty(query, {scratch_size});
-  operands.write(kScoreGradient, scratch);
-  operands.run(plan);
+  operands.run(plan_backward(operands.problem, gradients));
 
   if (!gradients.query && writes_query) grad_query = none(query);
   if (gradients.bias) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());

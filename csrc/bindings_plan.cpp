@@ -28,7 +28,8 @@ constexpr Named<Kind> kKinds[] = {{"forward", Kind::forward},
                                   {"backward_dkdv", Kind::backward_dkdv},
                                   {"backward_dq", Kind::backward_dq},
                                   {"backward_dq_from_ds", Kind::backward_dq_from_ds},
-                                  {"backward_dbias", Kind::backward_dbias}};
+                                  {"backward_dbias", Kind::backward_dbias},
+                                  {"mask_blocks", Kind::mask_blocks}};
 constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
                                           {"mask", BiasKind::mask},
                                           {"same_dtype", BiasKind::same_dtype},
@@ -155,8 +156,7 @@ void bind_plan(nb::module_& m) {
       .def_ro("first_unit", &Launch::first_unit, "The first (batch, key head) of the backward pass's chunk.");
 
   auto params = nb::class_<AttentionParams>(m, "AttentionParams", "The parameter block of metal/params.h.");
-  params.def(
-      "__bytes__", [](const AttentionParams& p) { return nb::bytes(&p, sizeof p); }, "As kernels read it.");
+  params.def("__bytes__", [](const AttentionParams& p) { return nb::bytes(&p, sizeof p); }, "As kernels read it.");
 #define FIELD(field) params.def_ro(#field, &AttentionParams::field)
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(group_size), FIELD(query_length), FIELD(key_length);
   FIELD(head_dim), FIELD(value_dim), FIELD(window_left), FIELD(window_right), FIELD(scale), FIELD(scale_log2);
@@ -171,7 +171,8 @@ void bind_plan(nb::module_& m) {
   nb::class_<Plan>(m, "Plan", "What an op would launch.")
       .def_ro("launches", &Plan::launches)
       .def_ro("params", &Plan::params)
-      .def_ro("scratch_bytes", &Plan::scratch_bytes);
+      .def_ro("scratch_bytes", &Plan::scratch_bytes)
+      .def_ro("mask_class_bytes", &Plan::mask_class_bytes);
 
   m.def(
       "plan", &plan, nb::sig("def plan(**problem: object) -> Plan"),

@@ -6,7 +6,15 @@
 
 namespace mfa {
 
-enum class Kind { forward, backward_delta, backward_dkdv, backward_dq, backward_dq_from_ds, backward_dbias };
+enum class Kind {
+  forward,
+  backward_delta,
+  backward_dkdv,
+  backward_dq,
+  backward_dq_from_ds,
+  backward_dbias,
+  mask_blocks
+};
 
 struct Instance {
   const char* name;  // host name in every kernel library
@@ -14,8 +22,9 @@ struct Instance {
   DType dtype;
   int head_dim, value_dim;  // buckets; 0 where the kernel takes any
   int simdgroups;
-  int rows;   // that a threadgroup owns: queries; keys for backward_dkdv; rows of the bias for backward_dbias
-  int block;  // rows of the other side per step; columns of the bias that a threadgroup owns for backward_dbias
+  int rows;   // that a threadgroup owns: queries; keys for backward_dkdv; rows of the bias for backward_dbias,
+              // mask_blocks
+  int block;  // rows of the other side per step; columns of the bias that a threadgroup owns for the latter two
   int threadgroup_memory;  // bytes
   Path path = staged;
   Memory memory = split;  // forward
@@ -92,6 +101,8 @@ inline constexpr Instance kInstances[] = {
    8 * simdgroups,                                                                            \
    block_keys,                                                                                \
    simdgroups * block_keys * int(sizeof(float))},
+#define MASK_BLOCKS(dtype, simdgroups) \
+  {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
 #include "../metal/instances.def"
 };
 

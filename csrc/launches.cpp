@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>
+#include <utility>
+
+#include "tuning.h"
 
 namespace mfa {
 namespace {
@@ -74,6 +77,20 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
   });
   for (const Constant& constant : more) all[constant.index].value = constant.value;
   return all;
+}
+
+bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canonical) {
+  if (!classifies_mask(problem)) return false;
+  const Instance& instance = *choose(Kind::mask_blocks, problem, canonical.bucket);
+  const auto& [batch, heads, rows, columns] = problem.bias.sizes;
+  const std::int64_t row_tiles = tiles(rows, instance.rows);
+  add_launch(plan, instance,
+             constants({{kHasBias, true},
+                        {kHasMask, problem.bias.kind == BiasKind::mask},
+                        {kHasFloatBias, problem.bias.kind == BiasKind::float32}}),
+             {tiles(columns, instance.block), row_tiles, batch * heads});
+  plan.mask_class_bytes = static_cast<std::uint64_t>(batch * heads * row_tiles * tiles(columns, 16));
+  return true;
 }
 
 void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> constants,

@@ -17,6 +17,9 @@ std::vector<Constant> constants(std::initializer_list<Constant> used);
 std::vector<Constant> score_constants(const Problem& problem, const Canonical& canonical, const Instance& instance,
                                       std::initializer_list<Constant> more);
 
+// The launch of mask_blocks, where tuning.def has it run. Returns whether.
+bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canonical);
+
 constexpr std::int64_t tiles(std::int64_t rows, int rows_per_tile) {
   return (rows + rows_per_tile - 1) / rows_per_tile;
 }

@@ -53,7 +53,8 @@ Bias bias_of(const Tensor& bias, const Tensor& query) {
 
 }  // namespace
 
-Operands::Operands(const Inputs& inputs) : launcher_(launcher_for(inputs.query)), is_cpu_(inputs.query.is_cpu()) {
+Operands::Operands(const Inputs& inputs)
+    : launcher_(launcher_for(inputs.query)), query_(inputs.query), is_cpu_(inputs.query.is_cpu()) {
   problem.family = launcher_.family();
   problem.dtype = dtype_of(inputs.query);
   problem.batch = inputs.query.size(0);
@@ -118,6 +119,12 @@ void Operands::write(Argument argument, const Tensor& tensor) { bind(argument, t
 
 void Operands::run(const Plan& plan) {
   if (plan.launches.empty()) return;
+  const auto allocate = [&](Argument argument, std::uint64_t bytes) {
+    alive_.push_back(torch::stable::new_empty(query_, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte));
+    write(argument, alive_.back());
+  };
+  allocate(kScoreGradient, plan.scratch_bytes);
+  allocate(kMaskClasses, plan.mask_class_bytes);
   // A tensor without elements has no address, but a kernel's argument must be bound: to any buffer, of which it may
   // touch nothing. There is one, since a kernel that runs writes something.
   for (const Buffer& buffer : arguments_) {

@@ -25,13 +25,14 @@ class Operands {
   void read_contiguous(Argument argument, const torch::stable::Tensor& tensor);
   void write(Argument argument, const torch::stable::Tensor& tensor);
 
-  void run(const Plan& plan);
+  void run(const Plan& plan);  // allocates what the plan needs besides
 
  private:
   void bind(Argument argument, const torch::stable::Tensor& tensor, const void* address);
   Strides bind_rows(Argument argument, const torch::stable::Tensor& tensor, const void* address);
 
   Launcher& launcher_;
+  torch::stable::Tensor query_;
   bool is_cpu_;
   Arguments arguments_{};
   std::vector<Argument> empty_;

@@ -86,12 +86,14 @@ struct Launch {
 };
 
 struct Plan {
-  std::vector<Launch> launches;     // in order, dependent ones serialised by the encoder; none has an empty grid
-  AttentionParams params;           // every launch gets it at Argument::kParams
-  std::uint64_t scratch_bytes = 0;  // for Argument::kScoreGradient
+  std::vector<Launch> launches;        // in order, dependent ones serialised by the encoder; none has an empty grid
+  AttentionParams params;              // every launch gets it at Argument::kParams
+  std::uint64_t scratch_bytes = 0;     // for Argument::kScoreGradient
+  std::uint64_t mask_class_bytes = 0;  // for Argument::kMaskClasses
 };
 
-// Both throw std::invalid_argument for a problem that no kernel takes; csrc/checks.cpp refuses those first.
+// Both throw std::invalid_argument for a problem that no kernel takes; csrc/checks.cpp refuses those first. Where it
+// pays, a launch of mask_blocks comes first.
 Plan plan_forward(const Problem& problem);
 // backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias. The gradient of the sinks
 // needs backward_delta alone.

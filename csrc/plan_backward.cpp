@@ -19,6 +19,7 @@ struct Backward {
   const Gradients& gradients;
   Canonical start;
   Plan plan;
+  bool has_classes;  // of the mask's blocks
 
   std::int64_t units() const { return problem.batch * problem.key_heads; }
 
@@ -34,25 +35,29 @@ struct Backward {
     if (!key && !value) return;
     const Instance& dkdv = instance(Kind::backward_dkdv);
     add_launch(plan, dkdv,
-               score_constants(
-                   problem, start, dkdv,
-                   {{kWantsGradKey, key}, {kWantsGradValue, value}, {kWritesScoreGradient, writes_score_gradient}}),
+               score_constants(problem, start, dkdv,
+                               {{kWantsGradKey, key},
+                                {kWantsGradValue, value},
+                                {kWritesScoreGradient, writes_score_gradient},
+                                {kHasMaskBlocks, has_classes}}),
                {unit_count, tiles(problem.key_length, dkdv.rows), 1}, first_unit);
   }
 
   void add_dq() {
     const Instance& dq = instance(Kind::backward_dq);
-    add_launch(plan, dq, score_constants(problem, start, dq, {{kWantsGradAlibi, gradients.alibi}}),
+    add_launch(plan, dq,
+               score_constants(problem, start, dq, {{kWantsGradAlibi, gradients.alibi}, {kHasMaskBlocks, has_classes}}),
                {problem.query_heads, tiles(problem.query_length, dq.rows), problem.batch});
   }
 
   void add_dq_from_ds(std::int64_t first_unit, std::int64_t unit_count) {
     const Instance& dq = instance(Kind::backward_dq_from_ds);
-    add_launch(
-        plan, dq,
-        constants(
-            {{kHasWindow, start.has_window}, {kAligned, start.aligned}, {kExactHead, problem.head_dim == dq.head_dim}}),
-        {unit_count * start.params.group_size, tiles(problem.query_length, dq.rows), 1}, first_unit);
+    add_launch(plan, dq,
+               constants({{kHasWindow, start.has_window},
+                          {kAligned, start.aligned},
+                          {kExactHead, problem.head_dim == dq.head_dim},
+                          {kHasMaskBlocks, has_classes}}),
+               {unit_count * start.params.group_size, tiles(problem.query_length, dq.rows), 1}, first_unit);
   }
 
   void add_dbias() {
@@ -83,6 +88,7 @@ struct Backward {
   }
 
   void add_gradients() {
+    has_classes = add_mask_blocks(plan, problem, start);
     const bool separate = start.bucket.head_dim + start.bucket.value_dim > kLargestPair;
     const bool value_first = separate && gradients.key && gradients.value;
     const bool value_with_key = gradients.value && !value_first;
@@ -122,7 +128,7 @@ Plan plan_backward(const Problem& problem, const Gradients& gradients) {
   require(!gradients.alibi || problem.alibi != Alibi::none, "a gradient of slopes must not be wanted without slopes");
   require(gradients.scratch_limit >= 0, "scratch_limit must be 0 or more");
 
-  Backward backward{problem, gradients, canonical(problem), {}};
+  Backward backward{problem, gradients, canonical(problem), {}, false};
   backward.start.aligned = backward.start.aligned && all_rows_aligned(problem, gradients);
   AttentionParams& params = backward.plan.params = backward.start.params;
   std::ranges::copy(gradients.grad_out_strides, params.grad_out_strides);

@@ -8,10 +8,12 @@ Plan plan_forward(const Problem& problem) {
   const bool exact_head = problem.head_dim == start.bucket.head_dim && problem.value_dim == start.bucket.value_dim;
   const Instance& instance = *choose(Kind::forward, problem, start.bucket, start.aligned && exact_head);
   Plan plan{.launches = {}, .params = start.params};
+  const bool has_classes = add_mask_blocks(plan, problem, start);
   // The heads of a group are adjacent, so that they find each other's K and V in the cache.
   add_launch(
       plan, instance,
-      score_constants(problem, start, instance, {{kWritesLse, problem.wants_lse}, {kHasSinks, problem.has_sinks}}),
+      score_constants(problem, start, instance,
+                      {{kWritesLse, problem.wants_lse}, {kHasSinks, problem.has_sinks}, {kHasMaskBlocks, has_classes}}),
       {problem.query_heads, tiles(problem.query_length, instance.rows), problem.batch});
   return plan;
 }

@@ -36,6 +36,8 @@ constexpr Tuning kTuning[] = {
 #define TUNE_DBIAS(family, dtype, head_dim, value_dim, simdgroups, block_keys)         \
   {Family::family, Kind::backward_dbias, DType::dtype,   head_dim,  value_dim, staged, \
    held,           simdgroups,           8 * simdgroups, block_keys},
+#define TUNE_MASK_BLOCKS(family, dtype, simdgroups) \
+  {Family::family, Kind::mask_blocks, DType::dtype, 0, 0, staged, held, simdgroups, 16, 16 * simdgroups},
 #include "tuning.def"
 };
 
@@ -47,6 +49,16 @@ struct Mode {
 
 constexpr Mode kModes[] = {
 #define TUNE_MODE(family, head_dim, mode) {Family::family, head_dim, BackwardMode::mode},
+#include "tuning.def"
+};
+
+struct MaskPass {
+  Family family;
+  int least_keys, most_bytes;
+};
+
+constexpr MaskPass kMaskPasses[] = {
+#define TUNE_MASK_PASS(family, least_keys, most_bytes) {Family::family, least_keys, most_bytes},
 #include "tuning.def"
 };
 
@@ -83,6 +95,20 @@ BackwardMode default_mode(Family family, Bucket bucket) {
   for (const Mode& row : kModes)
     if (row.family <= family && bucket.head_dim <= row.head_dim) return row.mode;
   throw std::logic_error("tuning.def has no mode for a bucket");
+}
+
+bool classifies_mask(const Problem& problem) {
+  const Bias& bias = problem.bias;
+  if (bias.kind == BiasKind::none) return false;
+  const std::int64_t size = bias.kind == BiasKind::mask      ? 1
+                            : bias.kind == BiasKind::float32 ? 4
+                                                             : element_size(problem.dtype);
+  // In double: the counts of a legal problem may overflow 64 bits.
+  const double read = 1.0 * size * bias.sizes[0] * bias.sizes[1] * bias.sizes[2] * bias.sizes[3];
+  const double scores = 1.0 * problem.batch * problem.query_heads * problem.query_length * problem.key_length;
+  for (const MaskPass& row : kMaskPasses)
+    if (row.family <= problem.family) return problem.key_length >= row.least_keys && read <= row.most_bytes * scores;
+  throw std::logic_error("tuning.def has no mask pass for a family");
 }
 
 }  // namespace mfa

@@ -13,4 +13,7 @@ const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool ta
 // The mode that a family runs best in a bucket.
 BackwardMode default_mode(Family family, Bucket bucket);
 
+// Whether to run mask_blocks first.
+bool classifies_mask(const Problem& problem);
+
 }  // namespace mfa

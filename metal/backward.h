@@ -8,22 +8,22 @@
 
 namespace mfa {
 
-// Of one query row, as backward_delta leaves it.
-struct Statistics {
-  float lse;    // log-sum-exp in base 2; kUnseenLse for a row that sees nothing, so that its P is 0
-  float delta;  // rowsum(dO * O) - dLSE
-};
-
+// backward_delta leaves two floats of each query row: its log-sum-exp in base 2, and delta = rowsum(dO * O) - dLSE. A row
+// that sees nothing has this for the first, so that its P is 0.
 constant constexpr float kUnseenLse = 3e38f;
 
 // P of two neighbours, from products q.k. `derivative` is d score / d (scale product).
 template <typename T>
 inline float2 probability(constant AttentionParams& params, Scores<T> scores, float2 product, int2 query, int2 key,
                           float slope_log2, float2 lse, thread float2& derivative) {
+  float2 exponent;
   if (scores.are_modified()) {
-    return fast::exp2(scores.apply(params, product, query, key, slope_log2, derivative) - lse);
+    exponent = scores.apply(params, product, query, key, slope_log2, derivative) - lse;
+  } else {
+    exponent = fma(product, float2(params.scale_log2), -lse);
   }
-  return fast::exp2(fma(product, float2(params.scale_log2), -lse));
+  // P is at most 1, but the log-sum-exp of huge scores is rounded by more than an exponent holds. NaN passes.
+  return fast::exp2(float2(exponent.x > 0 ? 0 : exponent.x, exponent.y > 0 ? 0 : exponent.y));
 }
 
 }  // namespace mfa

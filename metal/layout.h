@@ -47,6 +47,7 @@ struct Tile {
   Sequence sequence;
   int index;  // tile of the sequence's queries, or of its keys
 
+  // Of `tiles`, the last comes first where queries have the more keys the later they are; 0: keys, in their own order.
   Tile(constant AttentionParams& params, Layout layout, int batch, int y, int tiles) : sequence{0, 0, 0, 0, 0}, index(0) {
     if (is_varlen) {
       const int2 entry = layout.tile_map[y];
@@ -56,7 +57,7 @@ struct Tile {
       }
     } else {
       sequence = layout.sequence(params, batch);
-      index = params.heavy_first ? tiles - 1 - y : y;
+      index = params.heavy_first && tiles > 0 ? tiles - 1 - y : y;
     }
   }
 };

@@ -12,6 +12,8 @@ constant constexpr float kMasked = -3e38f;
 constant constexpr float kUnseen = -1e38f * M_LOG2E_F;  // so that a bias of -1e38 masks its key
 // A row keeps its maximum until the true one exceeds it by this much: P then stays below 2^8, and O is rarely rescaled.
 constant constexpr float kRescaleThreshold = 8.0f;
+// Up to here half a unit in the last place of a score is a harmless exponent.
+constant constexpr float kExactProduct = 1e6f;
 
 // One row's running maximum (shared by its four lanes) and this lane's part of the sum.
 struct SoftmaxRow {

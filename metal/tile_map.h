@@ -60,7 +60,7 @@ template <bool kOfKeys, int kSimdgroups>
     for (int i = first; i < end; ++i) {
       const int tiles = tiles_of<kOfKeys>(params, layout, i, bits, tile_rows);
       for (int t = 0; t < tiles && next < capacity; ++t, ++next) {
-        map[next] = int2(i, params.heavy_first ? tiles - 1 - t : t);
+        map[next] = int2(i, params.heavy_first && !kOfKeys ? tiles - 1 - t : t);
       }
     }
     base += total;

@@ -61,10 +61,7 @@ def oracle_terms(terms: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shard", range(12))
 def test_random_problems(device: Device, shard: int) -> None:
-    # The kernels have no bias, softcap, ALiBi and sinks yet.
-    strategy = problems(
-        features=not device.has_kernels, dtypes=DTYPES if device.has_kernels else (*DTYPES, torch.float64)
-    )
+    strategy = problems(dtypes=DTYPES if device.has_kernels else (*DTYPES, torch.float64))
 
     @seed(shard)
     @settings(max_examples=45)

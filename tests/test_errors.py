@@ -191,37 +191,10 @@ def test_forward_op(changes: dict[str, Any], sentence: str, kind: str) -> None:
     assert str(raised.value).startswith(sentence)
 
 
-KERNELS_LACK = {
-    "attn_mask": ones(5, 7),
-    "sinks": ones(4),
-    "alibi_slopes": ones(4),
-    "softcap": 1.0,
-}
-
-
-@pytest.mark.parametrize("name", KERNELS_LACK)
-def test_what_the_kernels_lack(name: str) -> None:
-    with (
-        mfa.simulate(),
-        pytest.raises(NotImplementedError, match=rf"^{name} is not supported by the Metal kernels yet"),
-    ):
-        mfa.attention(**arguments(**{name: KERNELS_LACK[name]}))
-
-
 def test_float64_in_the_simulator() -> None:
     tensors = {name: ones(*shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     with mfa.simulate(), pytest.raises(TypeError, match=r"^query has dtype float64; it must be float16, bfloat16 or"):
         mfa.attention(**tensors)
-
-
-@pytest.mark.parametrize("op", [mfa.attention, torch.ops.mfa.attention])
-def test_gradients_in_the_simulator(op: Any) -> None:
-    tensors = {name: ones(*shape).requires_grad_(name == "key") for name, shape in SHAPES.items()}
-    with mfa.simulate():
-        with pytest.raises(NotImplementedError, match=r"^key requires grad, and the Metal kernels have no backward"):
-            op(**tensors)
-        with torch.no_grad():
-            assert op(**tensors).shape == (2, 4, 5, 16)
 
 
 def test_an_unsupported_device_is_named() -> None:

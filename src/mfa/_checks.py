@@ -195,7 +195,8 @@ def check_forward(
         if bias.dim() != 4:
             raise ValueError(f"{bias_name} has {bias.dim()} dimensions; it must have 4")
     if sinks is not None:
-        check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        check_per_head("sinks", sinks, query, (torch.float32, wide))
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,), per_batch=True)
     check_values(scale, softcap, dropout_p)
@@ -204,42 +205,9 @@ def check_forward(
             f"dropout_p is {dropout_p}; dropout is not supported yet: use "
             "torch.nn.functional.scaled_dot_product_attention"
         )
-    if metal:
-        _check_metal(query, bias, sinks, alibi_slopes, softcap, bias_name)
-
-
-def _check_metal(
-    query: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    bias_name: str,
-) -> None:
-    if query.dtype not in METAL_DTYPES:
+    if metal and query.dtype not in METAL_DTYPES:
         names = _listed(tuple(map(dtype_name, METAL_DTYPES)))
         raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")
-    features = {
-        bias_name: bias is not None,
-        "sinks": sinks is not None,
-        "alibi_slopes": alibi_slopes is not None,
-        "softcap": softcap != 0,
-    }
-    for name, used in features.items():
-        if used:
-            raise NotImplementedError(
-                f"{name} is not supported by the Metal kernels yet; leave it out, or use a CPU tensor"
-            )
-
-
-def check_no_grad(**tensors: Tensor | None) -> None:
-    """Until the Metal kernels have a backward pass: refuse, instead of returning something without a gradient."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name} requires grad, and the Metal kernels have no backward pass yet: call under torch.no_grad(), "
-                "or use a CPU tensor"
-            )
 
 
 def check_results(

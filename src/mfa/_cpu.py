@@ -27,11 +27,24 @@ def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     Both are contiguous, except that `out` is B,L,H,D in memory when the query is.
     """
     batch, heads, length, _ = query.shape
-    if heads > 1 and length > 1 and query.stride(1) < query.stride(2):
+    if _is_transposed(query):
         out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
     else:
         out = query.new_empty((batch, heads, length, value_dim))
     return out, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _is_transposed(query: Tensor) -> bool:
+    return query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2)
+
+
+def _laid_out(out: Tensor, query: Tensor) -> Tensor:
+    """`out` with the strides that `empty_outputs` gives it: itself if it has them, or else a copy."""
+    _, heads, length, dim = out.shape
+    row, head = (heads * dim, dim) if _is_transposed(query) else (dim, length * dim)
+    if out.dtype == query.dtype and out.stride() == (heads * length * dim, head, row, 1):
+        return out
+    return empty_outputs(query, dim)[0].copy_(out)
 
 
 def attention_forward(
@@ -60,31 +73,30 @@ def attention_forward(
     """
     batch, query_heads, query_length, dim = query.shape
     key_heads, value_dim = key.shape[1], value.shape[3]
-    out, lse = empty_outputs(query, value_dim)
     window = Window.of(query_length, key.shape[2], window_left, window_right)
     visible = window.rows()
-    if visible.stop - visible.start < query_length:  # the rows that see nothing
+    keys = window.keys(visible)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # ATen's kernel takes grouped heads (since torch 2.9), and one width for D and Dv.
+    width, value_width = (max(dim, value_dim),) * 2 if softcap == 0 else (dim, value_dim)
+    operands = ((query, width), (key, width), (value, value_width))
+    copied = any(_is_copied(tensor, dtype, columns) for tensor, columns in operands)
+    # One block is all, if nothing has to be added to its scores (ATen multiplies its causal -inf by the scale).
+    plain = bias is None and alibi_slopes is None and softcap == 0
+    causal = plain and scale > 0 and window.is_causal(visible.start)
+    whole = causal or (plain and not window.hides(visible, keys))
+    all_rows = visible.stop - visible.start == query_length
+    if whole and not copied and sinks is None and all_rows and batch * query_heads * query_length > 0:
+        out, lse = _attend(query, key[:, :, keys], value[:, :, keys], None, scale, softcap, causal)
+        return _laid_out(out, query), query.new_empty(lse.shape, dtype=torch.float32).copy_(lse)
+
+    out, lse = empty_outputs(query, value_dim)
+    if not all_rows:  # the others see nothing
         for rows in (slice(0, visible.start), slice(visible.stop, None)):
             out[:, :, rows] = 0
             lse[:, :, rows] = HIDDEN if sinks is None else sinks[:, None].to(lse.dtype)
     if lse.numel() == 0 or visible.start == visible.stop:
         return out, lse
-
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    # ATen's kernel takes one width for D and Dv.
-    width, value_width = (max(dim, value_dim),) * 2 if softcap == 0 else (dim, value_dim)
-    # One block is all, if nothing has to be added to its scores (ATen multiplies its causal -inf by the scale).
-    keys = window.keys(visible)
-    plain = bias is None and alibi_slopes is None and softcap == 0
-    causal = plain and scale > 0 and window.is_causal(visible.start)
-    whole = causal or (plain and not window.hides(visible, keys))
-    operands = ((query, width), (key, width), (value, value_width))
-    copied = any(_is_copied(tensor, dtype, columns) for tensor, columns in operands)
-
-    if whole and not copied and sinks is None and visible.stop - visible.start == query_length:
-        whole_out, whole_lse = _attend(query, key[:, :, keys], value[:, :, keys], None, scale, softcap, causal)
-        same = whole_out.stride() == out.stride() and whole_out.dtype == out.dtype
-        return whole_out if same else out.copy_(whole_out), lse.copy_(whole_lse)
 
     # Copies are made of a chunk's tensors, or, where a block sees but a small part of them, of that part.
     group, block_rows = query_heads // key_heads, window.block_rows()

@@ -187,7 +187,8 @@ class _RingAttention(torch.autograd.Function):
         grad_query, grad_sinks = torch.zeros_like(query, dtype=wide), None
         # Gradients that the processes before have begun for the part that is here, and those on their way from here.
         begun: Tensor | None = None
-        sent, works = grad_query, []
+        sent = grad_query
+        works: list[Any] = []
         for step, (part, keys, values) in enumerate(_around(ring, parts, key, value)):
             is_own = part.source == ring.rank
             grads = torch.zeros(keys.numel() + values.numel(), dtype=wide, device=key.device)

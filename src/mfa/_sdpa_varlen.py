@@ -1,4 +1,4 @@
-"""The aten ops behind torch.nn.attention.varlen.varlen_attn, by mfa's ops. ATen has none for our devices to fall back to.
+"""The aten ops behind torch.nn.attention.varlen.varlen_attn, by mfa's ops. ATen itself has none for our devices.
 
 Flash attention's conventions: heads come after lengths, a window of -1 is open, causal and windows are aligned to the
 lower right of each sequence.
@@ -34,7 +34,7 @@ def kernels(takes: Callable[[Tensor], bool]) -> dict[str, Callable[..., Any]]:
         _check_taken(takes, grad_out)
         return _backward(grad_out, *arguments, **options)
 
-    found = {
+    found: dict[str, Callable[..., Any]] = {
         "_flash_attention_forward": forward,
         "_flash_attention_forward_no_dropout_inplace": forward_into,  # torch 2.12 on
         "_flash_attention_backward": backward,
@@ -47,8 +47,8 @@ def kernels(takes: Callable[[Tensor], bool]) -> dict[str, Callable[..., Any]]:
 def _check_taken(takes: Callable[[Tensor], bool], tensor: Tensor) -> None:
     if not takes(tensor):
         raise NotImplementedError(
-            f"query is on {tensor.device}; varlen_attn takes mps tensors, and cpu tensors inside mfa.simulate() or after "
-            "mfa.sdpa.enable(cpu=True)"
+            f"query is on {tensor.device}; varlen_attn takes mps tensors, and cpu tensors inside mfa.simulate() or "
+            "after mfa.sdpa.enable(cpu=True)"
         )
 
 
@@ -149,14 +149,14 @@ def _forward_cached(
     sequences = seqused_k.shape[0]
     if query.shape[0] != sequences * max_q:
         raise NotImplementedError(
-            f"seqused_k needs queries of one length, but {query.shape[0]} are not {sequences} times max_q = {max_q}: call "
-            "once per length"
+            f"seqused_k needs queries of one length, but {query.shape[0]} are not {sequences} times max_q = {max_q}: "
+            "call once per length"
         )
     if block_table is None:
         if key.shape[0] != sequences * max_k:
             raise NotImplementedError(
-                f"seqused_k needs slots of one size, but {key.shape[0]} keys are not {sequences} times max_k = {max_k}: "
-                "use block_table"
+                f"seqused_k needs slots of one size, but {key.shape[0]} keys are not {sequences} times max_k = "
+                f"{max_k}: use block_table"
             )
         key, value = (tensor.unflatten(0, (sequences, max_k)) for tensor in (key, value))
     out, lse = attention_with_kv_cache(

@@ -68,17 +68,19 @@ def check_starts(
         name = f"cu_seqlens_{side}"
         if values[0] != 0:
             raise ValueError(f"{name} starts with {values[0]}; it must start with 0")
-        for n, (start, end) in enumerate(itertools.pairwise(values)):
-            if end < start:
-                raise ValueError(f"{name} falls from {start} to {end} at {n + 1}; it must not decrease")
-            if end - start > longest:
-                raise ValueError(
-                    f"max_seqlen_{side} is {longest}; it must be at least the length of every sequence, and that of "
-                    f"{n} is {end - start}"
-                )
+        lengths = [end - start for start, end in itertools.pairwise(values)]
+        for n, length in enumerate(lengths):
+            if length < 0:
+                raise ValueError(f"{name} falls from {values[n]} to {values[n + 1]} at {n + 1}; it must not decrease")
         if values[-1] > tokens:
             tensor = "query" if side == "q" else "key"
             raise ValueError(f"{name} ends with {values[-1]}; it must be at most the {tokens} tokens of {tensor}")
+        for n, length in enumerate(lengths):
+            if length > longest:
+                raise ValueError(
+                    f"max_seqlen_{side} is {longest}; it must be at least the length of every sequence, and that of "
+                    f"{n} is {length}"
+                )
 
 
 def check_results(

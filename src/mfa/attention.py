@@ -97,8 +97,7 @@ def attention(
     Raises:
         ValueError: shapes, lengths or values out of range; tensors on different devices.
         TypeError: dtypes that differ or aren't supported.
-        NotImplementedError: a legal request that isn't supported: a device, a head dimension, dropout; with the Metal
-            kernels also, for now, attn_mask, softcap, alibi_slopes, sinks and inputs that require grad.
+        NotImplementedError: a legal request that isn't supported: a device, a head dimension, dropout.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.check_is_tensor(name, tensor)
@@ -118,6 +117,9 @@ def attention(
     if bias is not None:
         _checks.check_bias("attn_mask", bias, query, key)
         bias = bias[(None,) * (4 - bias.dim())]
+    if sinks is not None:
+        _checks.check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
+        sinks = sinks.to(torch.promote_types(query.dtype, torch.float32)) if sinks.dtype == query.dtype else sinks
     metal = device == "mps" or simulator.active() is not None
     _checks.check_forward(
         *(query, key, value, bias, sinks, alibi_slopes),
@@ -125,8 +127,6 @@ def attention(
         metal=metal,
         bias_name="attn_mask",
     )
-    if metal and torch.is_grad_enabled():
-        _checks.check_no_grad(query=query, key=key, value=value)
 
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])

@@ -3,8 +3,8 @@
     mfa.sdpa.enable()              or torch.nn.attention.activate_flash_attention_impl("MFA")
     with mfa.sdpa.enabled(): ...
 
-Importing this registers the provider and activates nothing. Activation puts kernels for aten's ops under the keys of MPS
-and, for the simulator, of CPU; what they don't take goes back to ATen, with the reason logged once. Code that
+Importing this registers the provider and activates nothing. Activation puts kernels for aten's ops under the keys of
+MPS and, for the simulator, of CPU; what they don't take goes back to ATen, with the reason logged once. Code that
 torch.compile has compiled keeps the attention that was active then.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.attention as torch_attention
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _checks, _sdpa_varlen, device, simulator
@@ -159,6 +160,7 @@ def _route(
         if query.dim() > 1 and query.shape[-2] < options.min_query_length:
             reasons.append(f"query is shorter than {options.min_query_length}")
         if not reasons:
+            LOG.debug("scaled_dot_product_attention by mfa: %s, keys %s", tuple(query.shape), tuple(key.shape))
             return attention(*arguments)
         for reason in reasons:
             if reason not in _logged:
@@ -167,7 +169,9 @@ def _route(
     if grouped and not enable_gqa:
         repeats = query.shape[-3] // max(1, key.shape[-3])
         key, value = (tensor.repeat_interleave(repeats, dim=-3) for tensor in (key, value))
-    out: Tensor = _aten.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    out: Tensor = _aten.decompose(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     return out
 
 
@@ -183,7 +187,7 @@ def not_supported_reasons(
 ) -> list[str]:
     """Why a call of F.scaled_dot_product_attention goes to ATen instead of mfa. Empty: it doesn't.
 
-    Whether it is routed at all (see `enable`) isn't asked. Depends on the context: `sdpa_kernel`, grad mode, torch.func.
+    Whether it is routed at all (see `enable`) isn't asked. Contexts count: `sdpa_kernel`, grad mode, torch.func.
     """
     reasons = []
     if not torch.backends.cuda.flash_sdp_enabled():
@@ -228,15 +232,13 @@ def _check(
     metal = query.device.type == "mps" or simulator.active() is not None
     terms: dict[str, Any] = {"metal": metal, "bias_name": "attn_mask"}
     _checks.check_forward(query, key, value, attn_mask, None, None, scale, 0.0, dropout_p, None, **terms)
-    if metal and torch.is_grad_enabled():
-        _checks.check_no_grad(query=query, key=key, value=value)
 
 
 def _another_has_priority() -> bool:
     """Whether sdpa_kernel(..., set_priority=True) put an enabled backend, in practice MATH, before flash attention."""
     order = torch._C._get_sdp_priority_order()
-    math, flash = (int(backend) for backend in (torch._C._SDPBackend.MATH, torch._C._SDPBackend.FLASH_ATTENTION))
-    return torch.backends.cuda.math_sdp_enabled() and order.index(math) < order.index(flash)
+    math, flash = (order.index(backend.value) for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION))
+    return math < flash and torch.backends.cuda.math_sdp_enabled()
 
 
 @functools.cache

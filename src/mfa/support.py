@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from . import _checks, _native
 
-# What the kernels do they should do on mps tensors too, through csrc/metal. Nobody has tried: say so until somebody has.
+# What kernels do they should do on mps tensors too, through csrc/metal. Nobody has tried yet, so the table says that.
 MPS = "`mps`, not run on a Mac yet"
 
 _DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # as the catalogue names them
@@ -21,17 +21,19 @@ class Feature(NamedTuple):
 
 FEATURES = (
     Feature("forward, any length", cpu=True, kernels=True),
-    Feature("gradients", cpu=True, kernels=False),
+    Feature("gradients", cpu=True, kernels=True),
     Feature("`is_causal`", cpu=True, kernels=True),
     Feature("`window`", cpu=True, kernels=True),
     Feature("`enable_gqa`", cpu=True, kernels=True),
     Feature("Dv other than D", cpu=True, kernels=True),
     Feature("`return_lse`", cpu=True, kernels=True),
-    Feature("`attn_mask`", cpu=True, kernels=False),
-    Feature("`softcap`", cpu=True, kernels=False),
-    Feature("`alibi_slopes`", cpu=True, kernels=False),
-    Feature("`sinks`", cpu=True, kernels=False),
+    Feature("`attn_mask`", cpu=True, kernels=True),
+    Feature("`softcap`", cpu=True, kernels=True),
+    Feature("`alibi_slopes`", cpu=True, kernels=True),
+    Feature("`sinks`", cpu=True, kernels=True),
+    Feature("gradient of `attn_mask`", cpu=True, kernels=True),
     Feature("`dropout_p`", cpu=False, kernels=False),
+    Feature("`merge_attention`", cpu=True, kernels=True),
 )
 
 

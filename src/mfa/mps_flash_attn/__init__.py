@@ -1,16 +1,16 @@
 """The interface of mps-flash-attn 0.6.3 (https://github.com/mpsops/mps-flash-attention) over mfa's kernels.
 
-Code written for it changes its import line only. Tensors are [B,H,N,D], on `mps` or, unlike there, `cpu`. Its conventions:
+Code written for it changes its import line only. Tensors are [B,H,N,D], on `mps` or, unlike there, `cpu`. Conventions:
 
     attn_mask     True = masked
     attn_bias     softmax((Q K' + bias) * scale) V: the bias is scaled too
     is_causal     query i sees key j iff j <= i, for any two lengths
     window_size   query i sees key j only if j >= i - window_size; 0 = off
 
-Beyond it: gradients of the bias, and through the chunked function; a floating-point mask is added to the scaled scores, as
-SDPA does; `replace_sdpa` can be undone. Its low-level ops `torch.ops.mfa.forward` ... are not here: they are that
-package's own, and both can be imported. `MFA_MIN_SEQ` and `MFA_DEBUG=1` (log each call) are read; `MFA_BRIDGE_PATH` isn't
-needed.
+Beyond it: gradients of the bias, and through the chunked and quantized functions; a floating-point mask is added to
+the scaled scores, as SDPA does it; `replace_sdpa` can be undone. Its low-level ops `torch.ops.mfa.forward` ... are not
+here: they are that package's own, and both can be imported. Of the environment, MFA_MIN_SEQ and MFA_DEBUG=1 (logs each
+call of SDPA) are read; MFA_BRIDGE_PATH isn't needed.
 """
 
 import importlib

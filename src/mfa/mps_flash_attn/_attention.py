@@ -35,12 +35,11 @@ def flash_attention(
         attn_mask: (Nq,Nk), (B,Nq,Nk) or (B,H,Nq,Nk), each size may be 1. bool or uint8: True = masked. Floating point:
             added to the scaled scores.
         window_size: query i sees key j only if j >= i - window_size; 0 = off.
-        bf16_backward: a switch between speed and accuracy there. Without effect here, where the backward pass multiplies
-            in the inputs' dtype and adds in float32 anyway.
+        bf16_backward: there, speed for accuracy. Without effect here: there is one backward pass, and it has both.
     """
     if bf16_backward and "bf16_backward" not in _logged:
         _logged.add("bf16_backward")
-        LOG.info("bf16_backward has no effect: gradients are computed in the inputs' dtype, and summed in float32")
+        LOG.info("bf16_backward has no effect: gradients always are the inputs' dtype, from sums in float32")
     check_inputs(query, key, value)
     check_scale(scale, query.shape[3])
     return attend(query, key, value, is_causal, scale, visible(attn_mask), window_size)
@@ -63,36 +62,36 @@ def flash_attention_with_bias(
     Args:
         query, key, value, is_causal, scale, window_size: as in `flash_attention`.
         attn_bias: (B,H,Nq,Nk) or (H,Nq,Nk), each size may be 1; float32 or the query's dtype.
-        bias_repeat_count: n > 0: batch entry b uses attn_bias[b % n], as Swin's windows do; attn_bias has n or 1 entries.
+        bias_repeat_count: n > 0: batch entry b uses attn_bias[b % n] (windows of Swin); attn_bias has n or 1 entries.
     """
     check_inputs(query, key, value)
     check_scale(scale, query.shape[3])
     _checks.check_is_tensor("attn_bias", attn_bias)
     if attn_bias.dim() not in (3, 4):
         raise ValueError(f"attn_bias has {attn_bias.dim()} dimensions; it must have 3 or 4")
-    if attn_bias.dtype not in (torch.float32, query.dtype):
-        names = " or ".join(dict.fromkeys(map(_checks.dtype_name, (torch.float32, query.dtype))))
-        raise TypeError(f"attn_bias has dtype {_checks.dtype_name(attn_bias.dtype)}; it must be {names}")
+    if attn_bias.dtype == torch.bool:
+        raise TypeError("attn_bias has dtype bool; it must be floating-point: pass it to flash_attention as attn_mask")
+    if bias_repeat_count < 0:
+        raise ValueError(f"bias_repeat_count is {bias_repeat_count}; it must be 0 (off) or more")
+    bias = attn_bias if attn_bias.dim() == 4 else attn_bias.unsqueeze(0)
+    repeats = bias_repeat_count if bias.shape[0] != 1 else 0
+    if repeats and bias.shape[0] != repeats:
+        raise ValueError(f"attn_bias has batch size {bias.shape[0]}; it must be 1 or bias_repeat_count, {repeats}")
+    _checks.check_bias("attn_bias", bias[:1] if repeats else bias, query, key)
     factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     # In the dtype of the scores: rounding the product to 16 bits would add an error to that of the bias.
-    bias = attn_bias.to(torch.promote_types(query.dtype, torch.float32)) * factor
-    bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
-    repeats = bias_repeat_count
-    if repeats < 0:
-        raise ValueError(f"bias_repeat_count is {repeats}; it must be 0 (off) or more")
-    if repeats == 0 or bias.shape[0] == 1:
+    bias = bias.to(torch.promote_types(query.dtype, torch.float32)) * factor
+    if repeats == 0:
         return attend(query, key, value, is_causal, scale, bias, window_size)
-    if bias.shape[0] != repeats:
-        raise ValueError(f"attn_bias has batch size {bias.shape[0]}; it must be 1 or bias_repeat_count, {repeats}")
     batch = query.shape[0]
     if batch % repeats != 0:
         index = torch.arange(batch, device=bias.device) % repeats
         return attend(query, key, value, is_causal, scale, bias[index], window_size)
     # Entries that differ in their bias become heads, and those that share one the batch: nothing is repeated.
-    folded = [tensor.unflatten(0, (-1, repeats)).flatten(1, 2) for tensor in (query, key, value)]
-    bias = bias.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
-    out = attend(*folded, is_causal, scale, bias, window_size)
-    return out.unflatten(1, (repeats, -1)).flatten(0, 1)
+    query, key, value = (tensor.unflatten(0, (-1, repeats)).flatten(1, 2) for tensor in (query, key, value))
+    bias = bias.expand(-1, query.shape[1] // repeats, -1, -1).flatten(0, 1)
+    out = attend(query, key, value, is_causal, scale, bias, window_size)
+    return torch.flatten(out.unflatten(1, (repeats, -1)), 0, 1)
 
 
 def flash_attention_chunked(
@@ -143,7 +142,7 @@ def attend(
     window_size: int,
 ) -> Tensor:
     """mfa.attention, of any number of key heads that divides the query's. `mask` in SDPA's conventions."""
-    window = window_of(query.shape[2], 0, key.shape[2], is_causal, window_size)
+    window = window_of(query.shape[2], key.shape[2], is_causal, window_size)
     return attention(query, key, value, mask, scale=scale, enable_gqa=True, window=window)
 
 
@@ -165,7 +164,7 @@ def attend_chunks(
         keys = slice(start, min(start + chunk, length))
         key, value = load(keys)
         part = mask if mask is None or mask.shape[-1] == 1 else mask[..., keys]
-        window = window_of(query.shape[2], keys.start, keys.stop, is_causal, window_size)
+        window = window_of(query.shape[2], keys.stop, is_causal, window_size)
         if total is None and keys.stop >= seen:
             return attention(query, key, value, part, scale=scale, enable_gqa=True, window=window)
         out, lse = attention(query, key, value, part, scale=scale, enable_gqa=True, window=window, return_lse=True)
@@ -175,10 +174,8 @@ def attend_chunks(
     return total[0].to(query.dtype)
 
 
-def window_of(
-    queries: int, start: int, stop: int, is_causal: bool, window_size: int
-) -> tuple[int | None, int | None]:
-    """The window, aligned to the lower right of the keys start ... stop, of one that is aligned to the upper left of all."""
+def window_of(queries: int, stop: int, is_causal: bool, window_size: int) -> tuple[int | None, int | None]:
+    """For keys up to `stop`: the window, aligned to their lower right, that is one aligned to the upper left of all."""
     if window_size < 0:
         raise ValueError(f"window_size is {window_size}; it must be 0 (off) or more")
     return (window_size + stop - queries if window_size else None), (queries - stop if is_causal else None)

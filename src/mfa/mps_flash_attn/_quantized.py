@@ -1,22 +1,24 @@
-"""Keys and values in 8 or 4 bits, with a scale per head, in mps-flash-attn's formats. For inference: no gradients.
+"""Keys and values in 8 or 4 bits, with a scale per head, in mps-flash-attn's formats.
 
     FP8    the bits of torch.float8_e4m3fn or float8_e5m2, of x / scale; scale = max|x| / 448 or 57344
     INT8   128 + round(x / scale); scale = max|x| / 127
     NF4    the number of the nearest of 16 values (bitsandbytes) to x / scale, even columns in the low nibbles;
            scale = max|x|
 
-Few queries read a cache of 8 bits as it is; more of them, and NF4, expand `_CHUNK` keys at a time.
+Few queries read a cache of 8 bits as it is. Elsewhere `_CHUNK` keys at a time are expanded, by tables: torch has no FP8
+arithmetic on MPS.
 """
 
-import math
 from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from .. import _checks
+from .._decode_ops import ops
 from ..kv_cache import attention_with_kv_cache
-from ._attention import attend_chunks, check_scale, visible, window_of
+from ._attention import attend_chunks, check_inputs, check_scale, visible, window_of
 
 QUANT_FP8_E4M3 = 3
 QUANT_FP8_E5M2 = 4
@@ -24,6 +26,7 @@ QUANT_INT8 = 5
 QUANT_NF4 = 6
 
 _FP8 = {QUANT_FP8_E4M3: torch.float8_e4m3fn, QUANT_FP8_E5M2: torch.float8_e5m2}
+_LARGEST = {QUANT_FP8_E4M3: 448.0, QUANT_FP8_E5M2: 57344.0, QUANT_INT8: 127.0, QUANT_NF4: 1.0}
 # Quantiles of the normal distribution (Dettmers et al. 2023).
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -153,40 +156,116 @@ def flash_attention_quantized(
         k_scale, v_scale: float32 [B,Hkv] or [Hkv].
         quant_type: QUANT_FP8_E4M3, QUANT_FP8_E5M2, QUANT_INT8 or QUANT_NF4.
         is_causal, attn_mask, window_size, scale: as in `flash_attention`.
+
+    The query gets a gradient; keys, values and their scales are constants.
     """
     if quant_type not in (*_FP8, QUANT_INT8, QUANT_NF4):
         raise ValueError(f"quant_type is {quant_type}; it must be 3 (FP8_E4M3), 4 (FP8_E5M2), 5 (INT8) or 6 (NF4)")
     _check(query, key, value, k_scale, v_scale, quant_type)
     check_scale(scale, query.shape[3])
     mask, length = visible(attn_mask), key.shape[2]
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise NotImplementedError(
-            "query requires grad, and attention over quantized keys has no gradients: call under torch.no_grad()"
-        )
-    if mask is None and quant_type in (QUANT_FP8_E4M3, QUANT_INT8) and query.shape[2] <= _FEW_QUERIES:
-        tensors = (key, value) if quant_type == QUANT_INT8 else ()
-        key, value = (tensor.bitwise_xor(128).view(torch.int8) for tensor in tensors) if tensors else (
-            tensor.view(torch.float8_e4m3fn) for tensor in (key, value)
-        )
-        scales = (scale_of.expand(key.shape[:2]).unsqueeze(-1).expand(key.shape[:3]) for scale_of in (k_scale, v_scale))
-        key_scale, value_scale = scales
+    few = mask is None and query.shape[2] <= _FEW_QUERIES and quant_type in (QUANT_FP8_E4M3, QUANT_INT8)
+    few = few and hasattr(ops, "attention_decode")
+    if few and not (torch.is_grad_enabled() and query.requires_grad):
+        window = window_of(query.shape[2], length, is_causal, window_size)
+        caches, scales = [], []
+        for tensor, heads in ((key, k_scale), (value, v_scale)):
+            signed = tensor.bitwise_xor(128).view(torch.int8) if quant_type == QUANT_INT8 else None
+            caches.append(tensor.view(torch.float8_e4m3fn) if signed is None else signed)
+            scales.append(heads.expand(tensor.shape[:2]).unsqueeze(-1).expand(tensor.shape[:3]))
         return attention_with_kv_cache(
-            query,
-            key,
-            value,
+            *(query, *caches),
             cache_seqlens=length,
             is_causal=False,
             scale=scale,
-            window=window_of(query.shape[2], 0, length, is_causal, window_size),
-            key_scale=key_scale,
-            value_scale=value_scale,
+            window=window,
+            key_scale=scales[0],
+            value_scale=scales[1],
         )
+
+    table = _values(quant_type).to(query.device)
 
     def load(keys: slice) -> tuple[Tensor, Tensor]:
-        return (
-            _expand(key[:, :, keys], k_scale, quant_type, query.dtype),
-            _expand(value[:, :, keys], v_scale, quant_type, query.dtype),
+        key_part, value_part = (
+            (embedding(tensor[:, :, keys].int(), table).flatten(-2) * heads[..., None, None]).to(query.dtype)
+            for tensor, heads in ((key, k_scale), (value, v_scale))
         )
+        return key_part, value_part
 
-    terms = {"is_causal": is_causal, "scale": scale, "mask": mask, "window_size": window_size}
-    return attend_chunks(query, load, length, _CHUNK, **terms)  # type: ignore[arg-type]
+    return attend_chunks(
+        query, load, length, _CHUNK, is_causal=is_causal, scale=scale, mask=mask, window_size=window_size
+    )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, k_scale: Tensor, v_scale: Tensor, kind: int) -> None:
+    check_inputs(query, key, value)
+    dim, what = (query.shape[3] // 2, "half of the") if kind == QUANT_NF4 else (query.shape[3], "the")
+    if kind == QUANT_NF4 and query.shape[3] % 2 != 0:
+        raise ValueError(f"query has head dimension {query.shape[3]}; it must be even for NF4")
+    for name, tensor, heads in (("key", key, k_scale), ("value", value, v_scale)):
+        if tensor.dtype != torch.uint8:
+            raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be uint8")
+        if tensor.shape[3] != dim and name == "key":
+            raise ValueError(f"key has last dimension {tensor.shape[3]}; it must be {what} query's, {dim}")
+        scale = "k_scale" if name == "key" else "v_scale"
+        _checks.check_is_tensor(scale, heads)
+        if heads.dtype != torch.float32:
+            raise TypeError(f"{scale} has dtype {_checks.dtype_name(heads.dtype)}; it must be float32")
+        if heads.device != query.device:
+            raise ValueError(f"{scale} is on {heads.device}; it must be on the device of query, {query.device}")
+        if tuple(heads.shape) not in (tuple(tensor.shape[:2]), tuple(tensor.shape[1:2])):
+            raise ValueError(
+                f"{scale} has shape {list(heads.shape)}; it must have shape [B,H] = {list(tensor.shape[:2])} or "
+                f"[H] = {list(tensor.shape[1:2])} of {name}"
+            )
+
+
+def _quantize(key: Tensor, value: Tensor | None, kind: int) -> _Quantized | _Pair:
+    if value is None:
+        return _quantize_one("key", key, kind)
+    (k, k_scale), (v, v_scale) = _quantize_one("key", key, kind), _quantize_one("value", value, kind)
+    return k, v, k_scale, v_scale
+
+
+def _quantize_one(name: str, tensor: Tensor, kind: int) -> _Pair:
+    _checks.check_is_tensor(name, tensor)
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be floating-point")
+    if kind == QUANT_NF4 and tensor.shape[3] % 2 != 0:
+        raise ValueError(f"{name} has head dimension {tensor.shape[3]}; it must be even for NF4")
+    wide, largest = tensor.detach().float(), _LARGEST[kind]
+    most = wide.abs().amax((2, 3)) if wide.numel() else wide.new_zeros(wide.shape[:2])
+    scale = (most / largest).clamp_min(1e-12)
+    scaled = wide / scale[..., None, None]
+    if kind == QUANT_INT8:
+        return (scaled.nan_to_num(0.0).clamp(-largest, largest).round() + 128).to(torch.uint8), scale
+    bounds = _bounds(kind).to(tensor.device)
+    if kind == QUANT_NF4:
+        codes = torch.bucketize(scaled, bounds, out_int32=True)
+        return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8), scale
+    codes = torch.bucketize(scaled.abs(), bounds, out_int32=True)
+    return (codes | torch.signbit(scaled).int() << 7).to(torch.uint8), scale
+
+
+def _values(kind: int) -> Tensor:
+    """What each byte means: float32 [256, numbers in a byte]."""
+    codes = torch.arange(256)
+    if kind in _FP8:
+        return codes.to(torch.uint8).view(_FP8[kind]).float().unsqueeze(1)
+    if kind == QUANT_INT8:
+        return (codes - 128).float().unsqueeze(1)
+    return torch.tensor(_NF4)[torch.stack([codes & 15, codes >> 4], dim=1)]
+
+
+def _bounds(kind: int) -> Tensor:
+    """Where the codes of growing numbers change: code c is for numbers above bound c-1, up to bound c."""
+    if kind == QUANT_NF4:
+        values = torch.tensor(_NF4, dtype=torch.float64)
+        return ((values[1:] + values[:-1]) / 2).float()
+    values = _values(kind)[:128, 0]
+    values = values[values <= _LARGEST[kind]]  # not infinity and NaN
+    middles = (values[1:] + values[:-1]) / 2
+    odd = torch.arange(len(middles)) % 2 == 1  # a number in the middle goes to the even code
+    return torch.where(odd, torch.nextafter(middles, torch.zeros(())), middles)

@@ -1,0 +1,203 @@
+"""Gradients of mfa.attention against float64, on every device: the numerics rule, all inputs, both backward modes."""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import Device
+from hypothesis import given, seed, settings
+from strategies import DTYPES, Problem, problems
+from torch import Tensor
+
+import mfa
+from mfa import _library
+
+GEMMS = {"five": 5, "seven": 7}
+
+
+@pytest.fixture(params=GEMMS)
+def mode(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+    """Forces one of the two backward algorithms; the CPU has but one."""
+    if not device.has_kernels and request.param == "five":
+        pytest.skip("the CPU implementation has no modes")
+    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
+    before = choose(GEMMS[request.param])
+    yield request.param
+    choose(before)
+
+
+def differentiate(function: Any, leaves: dict[str, Tensor], grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    out, lse = function(**leaves)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    # The lse of a row that sees nothing is -inf, and has no gradient.
+    lse = lse.masked_fill(lse.isinf(), 0)
+    objective = (out * grads[0].to(out.dtype)).sum() + (lse * grads[1].to(lse.dtype)).sum()
+    found = torch.autograd.grad(objective, list(wanted.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(wanted.items(), found, strict=True)
+    }
+
+
+def check(problem: Problem, device: Device) -> None:
+    """Every gradient is at most twice as far from float64 as that of plain PyTorch, plus 1e-6; and reproducible."""
+    (query, key, value), terms = problem.arguments()
+    tensors = {"query": query, "key": key, "value": value}
+    for name in ("attn_mask", "sinks", "alibi_slopes"):
+        tensor = terms.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    terms.pop("enable_gqa")
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    shape = (problem.batch, problem.query_heads, problem.query_length)
+    grads = (
+        torch.randn(*shape, problem.value_dim, generator=generator).to(problem.dtype),
+        torch.randn(shape, generator=generator),
+    )
+
+    def reference(dtype: torch.dtype) -> dict[str, Tensor]:
+        def call(**leaves: Tensor) -> tuple[Tensor, Tensor]:
+            mask = leaves.pop("attn_mask", None)
+            bias = None if mask is None else mask[(None,) * (4 - mask.dim())]
+            q, k, v = (leaves.pop(name) for name in ("query", "key", "value"))
+            scores, seen = oracle.logits(
+                q, k, bias=bias, alibi_slopes=leaves.get("alibi_slopes"), **terms
+            )
+            probability, lse = oracle.weights(scores, seen, leaves.get("sinks"))
+            repeated = v.repeat_interleave(problem.group, dim=1)
+            return torch.einsum("bhij,bhjd->bhid", probability.to(v.dtype), repeated), lse
+
+        leaves = {
+            name: tensor.detach().clone()
+            if tensor.dtype == torch.bool
+            else tensor.detach().to(dtype).clone().requires_grad_()
+            for name, tensor in tensors.items()
+        }
+        return differentiate(call, leaves, grads)
+
+    expected = reference(torch.float64)
+    plain = reference(problem.dtype)
+
+    def ours(order: int) -> dict[str, Tensor]:
+        moved = {
+            name: leaf.requires_grad_(leaf.dtype != torch.bool)
+            for name, leaf in ((name, tensor.detach().to(device.type)) for name, tensor in tensors.items())
+        }
+        moved_grads = (grads[0].to(device.type), grads[1].to(device.type))
+        with device.active(seed=order):
+            found = differentiate(
+                lambda **leaves: mfa.attention(**leaves, **terms, enable_gqa=problem.group > 1, return_lse=True),
+                moved,
+                moved_grads,
+            )
+        return {name: grad.cpu() for name, grad in found.items()}
+
+    results = [ours(order) for order in ((0, 1, 2) if device.name == "simulator" else (0,))]
+    for name, grad in results[0].items():
+        assert grad.shape == tensors[name].shape
+        assert grad.dtype == tensors[name].dtype
+        # Of few numbers, plain PyTorch may happen to hit all: allow the rounding of the largest.
+        summands = expected[name].abs() if grad.numel() < 4096 else None
+        bound = oracle.tolerance(plain[name], expected[name], summands)
+        assert oracle.largest_error(grad, expected[name]) <= bound, name
+        for other in results[1:]:
+            torch.testing.assert_close(other[name], grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shard", range(5))
+def test_random_problems(device: Device, mode: str, shard: int) -> None:
+    @seed(shard)
+    @settings(max_examples=32)
+    @given(problems(dtypes=DTYPES))
+    def holds(problem: Problem) -> None:
+        check(problem, device)
+
+    holds()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def count(length: int, mode: str, **kwargs: Any) -> tuple[mfa.Counters, mfa.Counters]:
+    """Counters of forward and backward; float16, one head, D 64."""
+    query, key, value = (normal(1, 1, length, 64).requires_grad_() for _ in range(3))
+    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
+    before = choose(GEMMS[mode])
+    with mfa.simulate() as sim:
+        out = mfa.attention(query, key, value, **kwargs)
+        forward = sim.counters
+        out.backward(normal(*out.shape))
+    choose(before)
+    backward = sum((launch.counters for launch in sim.launches[1:]), mfa.Counters())
+    return forward, backward
+
+
+@pytest.mark.parametrize(("mode", "most"), [("seven", 7 / 2), ("five", 5 / 2)])
+def test_operation_budgets(mode: str, most: float) -> None:
+    forward, backward = count(256, mode)
+    assert backward.mma <= most * forward.mma
+    assert backward.simdgroup_barriers == backward.shuffles - 192 == 0  # 192 in backward_delta
+    per_mma = forward.threadgroup_read_bytes / forward.mma
+    assert backward.threadgroup_read_bytes / backward.mma <= 1.2 * per_mma
+
+
+@pytest.mark.parametrize("mode", GEMMS)
+def test_causal_skips_what_no_row_sees(mode: str) -> None:
+    dense, causal = (count(1024, mode, is_causal=is_causal)[1] for is_causal in (False, True))
+    assert causal.mma <= 0.56 * dense.mma
+
+
+@pytest.mark.parametrize("names", [("query",), ("key",), ("value",), ("query", "value"), ("key", "value")])
+def test_only_what_is_asked_for_is_computed(names: tuple[str, ...]) -> None:
+    tensors = {name: normal(1, 2, 40, 32) for name in ("query", "key", "value")}
+    for name in names:
+        tensors[name].requires_grad_()
+    with mfa.simulate() as sim:
+        mfa.attention(**tensors).sum().backward()
+    kernels = [launch.kernel for launch in sim.launches]
+    assert any("dkdv" in kernel for kernel in kernels) == ("key" in names or "value" in names)
+    assert any("dq" in kernel for kernel in kernels) == ("query" in names)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
+def test_gradients_of_the_output_in_any_layout(device: Device, layout: str) -> None:
+    query, key, value = (normal(2, 3, 33, 40).to(device.type).requires_grad_() for _ in range(3))
+    grad = {
+        "expanded": torch.ones(1, device=device.type, dtype=torch.float16).expand(2, 3, 33, 40),
+        "transposed": normal(2, 33, 3, 40).to(device.type).transpose(1, 2),
+        "sliced": normal(2, 3, 33, 80).to(device.type)[..., ::2],
+    }[layout]
+    with device.active():
+        out = mfa.attention(query, key, value)
+        strided = torch.autograd.grad(out, (query, key, value), grad, retain_graph=True)
+        dense = torch.autograd.grad(out, (query, key, value), grad.contiguous())
+    torch.testing.assert_close(strided, dense, rtol=0, atol=0)
+
+
+def test_rows_that_see_nothing_have_no_gradient(device: Device) -> None:
+    query, key, value = (normal(1, 2, length, 32).to(device.type).requires_grad_() for length in (20, 9, 9))
+    with device.active():
+        mfa.attention(query, key, value, window=(None, 0)).sum().backward()  # rows 0 .. 10 see nothing
+    assert query.grad is not None
+    assert not query.grad[:, :, :11].any()
+    assert query.grad.isfinite().all()
+
+
+def test_scratch_is_bounded() -> None:
+    """Five GEMMs run in chunks of heads whose dS fits the limit, else the seven-GEMM mode does."""
+    limit = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(_library.address_of("mfa_set_scratch_limit"))
+    query, key, value = (normal(1, 4, 64, 32).requires_grad_() for _ in range(3))
+    found = {}
+    for heads in (4, 2, 0):
+        before = limit(heads * 64 * 64 * 2)
+        with mfa.simulate() as sim:
+            out = mfa.attention(query, key, value)
+            found[heads] = torch.autograd.grad(out.sum(), (query, key, value))
+        limit(before)
+        chunks = [launch.kernel for launch in sim.launches if "dq_from_ds" in launch.kernel]
+        assert len(chunks) == {4: 1, 2: 2, 0: 0}[heads]
+    torch.testing.assert_close(found[4], found[2], rtol=0, atol=0)

@@ -1,0 +1,537 @@
+"""mfa.mps_flash_attn: the interface of mps-flash-attn 0.6.3, its conventions against float64, the seed's snippets."""
+
+import inspect
+import json
+import logging
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Device
+from oracle import attention, composition, largest_error, tolerance
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import mfa
+from mfa import mps_flash_attn as flash
+from mfa import sdpa
+from mfa.mps_flash_attn import benchmark
+
+Check = Callable[[Tensor, list[Tensor], dict[str, Any]], None]
+
+# The calls of the seed's README, in its order; `mps` is the only device there.
+SEED = """
+```python
+from mps_flash_attn import flash_attention
+
+q = torch.randn(2, 8, 4096, 64, device='mps', dtype=torch.float16)
+k = torch.randn(2, 8, 4096, 64, device='mps', dtype=torch.float16)
+v = torch.randn(2, 8, 4096, 64, device='mps', dtype=torch.float16)
+
+out = flash_attention(q, k, v)
+```
+```python
+out = flash_attention(q, k, v, is_causal=True)
+```
+```python
+mask = torch.zeros(B, 1, N, N, dtype=torch.bool, device='mps')
+mask[:, :, :, 512:] = True
+
+out = flash_attention(q, k, v, attn_mask=mask)
+```
+```python
+q.requires_grad = True
+k.requires_grad = True
+v.requires_grad = True
+
+out = flash_attention(q, k, v, is_causal=True)
+loss = out.sum()
+loss.backward()
+```
+```python
+from mps_flash_attn import replace_sdpa
+
+replace_sdpa()
+```
+"""
+
+# What 0.6.3's README adds.
+LATER = """
+```python
+from mps_flash_attn import flash_attention_fp8, quantize_kv_fp8
+k_quant, k_scale = quantize_kv_fp8(k)
+v_quant, v_scale = quantize_kv_fp8(v)
+out = flash_attention_fp8(q, k_quant, v_quant, k_scale, v_scale)
+```
+```python
+from mps_flash_attn import flash_attention_chunked
+out = flash_attention_chunked(q, k, v, chunk_size=64)
+```
+```python
+from mps_flash_attn import register_custom_op
+assert register_custom_op()
+```
+```python
+q.requires_grad = True
+out = flash_attention(q, k, v, bf16_backward=True)
+loss = out.sum()
+loss.backward()
+```
+```python
+from mps_flash_attn.benchmark import run_suite, compare_vs_sdpa
+results = run_suite(seq_lengths=[64], dtypes=['float32'], batch_sizes=[1], head_dims=[32], verbose=False)
+compare_vs_sdpa(seq_lengths=[64], verbose=False)
+```
+"""
+
+SIGNATURES = {
+    "flash_attention": "query key value is_causal scale attn_mask window_size bf16_backward",
+    "flash_attention_with_bias": "query key value attn_bias is_causal scale window_size bias_repeat_count",
+    "flash_attention_chunked": "query key value chunk_size is_causal scale",
+    "quantize_kv_fp8": "key value use_e5m2",
+    "quantize_kv_int8": "key value",
+    "quantize_kv_nf4": "key value",
+    "flash_attention_fp8": "query key value k_scale v_scale is_causal attn_mask window_size use_e5m2 scale",
+    "flash_attention_int8": "query key value k_scale v_scale is_causal attn_mask window_size scale",
+    "flash_attention_nf4": "query key value k_scale v_scale is_causal attn_mask window_size scale",
+    "flash_attention_quantized": "query key value k_scale v_scale quant_type is_causal attn_mask window_size scale",
+    "convert_mask": "attn_mask",
+    "precompile": "",
+    "clear_cache": "",
+    "register_custom_op": "",
+    "is_available": "",
+    "benchmark.run_suite": "seq_lengths dtypes batch_sizes head_dims num_heads_list include_causal include_window "
+    "include_backward verbose",
+    "benchmark.compare_vs_sdpa": "seq_lengths dtype verbose",
+    "benchmark.generate_report": "results output_path title",
+    "benchmark.run_benchmark": "config",
+}
+
+
+def snippets(text: str, device: str) -> str:
+    """The code between the fences, with this package's import and device, as a user would change them."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    return code.replace("from mps_flash_attn", "from mfa.mps_flash_attn").replace("device='mps'", f"device='{device}'")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = False) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
+
+
+def qkv(
+    device: str = "cpu", heads: int = 4, key_heads: int = 2, dtype: torch.dtype = torch.float32, grad: bool = False
+) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(2, heads, 21, 32), (2, key_heads, 34, 32), (2, key_heads, 34, 32)]
+    return [random(*shape, dtype=dtype, device=device, grad=grad) for shape in shapes]
+
+
+def check(out: Tensor, inputs: list[Tensor], terms: dict[str, Any]) -> None:
+    """The numerics rule, for a result and what the oracle calls the same problem."""
+    inputs = [tensor.detach().cpu() for tensor in inputs]
+    expected, _ = attention(*inputs, **terms)
+    plain, _ = composition(*inputs, **terms)
+    assert out.dtype == inputs[0].dtype
+    assert largest_error(out.detach().cpu(), expected) <= tolerance(plain, expected)
+
+
+def run(device: Device, function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """Calls on the device; skips, with its reason, what it can't do yet."""
+    with device.active(), torch.no_grad():
+        try:
+            return function(*arguments, **options)
+        except NotImplementedError as error:
+            if not device.has_kernels:
+                raise
+            pytest.skip(str(error))
+
+
+def look_back(length_q: int, length_k: int, window: int) -> Tensor:
+    return torch.arange(length_k)[None] >= torch.arange(length_q)[:, None] - window
+
+
+# -- the interface --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    function = flash
+    for part in name.split("."):
+        function = getattr(function, part)
+    assert " ".join(inspect.signature(function).parameters) == SIGNATURES[name]  # type: ignore[arg-type]
+
+
+def test_names() -> None:
+    assert all(hasattr(flash, name) for name in flash.__all__)
+    assert {name for name in SIGNATURES if "." not in name} <= set(flash.__all__)
+    assert (flash.QUANT_FP8_E4M3, flash.QUANT_FP8_E5M2, flash.QUANT_INT8, flash.QUANT_NF4) == (3, 4, 5, 6)
+    assert flash.__version__ == "0.6.3"
+    assert flash.is_available() == mfa.is_available()
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        flash.no_such_name  # noqa: B018
+
+
+def test_that_package_can_be_imported_too() -> None:
+    """It defines the namespace `mfa` and five ops in it; ours are a fragment without them."""
+    library = torch.library.Library("mfa", "DEF")
+    library._destroy()
+    for name in ("forward", "forward_with_lse", "forward_with_bias_lse", "backward", "backward_with_bias"):
+        assert not hasattr(torch.ops.mfa, name)
+
+
+@pytest.mark.slow
+def test_snippets_of_the_seed() -> None:
+    namespace: dict[str, Any] = {"torch": torch, "B": 2, "N": 4096}
+    try:
+        exec(snippets(SEED, "cpu"), namespace)
+        assert sdpa.is_enabled()
+    finally:
+        sdpa.disable()
+    inputs = [namespace[name] for name in "qkv"]
+    assert all(tensor.grad.isfinite().all() for tensor in inputs)
+    rows = slice(1000, 1016)
+    part = [inputs[0][:, :, rows], inputs[1][:, :, :1016], inputs[2][:, :, :1016]]
+    check(namespace["out"][:, :, rows], part, {"window": (None, 0)})
+
+
+@pytest.mark.parametrize("text", [SEED, LATER], ids=["seed", "later"])
+def test_snippets_at_another_length(text: str, device: Device) -> None:
+    """The same text with 4096 made smaller, for every device."""
+    start = SEED.split("```python")[1]
+    code = snippets(f"```python{start}" + text, device.type).replace("4096", "96").replace("512", "48")
+    namespace: dict[str, Any] = {"torch": torch, "B": 2, "N": 96}
+    with device.active():
+        try:
+            exec(code, namespace)
+        except NotImplementedError as error:
+            if not device.has_kernels:
+                raise
+            pytest.skip(str(error))
+        finally:
+            sdpa.disable()
+    assert namespace["q"].grad.isfinite().all()
+
+
+# -- masks, windows, biases -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(21, 34), (2, 21, 34), (2, 1, 34), (2, 4, 21, 34), (1, 4, 1, 34), (2, 1, 21, 1)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_mask(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> None:
+    inputs = qkv(device.type)
+    masked = torch.rand(shape) < 0.3
+    full = masked if len(shape) != 3 else masked[:, None]
+    bias: Tensor = ~full
+    mask = masked.to(dtype)
+    if dtype == torch.float32:  # honoured as SDPA does, where that package would cut it at -1000
+        mask = random(*shape)
+        bias = mask if len(shape) != 3 else mask[:, None]
+    out = run(device, flash.flash_attention, *inputs, attn_mask=mask.to(device.type))
+    check(out, inputs, {"bias": bias})
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 50])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("swapped", [False, True], ids=["Lq<Lk", "Lq>Lk"])
+def test_window_looks_back(window: int, is_causal: bool, swapped: bool, device: Device) -> None:
+    query, key, value = qkv(device.type, 2, 2, torch.float16)
+    inputs = [key, query, query] if swapped else [query, key, value]
+    out = run(device, flash.flash_attention, *inputs, is_causal=is_causal, window_size=window)
+    bias = look_back(inputs[0].shape[2], inputs[1].shape[2], window) if window else None
+    check(out, inputs, {"is_causal": is_causal, "bias": bias})
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 21, 34), (1, 4, 21, 34), (4, 21, 34), (1, 1, 21, 34), (2, 1, 1, 34)])
+@pytest.mark.parametrize("scale", [None, 0.4])
+def test_bias_comes_before_the_scale(shape: tuple[int, ...], scale: float | None, device: Device) -> None:
+    inputs = qkv(device.type)
+    bias = random(*shape, device=device.type)
+    out = run(device, flash.flash_attention_with_bias, *inputs, bias, is_causal=True, scale=scale, window_size=9)
+    factor = 1 / math.sqrt(32) if scale is None else scale
+    scaled = (bias.cpu() * factor).masked_fill(~look_back(21, 34, 9), -torch.inf)
+    check(out, inputs, {"is_causal": True, "scale": scale, "bias": scaled if scaled.dim() == 4 else scaled[None]})
+
+
+@pytest.mark.parametrize(("batch", "repeats", "heads"), [(6, 3, 4), (6, 3, 1), (5, 2, 4), (6, 6, 4), (4, 7, 4)])
+def test_bias_repeats(batch: int, repeats: int, heads: int) -> None:
+    torch.manual_seed(0)
+    shape = [(batch, 4, 9, 16), (batch, 2, 9, 16), (batch, 2, 9, 16)]
+    inputs = [random(*size, grad=True) for size in shape]
+    bias = random(repeats, heads, 9, 9, grad=True)
+    out = flash.flash_attention_with_bias(*inputs, bias, bias_repeat_count=repeats)
+    grads = torch.autograd.grad(out.square().sum(), (*inputs, bias))
+    each = bias[torch.arange(batch) % repeats]
+    expected = flash.flash_attention_with_bias(*inputs, each)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        grads, torch.autograd.grad(expected.square().sum(), (*inputs, bias)), rtol=1e-4, atol=1e-5
+    )
+    single = bias[:1]
+    alone = flash.flash_attention_with_bias(*inputs, single, bias_repeat_count=repeats)
+    torch.testing.assert_close(alone, flash.flash_attention_with_bias(*inputs, single))
+
+
+def test_gradients_and_that_of_the_bias() -> None:
+    inputs = [tensor[:, :, :7].detach().double().requires_grad_() for tensor in qkv()]
+    bias = random(1, 4, 7, 7, dtype=torch.float64, grad=True)
+
+    def biased(*tensors: Tensor) -> Tensor:
+        return flash.flash_attention_with_bias(*tensors, is_causal=True, scale=0.4, window_size=3)
+
+    assert torch.autograd.gradcheck(biased, (*inputs, bias), fast_mode=True)
+
+
+def test_convert_mask() -> None:
+    assert flash.convert_mask(None) is None
+    mask = torch.tensor([True, False])
+    assert flash.convert_mask(mask) is mask
+    converted = flash.convert_mask(torch.tensor([0.0, -999.0, -1000.0, -torch.inf]))
+    assert converted is not None
+    assert converted.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 20, 34, 100])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_chunks(chunk_size: int, is_causal: bool, device: Device) -> None:
+    inputs = qkv(device.type, dtype=torch.float16)
+    if device.has_kernels and chunk_size == 1:
+        pytest.skip("34 launches are slow in the simulator, and show nothing that 8 keys don't")
+    out = run(device, flash.flash_attention_chunked, *inputs, chunk_size=chunk_size, is_causal=is_causal)
+    check(out, inputs, {"is_causal": is_causal})
+
+
+def test_chunks_have_gradients() -> None:
+    inputs = qkv(grad=True)
+    out = flash.flash_attention_chunked(*inputs, chunk_size=7, is_causal=True)
+    expected = flash.flash_attention(*inputs, is_causal=True)
+    grads, expected_grads = (torch.autograd.grad(result.square().sum(), inputs) for result in (out, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+# -- quantized keys and values --------------------------------------------------------------------------------------
+
+KINDS = {
+    "fp8_e4m3": (flash.QUANT_FP8_E4M3, lambda *t: flash.quantize_kv_fp8(*t)),
+    "fp8_e5m2": (flash.QUANT_FP8_E5M2, lambda *t: flash.quantize_kv_fp8(*t, use_e5m2=True)),
+    "int8": (flash.QUANT_INT8, flash.quantize_kv_int8),
+    "nf4": (flash.QUANT_NF4, flash.quantize_kv_nf4),
+}
+CODEBOOK = torch.tensor(mfa.mps_flash_attn._quantized._NF4)
+
+
+def dequantize(kind: str, quantized: Tensor, scale: Tensor) -> Tensor:
+    """Written from the formats' definitions."""
+    if kind == "nf4":
+        pairs = [CODEBOOK[(quantized & 15).long()], CODEBOOK[(quantized >> 4).long()]]
+        numbers = torch.stack(pairs, dim=-1).flatten(-2)
+    elif kind == "int8":
+        numbers = quantized.float() - 128
+    else:
+        numbers = quantized.view(torch.float8_e5m2 if kind == "fp8_e5m2" else torch.float8_e4m3fn).float()
+    return numbers * scale[..., None, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizing(kind: str) -> None:
+    torch.manual_seed(0)
+    tensor = random(2, 3, 50, 16) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    tensor[0, 0, :2] = 0
+    _, quantize = KINDS[kind]
+    quantized, other, scale, other_scale = quantize(tensor, -tensor)
+    assert quantized.dtype == other.dtype == torch.uint8
+    assert scale.shape == other_scale.shape == (2, 3)
+    assert scale.dtype == torch.float32
+    assert quantized.shape == ((2, 3, 50, 8) if kind == "nf4" else tensor.shape)
+    largest = tensor.abs().amax((2, 3))
+    error = (dequantize(kind, quantized, scale) - tensor).abs().amax((2, 3)) / largest
+    assert (error < {"fp8_e4m3": 0.036, "fp8_e5m2": 0.072, "int8": 0.004, "nf4": 0.153}[kind]).all()
+    assert torch.equal(quantize(tensor)[0], quantized)
+    normalized = tensor / scale[..., None, None]
+    if kind.startswith("fp8"):  # bit for bit what torch's cast makes, ties included
+        dtype = torch.float8_e5m2 if kind == "fp8_e5m2" else torch.float8_e4m3fn
+        assert torch.equal(quantized, normalized.to(dtype).view(torch.uint8))
+        ties = torch.arange(0, 449, dtype=torch.float32).view(1, 1, 1, -1)
+        assert torch.equal(quantize(ties)[0], (ties / quantize(ties)[1][..., None, None]).to(dtype).view(torch.uint8))
+    if kind == "nf4":  # the nearest of the sixteen
+        nearest = (normalized[..., None] - CODEBOOK).abs().argmin(-1)
+        assert torch.equal(torch.stack([quantized & 15, quantized >> 4], dim=-1).flatten(-2).long(), nearest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 21])
+@pytest.mark.parametrize("per_batch", [True, False])
+def test_quantized_attention(kind: str, rows: int, per_batch: bool, device: Device) -> None:
+    query, key, value = qkv(device.type)
+    query, number = query[:, :, :rows], KINDS[kind][0]
+    k, v, k_scale, v_scale = KINDS[kind][1](key, value)
+    if not per_batch:
+        k_scale, v_scale = k_scale[0], v_scale[0]
+    arguments = (query, k, v, k_scale, v_scale, number, False, None, 12, 0.3)
+    out = run(device, flash.flash_attention_quantized, *arguments)
+    plain = [query.cpu(), *(dequantize(kind, x.cpu(), s.cpu()) for x, s in ((k, k_scale), (v, v_scale)))]
+    check(out, plain, {"scale": 0.3, "bias": look_back(rows, 34, 12)})
+
+
+def test_quantized_functions_agree() -> None:
+    query, key, value = qkv()
+    mask = torch.rand(21, 34) < 0.3
+    options: dict[str, Any] = {"is_causal": True, "attn_mask": mask, "window_size": 20, "scale": 0.2}
+    for kind, function, extra in (
+        ("fp8_e4m3", flash.flash_attention_fp8, {}),
+        ("fp8_e5m2", flash.flash_attention_fp8, {"use_e5m2": True}),
+        ("int8", flash.flash_attention_int8, {}),
+        ("nf4", flash.flash_attention_nf4, {}),
+    ):
+        quantized = KINDS[kind][1](key, value)
+        out = function(query, *quantized, **options, **extra)
+        assert torch.equal(out, flash.flash_attention_quantized(query, *quantized, KINDS[kind][0], **options))
+        exact = flash.flash_attention(query, key, value, **options)
+        assert (out - exact).abs().max() < {"fp8_e4m3": 0.2, "fp8_e5m2": 0.4, "int8": 0.05, "nf4": 0.6}[kind]
+
+
+def test_quantized_gives_the_query_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mfa.mps_flash_attn._quantized, "_CHUNK", 16)  # so that chunks are merged, too
+    query, key, value = (tensor.requires_grad_() for tensor in qkv())
+    quantized = flash.quantize_kv_int8(key, value)
+    assert not any(tensor.requires_grad for tensor in quantized)
+    rows = query[:, :, :4]
+    out = flash.flash_attention_int8(rows, *quantized)
+    plain = [dequantize("int8", *pair) for pair in zip(quantized[:2], quantized[2:], strict=True)]
+    expected = flash.flash_attention(rows, *plain)
+    torch.testing.assert_close(out, expected)
+    (grad,), (expected_grad,) = (torch.autograd.grad(result.sum(), query) for result in (out, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+# -- replace_sdpa ---------------------------------------------------------------------------------------------------
+
+
+def test_replace_sdpa_keeps_sdpas_meaning(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float masks stay what they are (T5, ALiBi), True attends, grouped heads need no flag; and it can be undone."""
+    query, key, value = random(2, 4, 40, 32), random(2, 2, 40, 32), random(2, 2, 40, 32)
+    repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
+    masks = [None, torch.rand(40, 40) < 0.7, random(4, 40, 40)]
+    expected = [scaled_dot_product_attention(query, *repeated, mask) for mask in masks]
+    query, key, value = (tensor.to(device.type) for tensor in (query, key, value))
+    taken: list[bool] = []
+    original = sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", lambda *a: (taken.append(True), original(*a))[1])
+    with device.active(), torch.no_grad():
+        handle = flash.replace_sdpa(cpu=device.name == "cpu")
+        for mask, exact in zip(masks, expected, strict=True):
+            mask = mask if mask is None else mask.to(device.type)
+            out = scaled_dot_product_attention(query, key, value, mask)
+            torch.testing.assert_close(out.cpu(), exact)  # by us, or by ATen with the heads repeated
+        assert len(taken) >= 1 if device.has_kernels else 3
+        taken.clear()
+        short = query[:, :, :31]
+        scaled_dot_product_attention(short, *(tensor[:, :, :31].repeat_interleave(2, dim=1) for tensor in (key, value)))
+        assert not taken  # below MFA_MIN_SEQ
+        handle.remove()
+        with pytest.raises(RuntimeError):
+            scaled_dot_product_attention(query, key, value)
+    assert not sdpa.is_enabled()
+    handle.remove()
+
+
+def test_replace_sdpa_takes_one_head_without_its_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFA_MIN_SEQ", "4")
+    query, key, value = (random(3, 5, 32) for _ in range(3))
+    expected = scaled_dot_product_attention(query, key, value)
+    handle = flash.replace_sdpa(cpu=True)
+    try:
+        torch.testing.assert_close(scaled_dot_product_attention(query, key, value), expected)
+    finally:
+        handle.remove()
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])
+def test_scale_must_be_positive(scale: float) -> None:
+    with pytest.raises(ValueError, match=r"scale is .*; it must be above 0"):
+        flash.flash_attention(*qkv(), scale=scale)
+
+
+def test_scale_far_from_the_usual_warns() -> None:
+    with pytest.warns(UserWarning, match="far from the usual"):
+        flash.flash_attention(*qkv(), scale=1000.0)
+
+
+def test_a_scale_close_to_the_usual_counts() -> None:
+    inputs = [5 * tensor for tensor in qkv(key_heads=4)]
+    scale = 1 / math.sqrt(32) + 9e-7  # that package took it for the usual one
+    assert not torch.equal(flash.flash_attention(*inputs, scale=scale), flash.flash_attention(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda q, k, v: flash.flash_attention(q[0], k, v), ValueError, "query has 3 dimensions"),
+        (lambda q, k, v: flash.flash_attention(q, k, v, window_size=-1), ValueError, "window_size is -1"),
+        (lambda q, k, v: flash.flash_attention(q, k, v, attn_mask=torch.ones(34) > 0), ValueError, "attn_mask has 1"),
+        (
+            lambda q, k, v: flash.flash_attention(q, k, v, attn_mask=torch.ones(3, 34) > 0),
+            ValueError,
+            "attn_mask has s",
+        ),
+        (lambda q, k, v: flash.flash_attention(q, k[:, :1].repeat(1, 3, 1, 1), v), ValueError, "heads"),
+        (lambda q, k, v: flash.flash_attention_chunked(q, k, v, chunk_size=0), ValueError, "chunk_size is 0"),
+        (lambda q, k, v: flash.flash_attention_with_bias(q, k, v, k), ValueError, "attn_bias has shape"),
+        (lambda q, k, v: flash.flash_attention_with_bias(q, k, v, k[0, 0]), ValueError, "attn_bias has 2 dimensions"),
+        (lambda q, k, v: flash.flash_attention_with_bias(q, k, v, k > 0), TypeError, "attn_bias has dtype bool"),
+        (lambda q, k, v: flash.flash_attention_int8(q, k, v, k, v), TypeError, "key has dtype float32"),
+        (lambda q, k, v: flash.flash_attention_quantized(q, k, v, k, v, 7), ValueError, "quant_type is 7"),
+        (lambda q, k, v: flash.quantize_kv_nf4(k[..., :31], v), ValueError, "key has head dimension 31"),
+        (lambda q, k, v: flash.quantize_kv_int8(k[0], v), ValueError, "key has 3 dimensions"),
+    ],
+)
+def test_errors(call: Callable[..., Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        call(*qkv())
+
+
+def test_bf16_backward_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
+    mfa.mps_flash_attn._attention._logged.clear()
+    with caplog.at_level(logging.INFO, "mfa"):
+        flash.flash_attention(*qkv(), bf16_backward=True)
+    assert "bf16_backward has no effect" in caplog.text
+
+
+@pytest.mark.skipif(mfa.is_available(), reason="has Metal kernels")
+def test_precompile_needs_metal() -> None:
+    with pytest.raises(RuntimeError, match="Metal"):
+        flash.precompile()
+
+
+# -- benchmark ------------------------------------------------------------------------------------------------------
+
+
+def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--suite", "quick", "--seq-lengths", "32", "--dtypes", "fp32", "--backward"]
+    report, numbers = tmp_path / "report.html", tmp_path / "results.json"
+    benchmark.main([*arguments, "--output", str(report), "--json", str(numbers)])
+    results = json.loads(numbers.read_text())
+    assert len(results) == 4
+    assert all(result["mfa_time_ms"] > 0 and result["speedup"] > 0 for result in results)
+    assert report.read_text().count("<tr>") == 5
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "[4/4]" in printed
+
+
+def test_benchmark_reports_errors() -> None:
+    result = benchmark.run_benchmark(benchmark.BenchmarkConfig(seq_len=8, head_dim=512, dtype="float32"))
+    assert result.mfa_error is not None
+    assert "head dimension 512" in result.mfa_error
+    assert result.sdpa_error is None
+    windowed = benchmark.BenchmarkConfig(seq_len=8, dtype="float32", is_causal=True, window_size=4)
+    assert benchmark.run_benchmark(windowed).sdpa_time_ms is None
+    assert str(windowed) == "B=1 H=8 N=8 D=64 float32 causal window=4"
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        benchmark.get_dtype("int8")

@@ -1,0 +1,457 @@
+"""mfa.attention_varlen against float64, sequence by sequence, and what has to hold exactly."""
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import Device
+from hypothesis import given, seed, settings
+from serving import (
+    DTYPES,
+    Packed,
+    by_sequence,
+    dense_terms,
+    missing,
+    moved,
+    normal,
+    packed_problems,
+    skip_without_kernels,
+    starts,
+    tolerances,
+)
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import mfa
+
+REASON = missing("attention_varlen_forward", "attention_varlen_backward")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+FORWARD, BACKWARD = "attention_varlen_forward", "attention_varlen_backward"
+
+
+@pytest.fixture
+def device(device: Device) -> Device:
+    skip_without_kernels(device, FORWARD)
+    return device
+
+
+@pytest.fixture
+def training_device(device: Device) -> Device:
+    skip_without_kernels(device, FORWARD, BACKWARD)
+    return device
+
+
+def check(problem: Packed, device: Device) -> None:
+    """The numerics rule for out and lse; and the same result, bit by bit, whatever the order of execution."""
+    arguments, terms = problem.arguments()
+    expected = by_sequence(oracle.attention, arguments, terms)
+    plain = by_sequence(oracle.composition, arguments, terms)
+    results = []
+    for order in (0, 1) if device.name == "simulator" else (0,):
+        with device.active(seed=order):
+            results.append(
+                mfa.attention_varlen(
+                    *(moved(x, device) for x in arguments),
+                    **{name: moved(term, device) for name, term in terms.items()},
+                    return_lse=True,
+                )
+            )
+    out, lse = (result.cpu() for result in results[0])
+    assert out.dtype == problem.dtype
+    assert lse.dtype == torch.float32
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    sequences = []
+    for n in range(len(problem.lengths)):
+        rows = [slice(int(s[n]), int(s[n + 1])) for s in arguments[3:5]]
+        dense = [x[r].transpose(0, 1)[None] for x, r in zip(arguments, (rows[0], rows[1], rows[1]), strict=False)]
+        sequences.append((tuple(dense), dense_terms(terms, n)))
+    scale = 1 / math.sqrt(problem.dims[0]) if problem.scale is None else problem.scale
+    allowed = tolerances(scale, problem.dtype, sequences, plain, expected)
+    for actual, reference, tolerance in zip((out, lse), expected, allowed, strict=True):
+        assert actual.shape == reference.shape
+        assert oracle.largest_error(actual, reference) <= tolerance
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shard", range(8))
+def test_random_problems(device: Device, shard: int) -> None:
+    dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
+
+    @seed(shard)
+    @settings(max_examples=30)
+    @given(packed_problems(dtypes=dtypes))
+    def holds(problem: Packed) -> None:
+        check(problem, device)
+
+    holds()
+
+
+def gradients(
+    function: Any, arguments: tuple[Any, ...], terms: dict[str, Any], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Of a sum of out, and of lse where it is finite, with random weights."""
+    inputs = [*arguments[:3], terms.get("sinks"), terms.get("alibi_slopes")]
+    inputs = [x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    extra = {name: x for name, x in zip(("sinks", "alibi_slopes"), inputs[3:], strict=True) if x is not None}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(x.sum() * 0 for x in inputs if x is not None).double().cpu()  # so that each has a gradient
+    for output in function((*inputs[:3], *arguments[3:]), {**terms, **extra}):
+        weight = torch.randn(output.shape, generator=generator).to(arguments[0].dtype)
+        loss = loss + torch.where(output.isfinite().cpu(), output.cpu().double(), 0).mul(weight.cpu()).sum()
+    wanted = [x for x in inputs if x is not None]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_gradients(training_device: Device, shard: int) -> None:
+    """The numerics rule for the gradients of query, key, value, sinks and slopes, through out and lse."""
+    device = training_device
+    dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
+
+    def product(arguments: tuple[Any, ...], terms: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return mfa.attention_varlen(*arguments, **terms, return_lse=True)
+
+    @seed(shard)
+    @settings(max_examples=30)
+    @given(packed_problems(dtypes=dtypes))
+    def holds(problem: Packed) -> None:
+        arguments, terms = problem.arguments()
+        expected = gradients(lambda a, t: by_sequence(oracle.attention, a, t), arguments, terms, torch.float64)
+        plain = gradients(lambda a, t: by_sequence(oracle.composition, a, t), arguments, terms)
+        with device.active():
+            there = tuple(moved(x, device) for x in arguments)
+            ours = gradients(product, there, {name: moved(term, device) for name, term in terms.items()})
+        # As in test_cpu.py: dS may cancel to nothing, and a slope's gradient sums dS * distance.
+        longest = sum(a + b for a, b in problem.lengths)
+        for i, (actual, reference, torchs) in enumerate(zip(ours, expected, plain, strict=True)):
+            assert actual.shape == reference.shape
+            rounding = torch.finfo(actual.dtype).eps * (
+                problem.dims[1] + 1 + float(reference.abs().amax()) if reference.numel() else 0
+            )
+            few = reference.numel() < 512 or sum(a * b for a, b in problem.lengths) < 512
+            allowed = oracle.tolerance(torchs, reference) + (4 * rounding if few else 0)
+            if i > 2:
+                allowed += rounding * math.sqrt(longest) * (longest if terms.get("alibi_slopes") is not None else 1)
+            assert oracle.largest_error(actual.cpu(), reference) <= allowed
+
+    holds()
+
+
+LENGTHS = ((5, 9), (0, 4), (33, 33), (1, 0), (12, 3))
+
+
+def arguments(device: Device, lengths: tuple[tuple[int, int], ...] = LENGTHS, **options: Any) -> tuple[Any, ...]:
+    options = {"dtype": torch.float32, "key_heads": 2, "group": 2, "spare": (0, 0), "dims": (32, 32), **options}
+    return tuple(moved(x, device) for x in Packed(lengths=lengths, **options).arguments()[0])
+
+
+def test_two_runs_are_bitwise_equal(training_device: Device) -> None:
+    query, key, value, *layout = arguments(training_device)
+    tensors = [x.requires_grad_() for x in (query, key, value)]
+    results = []
+    with training_device.active():
+        for _ in range(2):
+            out, lse = mfa.attention_varlen(*tensors, *layout, is_causal=True, return_lse=True)
+            results.append((out, lse, *torch.autograd.grad(out.square().sum(), tensors)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_equal_lengths_are_a_dense_batch(training_device: Device) -> None:
+    """Causal is aligned to the lower right here, and to the upper left there."""
+    dense = [normal(3, heads, length, 32, seed=length) for heads, length in ((4, 20), (2, 33), (2, 33))]
+    packed = [x.transpose(1, 2).flatten(0, 1).contiguous().requires_grad_() for x in dense]
+    dense = [x.requires_grad_() for x in dense]
+    layout = starts([20] * 3), starts([33] * 3), 20, 33
+    with training_device.active():
+        out, lse = mfa.attention_varlen(*packed, *layout, is_causal=True, window=(9, None), return_lse=True)
+        whole, whole_lse = mfa.attention(*dense, window=(9, 0), enable_gqa=True, return_lse=True)
+        grads = torch.autograd.grad(out.square().sum(), packed)
+        whole_grads = torch.autograd.grad(whole.square().sum(), dense)
+    torch.testing.assert_close(out, whole.transpose(1, 2).flatten(0, 1))
+    torch.testing.assert_close(lse, whole_lse.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(list(grads), [x.transpose(1, 2).flatten(0, 1) for x in whole_grads])
+
+
+def test_permuting_the_sequences_permutes_the_output(device: Device) -> None:
+    problem = [(7, 20), (40, 3), (16, 64)]
+    query, key, value, *_ = arguments(device, tuple(problem))
+    parts = [x.split(lengths) for x, lengths in ((query, (7, 40, 16)), (key, (20, 3, 64)), (value, (20, 3, 64)))]
+    order = (2, 0, 1)
+    lengths = [problem[i] for i in order]
+    layouts = [
+        (moved(starts([a for a, _ in p]), device), moved(starts([b for _, b in p]), device), 40, 64)
+        for p in (problem, lengths)
+    ]
+    with device.active():
+        out = mfa.attention_varlen(query, key, value, *layouts[0], window=(20, 3))
+        permuted = mfa.attention_varlen(*(torch.cat([x[i] for i in order]) for x in parts), *layouts[1], window=(20, 3))
+    expected = torch.cat([out.split((7, 40, 16))[i] for i in order])
+    torch.testing.assert_close(permuted, expected, rtol=0, atol=0)
+
+
+def test_one_sequences_nan_stays_there(training_device: Device) -> None:
+    query, key, value, *layout = arguments(training_device, ((9, 9), (17, 20), (30, 30)), spare=(4, 4))
+    dirty = [x.clone() for x in (query, key, value)]
+    for tensor in dirty:
+        tensor[9 : 26 if tensor is dirty[0] else 29] = math.nan
+        tensor[-4:] = math.nan
+    results = []
+    for tensors in ((query, key, value), dirty):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        with training_device.active():
+            out, lse = mfa.attention_varlen(*tensors, *layout, is_causal=True, return_lse=True)
+            loss = out[:9].sum() + out[26:].sum() + lse[:, :9].sum() + lse[:, 26:56].sum()
+            results.append((out, lse, *torch.autograd.grad(loss, tensors)))
+    clean, after = results
+    own_rows = {
+        0: (0, slice(9, 26)),
+        1: (1, slice(9, 26)),
+        2: (0, slice(9, 26)),
+        3: (0, slice(9, 29)),
+        4: (0, slice(9, 29)),
+    }
+    for index, (dim, rows) in own_rows.items():
+        pairs = [x[index].transpose(0, dim).clone() for x in (after, clean)]
+        for tensor in pairs:
+            tensor[rows] = 0
+        torch.testing.assert_close(pairs[0], pairs[1], rtol=0, atol=0)
+
+
+def test_tokens_of_no_sequence_see_nothing(training_device: Device) -> None:
+    query, key, value, *layout = arguments(training_device, spare=(6, 5))
+    tensors = [x.requires_grad_() for x in (query, key, value)]
+    with training_device.active():
+        out, lse = mfa.attention_varlen(*tensors, *layout, return_lse=True)
+        grads = torch.autograd.grad(out.sum() + lse[lse.isfinite()].sum(), tensors)
+    assert (out[-6:] == 0).all()
+    assert (lse[:, -6:] == -math.inf).all()
+    for grad, spare in zip(grads, (6, 5, 5), strict=True):
+        assert (grad[-spare:] == 0).all()
+        assert not (grad[:-spare] == 0).all()
+
+
+@pytest.mark.parametrize("lengths", [(), ((0, 0),), ((0, 5), (0, 0)), ((5, 0), (3, 0))])
+def test_nothing_to_do(training_device: Device, lengths: tuple[tuple[int, int], ...]) -> None:
+    query, key, value, *layout = arguments(training_device, lengths)
+    tensors = [x.requires_grad_() for x in (query, key, value)]
+    sinks = moved(normal(4), training_device)
+    with training_device.active():
+        out, lse = mfa.attention_varlen(*tensors, *layout, return_lse=True)
+        with_sinks = mfa.attention_varlen(*tensors, *layout, sinks=sinks, return_lse=True)[1]
+        grads = torch.autograd.grad(out.sum(), tensors)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    assert torch.equal(with_sinks, sinks[:, None].expand(lse.shape))
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_gradcheck() -> None:
+    layout = starts([3, 0, 4]), starts([2, 3, 5]), 4, 5
+    shapes = ((7, 4, 3), (10, 2, 3), (10, 2, 2), (4,))
+    inputs = tuple(normal(*shape, dtype=torch.float64, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+
+    def function(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        return mfa.attention_varlen(query, key, value, *layout, sinks=sinks, softcap=2.0, window=(3, 1))
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+CPU = Device("cpu")
+INT32 = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"cu_seqlens_q": torch.tensor([0, 5, 10])}, TypeError, "cu_seqlens_q has dtype int64; it must be int32"),
+        ({"cu_seqlens_q": torch.tensor([0.0, 5.0, 10.0])}, TypeError, "cu_seqlens_q has dtype float32"),
+        ({"cu_seqlens_k": torch.tensor([1, 5, 12], dtype=INT32)}, ValueError, "cu_seqlens_k starts with 1"),
+        ({"cu_seqlens_q": torch.tensor([0, 11, 10], dtype=INT32)}, ValueError, "cu_seqlens_q falls from 11 to 10 at 2"),
+        ({"cu_seqlens_q": torch.tensor([0, -3, 10], dtype=INT32)}, ValueError, "cu_seqlens_q falls from 0 to -3"),
+        ({"cu_seqlens_k": torch.tensor([0, 5, 13], dtype=INT32)}, ValueError, "ends with 13; .* the 12 tokens of key"),
+        ({"cu_seqlens_k": torch.tensor([0, 12], dtype=INT32)}, ValueError, "cu_seqlens_k has shape \\[2\\]"),
+        ({"cu_seqlens_q": torch.zeros(0, dtype=INT32)}, ValueError, "cu_seqlens_q has shape \\[0\\]"),
+        ({"cu_seqlens_q": torch.zeros(3, 1, dtype=INT32)}, ValueError, "cu_seqlens_q has shape \\[3, 1\\]"),
+        ({"cu_seqlens_q": [0, 5, 10]}, TypeError, "cu_seqlens_q is of type list"),
+        ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q is 4; .* that of 0 is 5"),
+        ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k is -1"),
+        ({"max_seqlen_k": 7.0}, TypeError, "max_seqlen_k is 7.0; it must be an integer"),
+        ({"max_seqlen_k": torch.tensor(7)}, TypeError, "max_seqlen_k is a tensor"),
+        ({"query": normal(1, 10, 4, 8)}, ValueError, "query has 4 dimensions; it must have 3"),
+        ({"query": normal(10, 3, 8)}, ValueError, "query has 3 heads"),
+        ({"key": normal(12, 2, 8).half()}, TypeError, "key has dtype float16"),
+        ({"value": normal(11, 2, 8)}, ValueError, "value has length 11"),
+        ({"sinks": normal(3)}, ValueError, "sinks has shape \\[3\\]"),
+        ({"alibi_slopes": normal(3, 4)}, ValueError, "alibi_slopes has shape \\[3, 4\\]; .*\\[N,Hq\\] = \\[2, 4\\]"),
+        ({"alibi_slopes": normal(4).half()}, TypeError, "alibi_slopes has dtype float16"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"scale": math.nan}, ValueError, "scale is nan"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+        ({"window": (1, 2, 3)}, TypeError, "window is"),
+        ({"is_causal": 1}, TypeError, "is_causal is 1"),
+    ],
+)
+def test_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    layout = (starts([5, 5]), starts([5, 7]), 5, 7)
+    values = dict(zip(names, (normal(10, 4, 8), normal(12, 2, 8), normal(12, 2, 8), *layout), strict=True))
+    mfa.attention_varlen(**values)
+    with pytest.raises(error, match=words):
+        mfa.attention_varlen(**{**values, **change})
+
+
+def test_bad_contents_are_refused_by_the_op_as_well(device: Device) -> None:
+    query, key, value, cu_q, cu_k, *longest = arguments(device)
+    if device.name == "mps":
+        pytest.skip("the host does not see contents on mps")
+    cu_q = cu_q.clone()
+    cu_q[-1] += 1
+    with device.active(), pytest.raises(RuntimeError, match="cu_seqlens_q ends with 52"):
+        torch.ops.mfa.attention_varlen_forward(
+            *(query, key, value, cu_q, cu_k, *longest, None, None, 1.0, None, None, 0.0, 0.0, None)
+        )
+
+
+# -- PyTorch's machinery --------------------------------------------------------------------------------------------
+
+
+def op_arguments(*, features: bool = True) -> tuple[Any, ...]:
+    sinks, slopes = (normal(4), normal(5, 4).abs()) if features else (None, None)
+    return (*arguments(CPU), sinks, slopes, 0.25, 20, 0, 5.0 if features else 0.0, 0.0, None)
+
+
+def test_opcheck_forward(device: Device) -> None:
+    with device.active():
+        opcheck(torch.ops.mfa.attention_varlen_forward.default, tuple(moved(x, device) for x in op_arguments()))
+
+
+@pytest.mark.parametrize("mask", [[True] * 5, [False, True, True, False, True]])
+def test_opcheck_gradients(mask: list[bool]) -> None:
+    inputs = op_arguments()
+    out, lse = torch.ops.mfa.attention_varlen_forward(*inputs)
+    opcheck(
+        torch.ops.mfa.attention_varlen_backward.default,
+        (torch.ones_like(out), torch.ones_like(lse), *inputs[:3], out, lse, *inputs[3:], mask),
+    )
+    leaves = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    opcheck(torch.ops.mfa.attention_varlen_forward.default, tuple(leaves))
+
+
+def test_compile_is_done_once_for_all_lengths() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def model(query: Tensor, key: Tensor, value: Tensor, *layout: Any) -> Tensor:
+        return mfa.attention_varlen(query, key, value, *layout, is_causal=True, window=(50, None)).sin()
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in (((5, 9), (7, 7)), ((20, 31), (3, 4), (9, 9)), ((40, 33), (8, 8), (11, 2), (2, 3))):
+        query, key, value, *layout = arguments(CPU, lengths)
+        tensors = [x.requires_grad_() for x in (query, key, value)]
+        out, expected = compiled(*tensors, *layout), model(*tensors, *layout)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors)
+        )
+    assert counter.frame_count == 1
+
+
+def test_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+            return mfa.attention_varlen(query, key, value, cu_q, cu_k, 64, 64, is_causal=True)
+
+    tokens_q, tokens_k, ends = (torch.export.Dim(name, min=2, max=4096) for name in ("tq", "tk", "ends"))
+    shapes = ({0: tokens_q}, {0: tokens_k}, {0: tokens_k}, {0: ends}, {0: ends})
+    program = torch.export.export(Model(), arguments(CPU)[:5], dynamic_shapes=shapes)
+    other = arguments(CPU, ((8, 8), (30, 40), (1, 2)))[:5]
+    torch.testing.assert_close(program.module()(*other), Model()(*other), rtol=0, atol=0)
+
+
+def test_vmap() -> None:
+    layout = starts([5, 4]), starts([6, 9]), 5, 9
+    query, key, value = normal(3, 9, 4, 8), normal(15, 2, 8, seed=1), normal(15, 2, 3, 8, seed=2)
+    sinks, slopes = normal(3, 4, seed=3), normal(2, 4, seed=4).abs()
+
+    def f(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        terms: dict[str, Any] = {"is_causal": True, "sinks": sinks, "alibi_slopes": slopes, "return_lse": True}
+        return mfa.attention_varlen(query, key, value, *layout, **terms)
+
+    out, lse = torch.vmap(f, in_dims=(0, None, 2, 0))(query, key, value, sinks)
+    loop = [f(query[i], key, value[:, :, i], sinks[i]) for i in range(3)]
+    torch.testing.assert_close(list(out), [x for x, _ in loop])
+    torch.testing.assert_close(list(lse), [x for _, x in loop])
+
+    def grads(query: Tensor, value: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        terms = (sinks, slopes, 0.3, None, 0, 0.0, 0.0, None, [True, True, False, True, True])
+        return torch.ops.mfa.attention_varlen_backward(out.cos(), lse, query, key, value, out, lse, *layout, *terms)
+
+    mapped = torch.vmap(grads, in_dims=(0, 2, 0, 0, 0))(query, value, sinks, out, lse)
+    singles = [grads(query[i], value[:, :, i], sinks[i], out[i], lse[i]) for i in range(3)]
+    for j in range(5):
+        torch.testing.assert_close(list(mapped[j]), [single[j] for single in singles])
+
+
+def test_vmap_over_the_lengths() -> None:
+    query, key, value = normal(9, 4, 8), normal(15, 2, 8, seed=1), normal(15, 2, 8, seed=2)
+    ends = torch.stack([starts([5, 4]), starts([2, 6])])
+
+    def f(cu_q: Tensor) -> Tensor:
+        return mfa.attention_varlen(query, key, value, cu_q, starts([6, 9]), 9, 9)
+
+    torch.testing.assert_close(list(torch.vmap(f)(ends)), [f(ends[0]), f(ends[1])])
+
+
+def test_autocast() -> None:
+    query, key, value, *layout = arguments(CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mfa.attention_varlen(query.half(), key, value.requires_grad_(), *layout, sinks=normal(4))
+        raw = torch.ops.mfa.attention_varlen_forward(
+            *(query, key, value, *layout, None, None, 0.3, None, None, 0.0, 0.0, None)
+        )[0]
+    assert out.dtype == raw.dtype == torch.bfloat16
+    out.sum().backward()
+    assert value.grad is not None
+    assert value.grad.dtype == torch.float32
+
+
+def test_flops_are_those_of_the_lengths() -> None:
+    query, key, value, *layout = arguments(CPU)
+    tensors = [x.requires_grad_() for x in (query, key, value)]
+    pairs = sum(a * b for a, b in LENGTHS)
+    with FlopCounterMode(display=False) as counter:
+        out = mfa.attention_varlen(*tensors, *layout)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 2 * 4 * pairs * 64
+    assert counter.get_total_flops() - forward == 2 * 4 * pairs * 160
+
+
+# -- what the kernels cost ------------------------------------------------------------------------------------------
+
+
+def test_packing_costs_what_the_visible_blocks_need(device: Device) -> None:
+    """At most 1.05 times the matrix multiplications of each sequence by itself, and no launch per sequence."""
+    if device.name != "simulator":
+        pytest.skip("only the simulator counts")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 200, (16,), generator=generator).tolist()
+    problem = Packed(torch.float16, 1, 1, tuple((n, n) for n in lengths), (0, 0), (64, 64))
+    query, key, value, *layout = problem.arguments()[0]
+    with mfa.simulate() as packed:
+        mfa.attention_varlen(query, key, value, *layout, is_causal=True)
+    with mfa.simulate() as alone:
+        for n in range(16):
+            rows = slice(int(layout[0][n]), int(layout[0][n + 1]))
+            mfa.attention(*(x[rows].transpose(0, 1)[None] for x in (query, key, value)), is_causal=True)
+    assert packed.counters.mma <= 1.05 * alone.counters.mma
+    assert len(packed.launches) <= 2
