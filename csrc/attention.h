@@ -38,6 +38,60 @@ attention_backward(const torch::stable::Tensor& grad_out, const std::optional<to
                    double dropout_p, const std::optional<torch::stable::Tensor>& rng_state,
                    const std::vector<bool>& output_mask);
 
+// Sequences packed one behind the other: query [Tq,Hq,D], key [Tk,Hkv,D], value [Tk,Hkv,Dv]; sequence n has rows
+// starts[n] ... starts[n+1] - 1, int32 [N+1]; alibi_slopes [Hq] or [N,Hq]. The contents of the starts are not read here: the
+// kernels clamp them. Lengths' maxima are not needed.
+struct Varlen {
+  const torch::stable::Tensor& query;
+  const torch::stable::Tensor& key;
+  const torch::stable::Tensor& value;
+  const torch::stable::Tensor& query_starts;
+  const torch::stable::Tensor& key_starts;
+  const std::optional<torch::stable::Tensor>& sinks;
+  const std::optional<torch::stable::Tensor>& alibi_slopes;
+  double scale;
+  std::optional<std::int64_t> window_left, window_right;
+  double softcap, dropout_p;
+  const std::optional<torch::stable::Tensor>& rng_state;
+};
+
+// Returns out [Tq,Hq,Dv] and lse [Hq,Tq] float32.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_varlen_forward(
+    const torch::stable::Tensor& query, const torch::stable::Tensor& key, const torch::stable::Tensor& value,
+    const torch::stable::Tensor& cu_seqlens_q, const torch::stable::Tensor& cu_seqlens_k, std::int64_t max_seqlen_q,
+    std::int64_t max_seqlen_k, const std::optional<torch::stable::Tensor>& sinks,
+    const std::optional<torch::stable::Tensor>& alibi_slopes, double scale, std::optional<std::int64_t> window_left,
+    std::optional<std::int64_t> window_right, double softcap, double dropout_p,
+    const std::optional<torch::stable::Tensor>& rng_state);
+
+// Returns the gradients of query, key, value, sinks and alibi_slopes; `output_mask` is in this order.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+attention_varlen_backward(const torch::stable::Tensor& grad_out, const std::optional<torch::stable::Tensor>& grad_lse,
+                          const torch::stable::Tensor& query, const torch::stable::Tensor& key,
+                          const torch::stable::Tensor& value, const torch::stable::Tensor& out,
+                          const torch::stable::Tensor& lse, const torch::stable::Tensor& cu_seqlens_q,
+                          const torch::stable::Tensor& cu_seqlens_k, std::int64_t max_seqlen_q,
+                          std::int64_t max_seqlen_k, const std::optional<torch::stable::Tensor>& sinks,
+                          const std::optional<torch::stable::Tensor>& alibi_slopes, double scale,
+                          std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right,
+                          double softcap, double dropout_p, const std::optional<torch::stable::Tensor>& rng_state,
+                          const std::vector<bool>& output_mask);
+
+// query [B,Hq,Lq,D] over caches [B,Hkv,capacity,D|Dv], or [pages,Hkv,page,D|Dv] with block_table int32 [B,pages_per_sequence];
+// cache_lengths int32 [B]: live keys. int8 and float8_e4m3fn caches have scales, float32 [B or pages,Hkv,capacity or page].
+// num_splits 0: chosen by the plan. Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_decode(
+    const torch::stable::Tensor& query, const torch::stable::Tensor& key_cache,
+    const torch::stable::Tensor& value_cache, const torch::stable::Tensor& cache_lengths,
+    const std::optional<torch::stable::Tensor>& block_table, const std::optional<torch::stable::Tensor>& key_scale,
+    const std::optional<torch::stable::Tensor>& value_scale, const std::optional<torch::stable::Tensor>& sinks,
+    const std::optional<torch::stable::Tensor>& alibi_slopes, double scale, std::optional<std::int64_t> window_left,
+    std::optional<std::int64_t> window_right, double softcap, std::int64_t num_splits);
+
+// float32 [Hq], from what backward_delta left.
+torch::stable::Tensor gradient_of_sinks(const torch::stable::Tensor& sinks, const torch::stable::Tensor& statistics);
+
 }  // namespace mfa
 
 // Knobs of the process, for Python (ctypes), tests and benchmarks. Each returns the value that it replaces.

@@ -8,6 +8,7 @@
 
 #include <iterator>
 #include <type_traits>
+#include <utility>
 
 #include "bindings.h"
 #include "catalogue.h"
@@ -29,7 +30,11 @@ constexpr Named<Kind> kKinds[] = {{"forward", Kind::forward},
                                   {"backward_dq", Kind::backward_dq},
                                   {"backward_dq_from_ds", Kind::backward_dq_from_ds},
                                   {"backward_dbias", Kind::backward_dbias},
-                                  {"mask_blocks", Kind::mask_blocks}};
+                                  {"mask_blocks", Kind::mask_blocks},
+                                  {"decode", Kind::decode},
+                                  {"combine", Kind::combine},
+                                  {"tile_map_of_queries", Kind::tile_map_of_queries},
+                                  {"tile_map_of_keys", Kind::tile_map_of_keys}};
 constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
                                           {"mask", BiasKind::mask},
                                           {"same_dtype", BiasKind::same_dtype},
@@ -44,11 +49,10 @@ constexpr Named<BackwardMode> kModes[] = {{"automatic", BackwardMode::automatic}
 template <typename Class, auto kMember>
 auto tuple_of(const Class& object) {
   const auto& values = object.*kMember;
-  if constexpr (std::size(std::remove_cvref_t<decltype(values)>{}) == 3) {
-    return std::tuple(values[0], values[1], values[2]);
-  } else {
-    return std::tuple(values[0], values[1], values[2], values[3]);
-  }
+  constexpr std::size_t size = std::size(std::remove_cvref_t<decltype(values)>{});
+  return [&]<std::size_t... i>(std::index_sequence<i...>) {
+    return std::tuple(values[i]...);
+  }(std::make_index_sequence<size>());
 }
 
 // Unsigned: lengths that the plan is going to refuse may overflow here.
@@ -153,7 +157,8 @@ void bind_plan(nb::module_& m) {
       .def_prop_ro("grid", &tuple_of<Launch, &Launch::grid>, "Threadgroups.")
       .def_prop_ro("group", &tuple_of<Launch, &Launch::group>, "Threads per threadgroup.")
       .def_ro("threadgroup_memory", &Launch::threadgroup_memory, "Bytes.")
-      .def_ro("first_unit", &Launch::first_unit, "The first (batch, key head) of the backward pass's chunk.");
+      .def_prop_ro("unit", &tuple_of<Launch, &Launch::unit>,
+                   "What Argument::kFirstUnit of metal/params.h is bound to.");
 
   auto params = nb::class_<AttentionParams>(m, "AttentionParams", "The parameter block of metal/params.h.");
   params.def("__bytes__", [](const AttentionParams& p) { return nb::bytes(&p, sizeof p); }, "As kernels read it.");

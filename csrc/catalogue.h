@@ -13,7 +13,11 @@ enum class Kind {
   backward_dq,
   backward_dq_from_ds,
   backward_dbias,
-  mask_blocks
+  mask_blocks,
+  decode,
+  combine,
+  tile_map_of_queries,
+  tile_map_of_keys
 };
 
 struct Instance {
@@ -103,6 +107,20 @@ inline constexpr Instance kInstances[] = {
    simdgroups * block_keys * int(sizeof(float))},
 #define MASK_BLOCKS(dtype, simdgroups) \
   {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
+#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                          \
+  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles "_k" #block_keys,      \
+   Kind::decode,                                                                           \
+   DType::dtype,                                                                           \
+   head_dim,                                                                               \
+   value_dim,                                                                              \
+   1,                                                                                      \
+   8 * row_tiles,                                                                          \
+   block_keys,                                                                             \
+   0},
+#define COMBINE(dtype, threads) \
+  {"combine_" #dtype "_t" #threads, Kind::combine, DType::dtype, 0, 0, threads / 32, 0, 0, 0},
+#define TILE_MAP(of, of_keys, simdgroups) \
+  {"tile_map_of_" #of "_s" #simdgroups, Kind::tile_map_of_##of, DType::f16, 0, 0, simdgroups, 0, 0, 4 * simdgroups},
 #include "../metal/instances.def"
 };
 

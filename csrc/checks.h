@@ -6,10 +6,21 @@
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include "plan.h"
 
 namespace mfa {
+
+// Throws the sentence that the parts make. Plain runtime errors: STD_TORCH_CHECK would put file and line before it.
+template <typename... Parts>
+void refuse_unless(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
 
 // The arguments that forward and backward share.
 struct Inputs {

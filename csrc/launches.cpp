@@ -74,6 +74,7 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
       {kHasSoftcap, canonical.params.softcap > 0},
       {kHasAlibi, problem.alibi != Alibi::none},
       {kHasDropout, canonical.params.dropout_threshold > 0},
+      {kIsVarlen, problem.sequences > 0},
   });
   for (const Constant& constant : more) all[constant.index].value = constant.value;
   return all;
@@ -94,7 +95,7 @@ bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canoni
 }
 
 void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> constants,
-                const std::array<std::int64_t, 3>& grid, std::int64_t first_unit) {
+                const std::array<std::int64_t, 3>& grid, std::array<std::int64_t, 2> unit) {
   if (std::ranges::find(grid, 0) != grid.end()) return;
   Launch launch{
       .kernel = instance.name,
@@ -102,10 +103,22 @@ void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> cons
       .grid = {},
       .group = {static_cast<std::uint32_t>(instance.threads()), 1, 1},
       .threadgroup_memory = static_cast<std::uint32_t>(instance.threadgroup_memory),
-      .first_unit = static_cast<int>(first_unit),
+      .unit = {static_cast<int>(unit[0]), static_cast<int>(unit[1])},
   };
   std::ranges::transform(grid, launch.grid.begin(), [](std::int64_t size) { return static_cast<std::uint32_t>(size); });
   plan.launches.push_back(std::move(launch));
+}
+
+std::int64_t row_tiles(const Problem& problem, std::int64_t length, int rows) {
+  return tiles(length, rows) + problem.sequences;
+}
+
+void add_tile_map(Plan& plan, const Problem& problem, bool of_keys, int rows) {
+  if (problem.sequences == 0) return;
+  const std::int64_t entries = row_tiles(problem, of_keys ? problem.key_length : problem.query_length, rows);
+  const Instance& instance = the_instance(of_keys ? Kind::tile_map_of_keys : Kind::tile_map_of_queries);
+  add_launch(plan, instance, constants({{kIsVarlen, true}}), {1, 1, 1}, {rows, entries});
+  plan.tile_map_bytes = std::max(plan.tile_map_bytes, static_cast<std::uint64_t>(entries) * 2 * sizeof(int));
 }
 
 }  // namespace mfa

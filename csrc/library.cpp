@@ -24,6 +24,20 @@ constexpr const char* kSchemas[] = {
     "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state, bool[6] output_mask) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks, "
     "Tensor grad_alibi)",
+
+    "attention_varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
+    "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) -> (Tensor out, Tensor lse)",
+
+    "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, "
+    "Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, "
+    "Tensor? rng_state, bool[5] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    "Tensor grad_sinks, Tensor grad_alibi)",
+
+    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, Tensor? block_table, "
+    "Tensor? key_scale, Tensor? value_scale, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
+    "SymInt? window_right, float softcap, SymInt num_splits) -> (Tensor out, Tensor lse)",
 };
 
 template <typename Function>
@@ -64,4 +78,7 @@ struct Definitions {
 STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) {
   m.impl("attention_forward", TORCH_BOX(&mfa::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&mfa::attention_backward));
+  m.impl("attention_varlen_forward", TORCH_BOX(&mfa::attention_varlen_forward));
+  m.impl("attention_varlen_backward", TORCH_BOX(&mfa::attention_varlen_backward));
+  m.impl("attention_decode", TORCH_BOX(&mfa::attention_decode));
 }

@@ -110,6 +110,8 @@ Strides Operands::write_rows(Argument argument, const Tensor& tensor) {
   return bind_rows(argument, tensor, tensor.mutable_data_ptr());
 }
 
+void Operands::read(Argument argument, const Tensor& tensor) { bind(argument, tensor, tensor.const_data_ptr()); }
+
 void Operands::read_contiguous(Argument argument, const Tensor& tensor) {
   alive_.push_back(torch::stable::contiguous(tensor));
   bind(argument, alive_.back(), alive_.back().const_data_ptr());
@@ -125,11 +127,13 @@ void Operands::run(const Plan& plan) {
   };
   allocate(kScoreGradient, plan.scratch_bytes);
   allocate(kMaskClasses, plan.mask_class_bytes);
+  allocate(kTileMap, plan.tile_map_bytes);
   // A tensor without elements has no address, but a kernel's argument must be bound: to any buffer, of which it may
   // touch nothing. There is one, since a kernel that runs writes something.
   for (const Buffer& buffer : arguments_) {
     if (!buffer.extent) continue;
-    for (Argument argument : empty_) arguments_[argument] = {buffer.storage, buffer.offset, 0};
+    for (Argument argument : empty_)
+      if (!arguments_[argument].storage) arguments_[argument] = {buffer.storage, buffer.offset, 0};
     break;
   }
   launcher_.run(plan, arguments_);

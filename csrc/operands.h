@@ -22,6 +22,7 @@ class Operands {
   // them.
   Strides read_rows(Argument argument, const torch::stable::Tensor& tensor);
   Strides write_rows(Argument argument, const torch::stable::Tensor& tensor);
+  void read(Argument argument, const torch::stable::Tensor& tensor);
   void read_contiguous(Argument argument, const torch::stable::Tensor& tensor);
   void write(Argument argument, const torch::stable::Tensor& tensor);
 

@@ -50,6 +50,18 @@ struct Problem {
   Alibi alibi = Alibi::none;
   double dropout_p = 0;
   bool wants_lse = true;  // forward only
+  // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are 0,
+  // and windows are relative to each sequence's own lower-right diagonal. 0: not packed.
+  std::int64_t sequences = 0;
+};
+
+// Few queries over a cache. `problem` says the rest: key_length is the cache's capacity per batch entry, key_strides[0] is
+// that of a page where there are pages.
+struct Cache {
+  enum class Format { same_dtype, int8, float8 } format = Format::same_dtype;
+  std::int64_t page_size = 0, pages = 0, pages_per_sequence = 0;  // 0: not paged
+  Strides key_scale_strides{}, value_scale_strides{};              // of a quantized cache
+  std::int64_t splits = 0;                                         // parts of the keys; 0: chosen here
 };
 
 // seven_gemm: dQ, and dK with dV, each recompute P and dP. five_gemm: dQ comes from a dS that was written to scratch.
@@ -82,13 +94,16 @@ struct Launch {
   std::array<std::uint32_t, 3> grid;   // threadgroups; what a position means is for the kernel to say
   std::array<std::uint32_t, 3> group;  // threads per threadgroup
   std::uint32_t threadgroup_memory;    // bytes, static in the kernel
-  int first_unit = 0;                  // for Argument::kFirstUnit
+  // For Argument::kFirstUnit. backward_dkdv and backward_dq_from_ds: the first (batch, key head) of a chunk. tile_map: rows
+  // per tile, and entries of the map.
+  std::array<int, 2> unit{};
 };
 
 struct Plan {
   std::vector<Launch> launches;        // in order, dependent ones serialised by the encoder; none has an empty grid
   AttentionParams params;              // every launch gets it at Argument::kParams
   std::uint64_t scratch_bytes = 0;     // for Argument::kScoreGradient
+  std::uint64_t tile_map_bytes = 0;  // for Argument::kTileMap
   std::uint64_t mask_class_bytes = 0;  // for Argument::kMaskClasses
 };
 
@@ -98,5 +113,7 @@ Plan plan_forward(const Problem& problem);
 // backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias. The gradient of the sinks
 // needs backward_delta alone.
 Plan plan_backward(const Problem& problem, const Gradients& gradients);
+// decode, and combine where the keys are split.
+Plan plan_decode(const Problem& problem, const Cache& cache);
 
 }  // namespace mfa

@@ -34,20 +34,22 @@ struct Backward {
   void add_dkdv(bool key, bool value, std::int64_t first_unit, std::int64_t unit_count, bool writes_score_gradient) {
     if (!key && !value) return;
     const Instance& dkdv = instance(Kind::backward_dkdv);
+    add_tile_map(plan, problem, true, dkdv.rows);
     add_launch(plan, dkdv,
                score_constants(problem, start, dkdv,
                                {{kWantsGradKey, key},
                                 {kWantsGradValue, value},
                                 {kWritesScoreGradient, writes_score_gradient},
                                 {kHasMaskBlocks, has_classes}}),
-               {unit_count, tiles(problem.key_length, dkdv.rows), 1}, first_unit);
+               {unit_count, row_tiles(problem, problem.key_length, dkdv.rows), 1}, {first_unit});
   }
 
   void add_dq() {
     const Instance& dq = instance(Kind::backward_dq);
+    add_tile_map(plan, problem, false, dq.rows);
     add_launch(plan, dq,
                score_constants(problem, start, dq, {{kWantsGradAlibi, gradients.alibi}, {kHasMaskBlocks, has_classes}}),
-               {problem.query_heads, tiles(problem.query_length, dq.rows), problem.batch});
+               {problem.query_heads, row_tiles(problem, problem.query_length, dq.rows), problem.batch});
   }
 
   void add_dq_from_ds(std::int64_t first_unit, std::int64_t unit_count) {
@@ -57,7 +59,7 @@ struct Backward {
                           {kAligned, start.aligned},
                           {kExactHead, problem.head_dim == dq.head_dim},
                           {kHasMaskBlocks, has_classes}}),
-               {unit_count * start.params.group_size, tiles(problem.query_length, dq.rows), 1}, first_unit);
+               {unit_count * start.params.group_size, tiles(problem.query_length, dq.rows), 1}, {first_unit});
   }
 
   void add_dbias() {
@@ -78,7 +80,7 @@ struct Backward {
         gradients.mode == BackwardMode::automatic ? default_mode(problem.family, start.bucket) : gradients.mode;
     if (mode != BackwardMode::five_gemm || !choose(Kind::backward_dq_from_ds, problem, start.bucket)) return 0;
     // Without dK, dQ alone is cheaper; and only backward_dq has the sums that ALiBi's gradient needs.
-    if (!gradients.query || !gradients.key || gradients.alibi) return 0;
+    if (!gradients.query || !gradients.key || gradients.alibi || problem.sequences > 0) return 0;
     const std::int64_t bytes_per_head = score_gradient_bytes();
     if (bytes_per_head == 0 || units() == 0 || start.params.group_size == 0) return 0;
     const std::int64_t most = gradients.scratch_limit / bytes_per_head / start.params.group_size;

@@ -9,12 +9,13 @@ Plan plan_forward(const Problem& problem) {
   const Instance& instance = *choose(Kind::forward, problem, start.bucket, start.aligned && exact_head);
   Plan plan{.launches = {}, .params = start.params};
   const bool has_classes = add_mask_blocks(plan, problem, start);
+  add_tile_map(plan, problem, false, instance.rows);
   // The heads of a group are adjacent, so that they find each other's K and V in the cache.
   add_launch(
       plan, instance,
       score_constants(problem, start, instance,
                       {{kWritesLse, problem.wants_lse}, {kHasSinks, problem.has_sinks}, {kHasMaskBlocks, has_classes}}),
-      {problem.query_heads, tiles(problem.query_length, instance.rows), problem.batch});
+      {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
   return plan;
 }
 

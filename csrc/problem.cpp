@@ -29,6 +29,9 @@ void check_sizes(const Problem& problem) {
   require(0 <= problem.query_length && problem.query_length <= kLongestProblem && 0 <= problem.key_length &&
               problem.key_length <= kLongestProblem - problem.query_length,
           "query_length + key_length must be within 0 ... 2^30 - 1024");
+  require(problem.sequences == 0 || problem.batch == 1, "packed sequences need batch 1");
+  require(0 <= problem.sequences && problem.sequences <= kLongestProblem,
+          "there must be at most 2^30 - 1024 sequences");
   for (std::int64_t dim : {problem.head_dim, problem.value_dim})
     require(1 <= dim && dim <= kLargestHeadDim, "head_dim and value_dim must be within 1 ... 256");
   for (const Strides& strides :
@@ -60,6 +63,8 @@ Window canonical_window(const Problem& problem) {
   const std::int64_t left = std::clamp(problem.window_left.value_or(open), -open, open);
   const std::int64_t right = std::clamp(problem.window_right.value_or(open), -open, open);
   if (left + right < 0) return {-open, -open, any_pair};  // shows nothing: then no kernel visits a block
+  // Of packed sequences, the lengths are not known here.
+  if (problem.sequences > 0) return {left, right, any_pair && (problem.window_left || problem.window_right)};
   return {left, right, any_pair && (left < problem.key_length - 1 || right < problem.query_length - 1)};
 }
 
@@ -73,8 +78,9 @@ std::int64_t visible_keys(const Problem& problem, const Window& window, std::int
 // A kernel computes softcap * tanh(product * (scale / softcap)). Outside of these bounds the quotient would overflow,
 // or fall among the denormals, which a GPU takes for zeros; within 1e-30 either way the result is the same.
 float representable_softcap(const Problem& problem) {
-  constexpr double kHuge = 1e30;
-  return static_cast<float>(std::clamp(problem.softcap, std::min(std::abs(problem.scale) / kHuge, kHuge), kHuge));
+  constexpr double kHuge = 1e30, kTiny = 1e-37;
+  return static_cast<float>(
+      std::clamp(problem.softcap, std::clamp(std::abs(problem.scale) / kHuge, kTiny, kHuge), kHuge));
 }
 
 void set_features(AttentionParams& params, const Problem& problem) {
@@ -108,6 +114,8 @@ AttentionParams make_params(const Problem& problem, const Window& window) {
   // Groups start in grid order. The long ones first: what is left at the end is then short, and fills the GPU evenly.
   params.heavy_first =
       visible_keys(problem, window, problem.query_length - 1) > visible_keys(problem, window, 0) ? 1 : 0;
+  if (problem.sequences > 0) params.heavy_first = problem.window_right ? 1 : 0;
+  params.sequences = static_cast<int>(problem.sequences);
   set_features(params, problem);
   std::ranges::copy(problem.query_strides, params.query_strides);
   std::ranges::copy(problem.key_strides, params.key_strides);

@@ -111,4 +111,26 @@ bool classifies_mask(const Problem& problem) {
   throw std::logic_error("tuning.def has no mask pass for a family");
 }
 
+const Instance& the_instance(Kind kind) {
+  for (const Instance& instance : kInstances)
+    if (instance.kind == kind) return instance;
+  throw std::logic_error("instances.def lacks a kind of kernel");
+}
+
+const Instance& choose_combine(DType dtype) {
+  for (const Instance& instance : kInstances)
+    if (instance.kind == Kind::combine && instance.dtype == dtype) return instance;
+  throw std::logic_error("instances.def lacks a kind of kernel");
+}
+
+const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_t rows) {
+  const Instance* best = nullptr;
+  for (const Instance& instance : kInstances)
+    if (instance.kind == Kind::decode && instance.dtype == problem.dtype && instance.head_dim == bucket.head_dim &&
+        instance.value_dim == bucket.value_dim && (!best || (rows > best->rows && instance.rows > best->rows)))
+      best = &instance;
+  if (!best) throw std::logic_error("instances.def lacks a decode kernel");
+  return *best;
+}
+
 }  // namespace mfa

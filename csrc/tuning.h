@@ -10,6 +10,14 @@ namespace mfa {
 // no direct path, or doesn't care for Dv, ignores that argument.
 const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct = false);
 
+// The one instance of a kind that has no more.
+const Instance& the_instance(Kind kind);
+
+const Instance& choose_combine(DType dtype);
+
+// The decode kernel for so many rows: two row tiles where they are filled and fit in registers.
+const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_t rows);
+
 // The mode that a family runs best in a bucket.
 BackwardMode default_mode(Family family, Bucket bucket);
 

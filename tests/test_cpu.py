@@ -159,6 +159,7 @@ terms = {
     "bottom right": {"window": (1000, -3)},
     "alibi": {"alibi_slopes": torch.full((8,), 0.1), "window": (512, 0)},
     "softcap": {"softcap": 20.0, "window": (512, 0)},
+    "dropout": {"dropout_p": 0.1, "window": (128, 0)},
     "padding": {"attn_mask": torch.ones(1, 1, 1, 16384, dtype=torch.bool), "window": (512, 0)},
 }[sys.argv[2]]
 mfa.attention(query[:, :, :300], key[:, :, :300], value[:, :, :300], **{**terms, "attn_mask": None})  # loads code
@@ -177,6 +178,7 @@ print(memory("VmHWM") - before, 4 * query.nbytes + lse.nbytes, 3 * query.nbytes)
         ("float32", "bottom right"),
         ("float32", "alibi"),
         ("float32", "softcap"),
+        ("float32", "dropout"),
         ("float32", "padding"),
         ("bfloat16", "window"),
     ],

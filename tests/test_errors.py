@@ -130,7 +130,6 @@ NOT_SUPPORTED = {
         "query has head dimension 257; it must be within 1 ... 256: use torch.nn.functional",
     ),
     "value dimension": ({"value": (2, 4, 7, 300)}, "value has head dimension 300; it must be within 1 ... 256: use"),
-    "dropout": ({"dropout_p": 0.1}, "dropout_p is 0.1; dropout is not supported yet: use torch.nn.functional"),
     "sparse": ({"key": torch.eye(7).to_sparse()}, "key has layout sparse_coo; only strided tensors are supported"),
     "nested": (
         {"query": torch.nested.nested_tensor([ones(4, 3, 16), ones(4, 5, 16)], layout=torch.jagged)},
@@ -174,7 +173,19 @@ FORWARD = {
     "bias of rank 2": ({"bias": ones(5, 7)}, "bias has 2 dimensions; it must have 4"),
     "bias": ({"bias": ones(1, 3, 5, 7)}, "bias has shape [1, 3, 5, 7]; it must broadcast to"),
     "softcap": ({"softcap": -1.0}, "softcap is -1.0; it must be 0 (off) or more"),
-    "dropout": ({"dropout_p": 0.5}, "dropout_p is 0.5; dropout is not supported yet"),
+    "dropout without state": ({"dropout_p": 0.5}, "rng_state is None; it must be a tensor, since dropout_p is 0.5"),
+    "state without dropout": (
+        {"rng_state": ones(2, dtype=torch.int64)},
+        "rng_state is given; it must be None, since dropout_p is 0.0",
+    ),
+    "dtype of state": (
+        {"dropout_p": 0.5, "rng_state": ones(2, dtype=torch.int32)},
+        "rng_state has dtype int32; it must be int64",
+    ),
+    "shape of state": (
+        {"dropout_p": 0.5, "rng_state": ones(3, dtype=torch.int64)},
+        "rng_state has shape [3]; it must have shape [2]",
+    ),
     "slopes": ({"alibi_slopes": ones(3)}, "alibi_slopes has shape [3]; it must have shape [Hq] = [4] or [B,Hq]"),
 }
 

@@ -1,12 +1,10 @@
 """mfa.mps_flash_attn: the interface of mps-flash-attn 0.6.3, its conventions against float64, the seed's snippets."""
 
 import inspect
-import json
 import logging
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import mfa
 from mfa import mps_flash_attn as flash
 from mfa import sdpa
-from mfa.mps_flash_attn import benchmark
 
 Check = Callable[[Tensor, list[Tensor], dict[str, Any]], None]
 
@@ -312,101 +309,6 @@ def test_chunks_have_gradients() -> None:
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
 
 
-# -- quantized keys and values --------------------------------------------------------------------------------------
-
-KINDS = {
-    "fp8_e4m3": (flash.QUANT_FP8_E4M3, lambda *t: flash.quantize_kv_fp8(*t)),
-    "fp8_e5m2": (flash.QUANT_FP8_E5M2, lambda *t: flash.quantize_kv_fp8(*t, use_e5m2=True)),
-    "int8": (flash.QUANT_INT8, flash.quantize_kv_int8),
-    "nf4": (flash.QUANT_NF4, flash.quantize_kv_nf4),
-}
-CODEBOOK = torch.tensor(mfa.mps_flash_attn._quantized._NF4)
-
-
-def dequantize(kind: str, quantized: Tensor, scale: Tensor) -> Tensor:
-    """Written from the formats' definitions."""
-    if kind == "nf4":
-        pairs = [CODEBOOK[(quantized & 15).long()], CODEBOOK[(quantized >> 4).long()]]
-        numbers = torch.stack(pairs, dim=-1).flatten(-2)
-    elif kind == "int8":
-        numbers = quantized.float() - 128
-    else:
-        numbers = quantized.view(torch.float8_e5m2 if kind == "fp8_e5m2" else torch.float8_e4m3fn).float()
-    return numbers * scale[..., None, None]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantizing(kind: str) -> None:
-    torch.manual_seed(0)
-    tensor = random(2, 3, 50, 16) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
-    tensor[0, 0, :2] = 0
-    _, quantize = KINDS[kind]
-    quantized, other, scale, other_scale = quantize(tensor, -tensor)
-    assert quantized.dtype == other.dtype == torch.uint8
-    assert scale.shape == other_scale.shape == (2, 3)
-    assert scale.dtype == torch.float32
-    assert quantized.shape == ((2, 3, 50, 8) if kind == "nf4" else tensor.shape)
-    largest = tensor.abs().amax((2, 3))
-    error = (dequantize(kind, quantized, scale) - tensor).abs().amax((2, 3)) / largest
-    assert (error < {"fp8_e4m3": 0.036, "fp8_e5m2": 0.072, "int8": 0.004, "nf4": 0.153}[kind]).all()
-    assert torch.equal(quantize(tensor)[0], quantized)
-    normalized = tensor / scale[..., None, None]
-    if kind.startswith("fp8"):  # bit for bit what torch's cast makes, ties included
-        dtype = torch.float8_e5m2 if kind == "fp8_e5m2" else torch.float8_e4m3fn
-        assert torch.equal(quantized, normalized.to(dtype).view(torch.uint8))
-        ties = torch.arange(0, 449, dtype=torch.float32).view(1, 1, 1, -1)
-        assert torch.equal(quantize(ties)[0], (ties / quantize(ties)[1][..., None, None]).to(dtype).view(torch.uint8))
-    if kind == "nf4":  # the nearest of the sixteen
-        nearest = (normalized[..., None] - CODEBOOK).abs().argmin(-1)
-        assert torch.equal(torch.stack([quantized & 15, quantized >> 4], dim=-1).flatten(-2).long(), nearest)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 21])
-@pytest.mark.parametrize("per_batch", [True, False])
-def test_quantized_attention(kind: str, rows: int, per_batch: bool, device: Device) -> None:
-    query, key, value = qkv(device.type)
-    query, number = query[:, :, :rows], KINDS[kind][0]
-    k, v, k_scale, v_scale = KINDS[kind][1](key, value)
-    if not per_batch:
-        k_scale, v_scale = k_scale[0], v_scale[0]
-    arguments = (query, k, v, k_scale, v_scale, number, False, None, 12, 0.3)
-    out = run(device, flash.flash_attention_quantized, *arguments)
-    plain = [query.cpu(), *(dequantize(kind, x.cpu(), s.cpu()) for x, s in ((k, k_scale), (v, v_scale)))]
-    check(out, plain, {"scale": 0.3, "bias": look_back(rows, 34, 12)})
-
-
-def test_quantized_functions_agree() -> None:
-    query, key, value = qkv()
-    mask = torch.rand(21, 34) < 0.3
-    options: dict[str, Any] = {"is_causal": True, "attn_mask": mask, "window_size": 20, "scale": 0.2}
-    for kind, function, extra in (
-        ("fp8_e4m3", flash.flash_attention_fp8, {}),
-        ("fp8_e5m2", flash.flash_attention_fp8, {"use_e5m2": True}),
-        ("int8", flash.flash_attention_int8, {}),
-        ("nf4", flash.flash_attention_nf4, {}),
-    ):
-        quantized = KINDS[kind][1](key, value)
-        out = function(query, *quantized, **options, **extra)
-        assert torch.equal(out, flash.flash_attention_quantized(query, *quantized, KINDS[kind][0], **options))
-        exact = flash.flash_attention(query, key, value, **options)
-        assert (out - exact).abs().max() < {"fp8_e4m3": 0.2, "fp8_e5m2": 0.4, "int8": 0.05, "nf4": 0.6}[kind]
-
-
-def test_quantized_gives_the_query_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mfa.mps_flash_attn._quantized, "_CHUNK", 16)  # so that chunks are merged, too
-    query, key, value = (tensor.requires_grad_() for tensor in qkv())
-    quantized = flash.quantize_kv_int8(key, value)
-    assert not any(tensor.requires_grad for tensor in quantized)
-    rows = query[:, :, :4]
-    out = flash.flash_attention_int8(rows, *quantized)
-    plain = [dequantize("int8", *pair) for pair in zip(quantized[:2], quantized[2:], strict=True)]
-    expected = flash.flash_attention(rows, *plain)
-    torch.testing.assert_close(out, expected)
-    (grad,), (expected_grad,) = (torch.autograd.grad(result.sum(), query) for result in (out, expected))
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-
-
 # -- replace_sdpa ---------------------------------------------------------------------------------------------------
 
 
@@ -507,31 +409,3 @@ def test_bf16_backward_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
 def test_precompile_needs_metal() -> None:
     with pytest.raises(RuntimeError, match="Metal"):
         flash.precompile()
-
-
-# -- benchmark ------------------------------------------------------------------------------------------------------
-
-
-def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--suite", "quick", "--seq-lengths", "32", "--dtypes", "fp32", "--backward"]
-    report, numbers = tmp_path / "report.html", tmp_path / "results.json"
-    benchmark.main([*arguments, "--output", str(report), "--json", str(numbers)])
-    results = json.loads(numbers.read_text())
-    assert len(results) == 4
-    assert all(result["mfa_time_ms"] > 0 and result["speedup"] > 0 for result in results)
-    assert report.read_text().count("<tr>") == 5
-    printed = capsys.readouterr().out
-    assert torch.__version__ in printed
-    assert "[4/4]" in printed
-
-
-def test_benchmark_reports_errors() -> None:
-    result = benchmark.run_benchmark(benchmark.BenchmarkConfig(seq_len=8, head_dim=512, dtype="float32"))
-    assert result.mfa_error is not None
-    assert "head dimension 512" in result.mfa_error
-    assert result.sdpa_error is None
-    windowed = benchmark.BenchmarkConfig(seq_len=8, dtype="float32", is_causal=True, window_size=4)
-    assert benchmark.run_benchmark(windowed).sdpa_time_ms is None
-    assert str(windowed) == "B=1 H=8 N=8 D=64 float32 causal window=4"
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        benchmark.get_dtype("int8")

@@ -218,13 +218,6 @@ def test_meta_tensors_have_the_real_layout() -> None:
             assert (a.shape, a.stride(), a.dtype, b.device.type) == (b.shape, b.stride(), b.dtype, "meta")
 
 
-def test_second_derivatives_are_refused() -> None:
-    query, key, value = (tensor.requires_grad_() for tensor in qkv())
-    (grad,) = torch.autograd.grad(mfa.attention(query, key, value).sum(), query, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"^grad_out requires grad, and second derivatives"):
-        grad.sum().backward()
-
-
 def test_inference_mode() -> None:
     with torch.inference_mode():
         tensors = qkv()

@@ -1,82 +1,84 @@
-"""plan() and catalogue(): pure, so they are tested everywhere."""
+"""plan() and catalogue(): pure, so they are tested everywhere. The backward pass is in test_plan_backward.py."""
 
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from plan_problems import (
+    BUCKET_EDGES,
+    CATALOGUE,
+    DTYPES,
+    FAMILIES,
+    METAL,
+    TENSORS,
+    aligned,
+    bucket,
+    classifies,
+    declared_constants,
+    problems,
+    score_constants,
+    tiles,
+)
 
 from mfa import _native as native
 
-CATALOGUE = {instance.name: instance for instance in native.catalogue()}
-METAL = Path(__file__).parents[1] / "metal"
 
-FAMILIES = ["apple7", "apple8", "apple9", "apple10"]
-DTYPES = ["f16", "bf16", "f32"]
-ELEMENT_SIZE = {"f16": 2, "bf16": 2, "f32": 4}
-BUCKETS = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
-BUCKET_EDGES = sorted({dim + step for bucket in BUCKETS for dim in bucket for step in (-1, 0, 1)} - {257} | {1, 8, 80})
-TILE_EDGES = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 300, 2**20 + 3, 2**29]
-
-dims = st.sampled_from(BUCKET_EDGES) | st.integers(1, 256)
-lengths = st.sampled_from(TILE_EDGES) | st.integers(0, 5000)
-counts = st.sampled_from([0, 1, 1, 2]) | st.integers(0, 70000)
-strides = st.tuples(*[st.integers(0, 2**37).map(lambda n: 8 * n)] * 3) | st.tuples(*[st.integers(0, 2**40)] * 3)
-TENSORS = ("query", "key", "value", "out")
-bounds = st.none() | st.integers(-300, 300) | st.integers(-(2**63), 2**63 - 1)
+def test_catalogue_rows_are_those_of_the_table() -> None:
+    assert len(CATALOGUE) == len(native.catalogue()), "two instances share a name"
+    rows = re.findall(r"^([A-Z_]+)\((\w+), ", (METAL / "instances.def").read_text(), re.M)
+    expected = [f"tile_map_of_{of}" if macro == "TILE_MAP" else f"{macro.lower()}_{of}" for macro, of in rows]
+    assert sorted(prefix(row) for row in CATALOGUE.values()) == sorted(expected)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
-    problem = {
-        "family": draw(st.sampled_from(FAMILIES)),
-        "dtype": draw(st.sampled_from(DTYPES)),
-        "batch": draw(counts),
-        "key_heads": draw(st.integers(1, 64)),
-        "query_length": draw(lengths),
-        "key_length": draw(lengths),
-        "head_dim": draw(dims),
-        "value_dim": draw(dims),
-        "aligned": draw(st.booleans()),
-        "window_left": draw(bounds),
-        "window_right": draw(bounds),
-        "wants_lse": draw(st.booleans()),
-    }
-    problem["query_heads"] = problem["key_heads"] * draw(counts)
-    for tensor in TENSORS:
-        problem[f"{tensor}_strides"] = draw(strides)
-    assume(problem["query_length"] + problem["key_length"] <= 2**30 - 1024)
-    return problem
+def prefix(row: native.Instance) -> str:
+    """Of its name; a map of tiles has no dtype."""
+    return str(row.kind) if row.kind.startswith("tile_map") else f"{row.kind}_{row.dtype}"
 
 
 def test_catalogue_rows_are_launchable() -> None:
-    assert len(CATALOGUE) == len(native.catalogue()), "two instances share a name"
     for name, row in CATALOGUE.items():
-        assert name == (
-            f"forward_{row.dtype}_d{row.head_dim}_v{row.value_dim}_{row.path}"
-            f"_s{row.simdgroups}_r{row.row_tiles}_k{row.block_keys}"
-        )
+        assert name.startswith(f"{prefix(row)}_")
+        assert f"_s{row.simdgroups}" in name or row.kind in ("decode", "combine")
         assert row.threads == 32 * row.simdgroups <= 1024
-        assert row.block_queries == 8 * row.row_tiles * row.simdgroups
         assert 0 <= row.threadgroup_memory <= 32768
-        assert (row.threadgroup_memory == 0) == (row.path == "direct")
+        assert row.head_dim == 0 or f"_d{row.head_dim}" in name
+        assert row.value_dim == 0 or f"_v{row.value_dim}" in name
+        tiles = re.search(r"_r(\d+)", name)
+        assert tiles is None or row.rows == 8 * int(tiles[1]) * row.simdgroups
+        if row.kind == "forward":
+            assert (row.threadgroup_memory == 0) == (row.path == "direct")
+
+
+def attention_launch(plan: native.Plan, problem: dict[str, Any]) -> native.Launch:
+    """The launch of the forward kernel; checks the one of mask_blocks, where there is one."""
+    *before, launch = plan.launches
+    assert len(before) == classifies(problem)
+    if before:
+        batch, heads, rows, columns = problem["bias_sizes"]
+        row = CATALOGUE[before[0].kernel]
+        assert before[0].grid == (tiles(columns, row.block), tiles(rows, row.rows), batch * heads)
+        assert plan.mask_class_bytes == tiles(columns, 16) * tiles(rows, 16) * batch * heads
+    return launch
+
+
+def is_empty(problem: dict[str, Any]) -> bool:
+    return not (problem["batch"] and problem["query_heads"] and problem["query_length"])
 
 
 @given(problems())
 def test_every_row_is_covered_once_within_limits(problem: dict[str, Any]) -> None:
     plan = native.plan(**problem)
-    if not (problem["batch"] and problem["query_heads"] and problem["query_length"]):
-        assert plan.launches == []
+    if is_empty(problem):
+        assert [CATALOGUE[launch.kernel].kind for launch in plan.launches] in ([], ["mask_blocks"])
         return
-    [launch] = plan.launches
+    launch = attention_launch(plan, problem)
     row = CATALOGUE[launch.kernel]
-    heads, tiles, batch = launch.grid
-    assert (heads, batch) == (problem["query_heads"], problem["batch"])
-    assert (tiles - 1) * row.block_queries < problem["query_length"] <= tiles * row.block_queries
+    assert row.kind == "forward"
+    assert launch.grid == (problem["query_heads"], tiles(problem["query_length"], row.rows), problem["batch"])
     assert launch.group == (row.threads, 1, 1)
     assert launch.threadgroup_memory == row.threadgroup_memory
 
@@ -93,35 +95,34 @@ def test_params_say_the_problem(problem: dict[str, Any]) -> None:
     longest = params.query_length + params.key_length
     assert max(abs(params.window_left), abs(params.window_right)) <= longest
     assert 2 * longest + 1024 < 2**31
-
-
-def aligned(problem: dict[str, Any]) -> bool:
-    """Every row of every tensor starts at a multiple of 16 bytes."""
-    sizes = {
-        "query": (problem["batch"], problem["query_heads"], problem["query_length"]),
-        "key": (problem["batch"], problem["key_heads"], problem["key_length"]),
-    }
-    sizes |= {"out": sizes["query"], "value": sizes["key"]}
-    return problem["aligned"] and all(
-        stride * ELEMENT_SIZE[problem["dtype"]] % 16 == 0
-        for tensor, shape in sizes.items()
-        for size, stride in zip(shape, problem[f"{tensor}_strides"], strict=True)
-        if size > 1
-    )
+    assert params.alibi_batch_stride == (problem["query_heads"] if problem["alibi"] == "per_batch" else 0)
+    if problem["bias"] != "none":
+        sizes = params.bias_batch, params.bias_heads, params.bias_rows, params.bias_columns
+        assert sizes == problem["bias_sizes"]
+        for size, stride, given in zip(sizes, params.bias_strides, problem["bias_strides"], strict=True):
+            assert stride == (0 if size == 1 else given)
 
 
 @given(problems())
 def test_constants(problem: dict[str, Any]) -> None:
     plan = native.plan(**problem)
-    for launch in plan.launches:
-        row = CATALOGUE[launch.kernel]
-        constants = dict(launch.constants)
-        constants.pop("has_window")  # test_window_is_canonical
-        assert constants == {
-            "writes_lse": problem["wants_lse"],
-            "is_aligned": aligned(problem),
-            "is_exact_head": (problem["head_dim"], problem["value_dim"]) == (row.head_dim, row.value_dim),
-        }
+    if is_empty(problem):
+        return
+    launch = attention_launch(plan, problem)
+    used = score_constants(problem, launch.kernel) | {
+        "writes_lse": problem["wants_lse"],
+        "is_aligned": aligned(problem, {name: problem[f"{name}_strides"] for name in TENSORS}),
+        "has_sinks": problem["has_sinks"],
+        "has_mask_blocks": classifies(problem),
+    }
+    constants = dict(launch.constants)
+    constants.pop("has_window")  # test_window_is_canonical
+    assert {name: value for name, value in constants.items() if value} == {n: v for n, v in used.items() if v}
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    [launch] = native.plan(query_length=1, key_length=1, head_dim=64, value_dim=64).launches
+    assert list(launch.constants) == declared_constants()
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
@@ -149,26 +150,22 @@ def test_one_odd_stride_spoils_the_alignment(tensor: str, dimension: int, dtype:
             problem |= {f"{other}_strides": (16, 16, 16) for other in TENSORS}
             problem[f"{tensor}_strides"] = tuple(stride if i == dimension else 16 for i in range(3))
             [launch] = native.plan(**problem).launches
-            assert launch.constants["is_aligned"] == aligned(problem), (stride, batch, query_heads, query_length)
-
-
-def test_constants_are_those_of_the_kernels() -> None:
-    [launch] = native.plan(query_length=1, key_length=1, head_dim=64, value_dim=64).launches
-    declared = re.findall(r"^constant \w+ (\w+) \[\[function_constant", (METAL / "features.h").read_text(), re.M)
-    assert sorted(launch.constants) == sorted(declared)
+            steps = {name: problem[f"{name}_strides"] for name in TENSORS}
+            assert launch.constants["is_aligned"] == aligned(problem, steps), (stride, batch, query_heads, query_length)
 
 
 @given(problems())
 def test_instance_holds_the_problem_at_least_cost(problem: dict[str, Any]) -> None:
-    for launch in native.plan(**problem).launches:
-        row = CATALOGUE[launch.kernel]
-        assert row.dtype == problem["dtype"]
-        fits = [(d, v) for d, v in BUCKETS if problem["head_dim"] <= d and problem["value_dim"] <= v]
-        assert (row.head_dim, row.value_dim) == fits[0]
-        if row.path == "direct":  # has no code for tails
-            assert problem["family"] in ("apple9", "apple10")
-            assert launch.constants["is_aligned"]
-            assert launch.constants["is_exact_head"]
+    if is_empty(problem):
+        return
+    launch = attention_launch(native.plan(**problem), problem)
+    row = CATALOGUE[launch.kernel]
+    assert row.dtype == problem["dtype"]
+    assert (row.head_dim, row.value_dim) == bucket(problem)
+    if row.path == "direct":  # has no code for tails
+        assert problem["family"] in ("apple9", "apple10")
+        assert launch.constants["is_aligned"]
+        assert launch.constants["is_exact_head"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -255,6 +252,14 @@ def test_heavy_tiles_come_first(left: int | None, right: int | None, heavy_first
         {"key_length": -1},
         {"key_strides": (0, -1, 0)},
         {"scale": float("nan")},
+        {"softcap": -1.0},
+        {"softcap": float("inf")},
+        {"dropout_p": 1.0},
+        {"dropout_p": -0.1},
+        {"batch": 2**16, "query_heads": 2**15},
+        {"bias": "mask", "bias_sizes": (1, 1, 64, 65)},
+        {"bias": "mask", "bias_sizes": (1, 2, 1, 1)},
+        {"bias": "mask", "bias_strides": (0, 0, 0, -1)},
     ],
     ids=str,
 )
@@ -265,9 +270,64 @@ def test_what_no_kernel_takes_is_refused(wrong: dict[str, Any]) -> None:
         native.plan(**(problem | wrong))
 
 
+def one(**problem: Any) -> native.AttentionParams:
+    return native.plan(query_length=1, key_length=1, head_dim=64, value_dim=64, **problem).params
+
+
 def test_scale_is_for_powers_of_two() -> None:
-    params = native.plan(query_length=1, key_length=1, head_dim=64, value_dim=64, scale=0.125).params
+    params = one(scale=0.125)
+    assert params.scale == 0.125
     assert params.scale_log2 == pytest.approx(0.125 * 1.4426950408889634, rel=2**-24)
+
+
+@given(st.floats(0, 1, exclude_max=True))
+@example(2**-18)
+@example(1 - 2**-40)
+def test_dropout_is_drawn_from_sixteen_bits(p: float) -> None:
+    params = one(dropout_p=p)
+    assert params.dropout_threshold == min(int(p * 65536 + 0.5), 65535)
+    kept = 1 - params.dropout_threshold / 65536  # so that the expectation is exact
+    assert params.dropout_factor == pytest.approx(1 / kept, rel=2**-24)
+    [launch] = native.plan(query_length=1, key_length=1, head_dim=64, value_dim=64, dropout_p=p).launches
+    assert launch.constants["has_dropout"] == (params.dropout_threshold > 0)
+
+
+@given(st.floats(0, 1.7e308), st.floats(-1e6, 1e6))
+def test_softcap_can_be_divided_by(softcap: float, scale: float) -> None:
+    params = one(softcap=softcap, scale=scale)
+    assert (params.softcap == 0) == (softcap == 0)
+    if softcap:
+        assert abs(params.scale) <= params.softcap * 1.0000001e30 < float("inf")
+        if abs(scale) * 1e-30 <= softcap <= 1e30 and softcap > 1e-37:
+            assert params.softcap == pytest.approx(softcap, rel=2**-24)
+
+
+def test_a_bias_is_classified_where_heads_share_it() -> None:
+    def kinds(**problem: Any) -> list[str]:
+        shape = {
+            "query_length": 256,
+            "key_length": 256,
+            "query_heads": 4,
+            "key_heads": 4,
+            "head_dim": 64,
+            "value_dim": 64,
+        }
+        plan = native.plan(**(shape | problem))
+        return [str(CATALOGUE[launch.kernel].kind) for launch in plan.launches]
+
+    both, plain = ["mask_blocks", "forward"], ["forward"]
+    assert kinds(bias="mask", bias_sizes=(1, 4, 256, 256)) == both
+    assert kinds(bias="mask", bias_sizes=(1, 1, 1, 64), key_length=64) == plain
+    assert kinds(bias="same_dtype", bias_sizes=(1, 4, 256, 256)) == plain
+    assert kinds(bias="same_dtype", bias_sizes=(1, 1, 256, 256)) == both
+    assert kinds(bias="float32", bias_sizes=(1, 1, 256, 256), query_heads=3, key_heads=3) == plain
+    assert kinds(bias="float32", bias_sizes=(1, 4, 1, 256)) == both
+    assert kinds() == plain
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="no argument head"):
+        native.plan(query_length=1, key_length=1, head=64)
 
 
 def test_native_needs_no_torch() -> None:

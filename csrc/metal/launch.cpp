@@ -41,7 +41,7 @@ void encode(MTL::ComputeCommandEncoder& encoder, const Pipeline& pipeline, const
     if (arguments[index].storage)
       encoder.setBuffer(static_cast<const MTL::Buffer*>(arguments[index].storage), arguments[index].offset, index);
   encoder.setBytes(&params, sizeof params, kParams);
-  encoder.setBytes(&launch.first_unit, sizeof launch.first_unit, kFirstUnit);
+  encoder.setBytes(launch.unit.data(), sizeof launch.unit, kFirstUnit);
   encoder.dispatchThreadgroups(size_of(launch.grid), size_of(launch.group));
 }
 

@@ -42,9 +42,9 @@ void SimulatorLauncher::dispatch(const Launch& launch, const AttentionParams& pa
     if (arguments[i].storage)
       info.arguments[i] = {static_cast<char*>(arguments[i].storage) + arguments[i].offset, arguments[i].extent};
   AttentionParams block = params;  // the engine takes writable addresses
-  int first_unit = launch.first_unit;
+  std::array<int, 2> unit = launch.unit;
   info.arguments[kParams] = {&block, sizeof block};
-  info.arguments[kFirstUnit] = {&first_unit, sizeof first_unit};
+  info.arguments[kFirstUnit] = {unit.data(), sizeof unit};
   info.checks = checks_;
   info.seed = seed_;
 

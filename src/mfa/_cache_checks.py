@@ -53,7 +53,8 @@ def check_decode(
     for side, scales, cache in (("key", key_scale, key_cache), ("value", value_scale, value_cache)):
         _check_scales(side, scales, cache, query)
     if sinks is not None:
-        check_per_head("sinks", sinks, query, heads, None, (torch.float32, query.dtype))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        check_per_head("sinks", sinks, query, heads, None, (torch.float32, wide))
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, query, heads, ("B", batch), (torch.float32,))
     _checks.check_values(scale, softcap, 0)

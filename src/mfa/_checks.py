@@ -172,6 +172,24 @@ def check_values(scale: float, softcap: float, dropout_p: float) -> None:
         raise ValueError(f"dropout_p is {dropout_p}; it must be within [0, 1)")
 
 
+def check_rng_state(rng_state: Tensor, dropout_p: float, query: Tensor) -> None:
+    """A state that an op is given: what dropout starts from."""
+    if not dropout_p > 0:
+        raise ValueError(f"rng_state is given; it must be None, since dropout_p is {dropout_p}")
+    if rng_state.device != query.device:
+        raise ValueError(f"rng_state is on {rng_state.device}; it must be on the device of query, {query.device}")
+    if rng_state.dtype != torch.int64:
+        raise TypeError(f"rng_state has dtype {dtype_name(rng_state.dtype)}; it must be int64")
+    if rng_state.shape != (2,):
+        raise ValueError(f"rng_state has shape {_shape(rng_state)}; it must have shape [2]")
+
+
+def check_has_state(dropout_p: float, rng_state: Tensor | None) -> None:
+    """Ops draw nothing themselves."""
+    if dropout_p > 0 and rng_state is None:
+        raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {dropout_p}")
+
+
 def check_forward(
     query: Tensor,
     key: Tensor,
@@ -187,7 +205,10 @@ def check_forward(
     metal: bool,
     bias_name: str = "bias",
 ) -> None:
-    """Everything about the arguments of `mfa::attention_forward`. `metal`: the Metal kernels are going to run."""
+    """Everything about the arguments of `mfa::attention_forward`, except that dropout has a state (`check_has_state`).
+
+    `metal`: the Metal kernels are going to run.
+    """
     check_tensors(query, key, value, ranks=(4,))
     check_shapes(query, key, value)
     if bias is not None:
@@ -200,11 +221,8 @@ def check_forward(
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,), per_batch=True)
     check_values(scale, softcap, dropout_p)
-    if dropout_p != 0 or rng_state is not None:
-        raise NotImplementedError(
-            f"dropout_p is {dropout_p}; dropout is not supported yet: use "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
+    if rng_state is not None:
+        check_rng_state(rng_state, dropout_p, query)
     if metal and query.dtype not in METAL_DTYPES:
         names = _listed(tuple(map(dtype_name, METAL_DTYPES)))
         raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")

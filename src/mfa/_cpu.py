@@ -6,8 +6,8 @@
             mask <- window + bias + ALiBi         None where every row sees every key
             out, lse <- softmax(scale * Q K' + mask) V
 
-A block is ATen's own fused kernel, or, with a softcap, three matrix operations. Half types are computed in float32,
-chunk by chunk: as fast as ATen's half kernels without AMX, and exact to the last rounding.
+A block is ATen's own fused kernel, or, with a softcap or dropout, three matrix operations. Half types are computed in
+float32, chunk by chunk: as fast as ATen's half kernels without AMX, and exact to the last rounding.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import HIDDEN, Cut, Terms, Window, part
+from ._dropout import COPIES, Dropout
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -58,8 +59,11 @@ def attention_forward(
     window_left: int | None,
     window_right: int | None,
     softcap: float,
+    dropout_p: float = 0,
+    rng_state: Tensor | None = None,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`mfa::attention_forward` for CPU tensors, without dropout. The caller has checked the arguments.
+    """`mfa::attention_forward` for CPU tensors. The caller has checked the arguments.
 
     Args:
         query: [B,Hq,Lq,D], any strides; float16, bfloat16, float32 or float64.
@@ -67,6 +71,7 @@ def attention_forward(
         bias: bool (True = attend) or floating, 4 dimensions, each 1 or that of [B,Hq,Lq,Lk]; never expanded.
         sinks: [Hq]. alibi_slopes: [Hq] or [B,Hq].
         window_left, window_right: relative to the lower-right diagonal, None = open.
+        rng_state: int64 [2], what dropout starts from (_dropout.py); it counts batches from `first_batch`.
 
     Returns:
         out [B,Hq,Lq,Dv] and lse float32 [B,Hq,Lq], strided as `empty_outputs` says.
@@ -78,11 +83,13 @@ def attention_forward(
     keys = window.keys(visible)
     dtype = torch.promote_types(query.dtype, torch.float32)
     # ATen's kernel takes grouped heads (since torch 2.9), and one width for D and Dv.
-    width, value_width = (max(dim, value_dim),) * 2 if softcap == 0 else (dim, value_dim)
+    dropout = Dropout.of(rng_state, dropout_p, query_heads, dtype, first_batch)
+    fused = softcap == 0 and dropout is None
+    width, value_width = (max(dim, value_dim),) * 2 if fused else (dim, value_dim)
     operands = ((query, width), (key, width), (value, value_width))
     copied = any(_is_copied(tensor, dtype, columns) for tensor, columns in operands)
     # One block is all, if nothing has to be added to its scores (ATen multiplies its causal -inf by the scale).
-    plain = bias is None and alibi_slopes is None and softcap == 0
+    plain = bias is None and alibi_slopes is None and fused
     causal = plain and scale > 0 and window.is_causal(visible.start)
     whole = causal or (plain and not window.hides(visible, keys))
     all_rows = visible.stop - visible.start == query_length
@@ -104,7 +111,7 @@ def attention_forward(
     lengths = (block_rows, window.block_keys(block_rows)) if local else (query_length, key.shape[2])
     operand_bytes = (width + value_width) * (group * lengths[0] + lengths[1]) * dtype.itemsize if copied else 0
     terms = Terms(window, bias, _slopes(alibi_slopes, query_heads, dtype), dtype)
-    cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 0 if softcap == 0 else 1)
+    cut = Cut.of(terms, batch, key_heads, group, operand_bytes, (not fused) + (0 if dropout is None else COPIES))
 
     for batches, heads, q_heads in cut.chunks():
         chunk = query[batches, q_heads], key[batches, heads], value[batches, heads]
@@ -115,7 +122,8 @@ def attention_forward(
             block = chunk[0][:, :, rows], chunk[1][:, :, columns], chunk[2][:, :, columns]
             if local:
                 block = _operands(*block, dtype, width, value_width)
-            block_out, block_lse = _attend(*block, mask, scale, softcap, causal)
+            factors = None if dropout is None else dropout.factors(batches, q_heads, rows, columns)
+            block_out, block_lse = _attend(*block, mask, scale, softcap, causal, factors)
             if sinks is not None:
                 block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
             out[batches, q_heads, rows] = block_out[..., :value_dim]
@@ -137,13 +145,17 @@ def attention_backward(
     window_right: int | None,
     softcap: float,
     output_mask: Sequence[bool],
+    dropout_p: float = 0,
+    rng_state: Tensor | None = None,
+    first_batch: int = 0,
 ) -> list[Tensor | None]:
     """Gradients of `attention_forward` in O(L) memory: scores are computed again, block by block.
 
         P = softmax(S),  dP = dO V',  delta = rowsum(P * dP) - dLSE,  dS = P * (dP - delta)
         dQ = scale dS K,  dK = scale dS' Q,  dV = P' dO,  dbias = dS,  dsink = -sum P(sink) delta
 
-    A block has whole rows of S, so the results of the forward pass, and their rounding, aren't needed.
+    A block has whole rows of S, so the results of the forward pass, and their rounding, aren't needed. Dropout
+    multiplies dP, and the P of dV, by the factors that the forward pass had.
 
     Args:
         grad_out: [B,Hq,Lq,Dv]. grad_lse: float32 [B,Hq,Lq]. The rest as in `attention_forward`.
@@ -167,7 +179,8 @@ def attention_backward(
 
     group = query_heads // max(1, key_heads)
     operand_bytes = (2 * (dim + value_dim) * (group * query_length + key_length)) * dtype.itemsize
-    cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 4)
+    dropout = Dropout.of(rng_state, dropout_p, query_heads, dtype, first_batch)
+    cut = Cut.of(terms, batch, key_heads, group, operand_bytes, 4 if dropout is None else 5 + COPIES)
     if grad_sinks is not None and grad_lse is not None:  # the lse of a row that sees no key is the sink
         visible = window.rows()
         grad_sinks += grad_lse.sum((0, 2)) - grad_lse[:, :, visible].sum((0, 2))
@@ -181,8 +194,12 @@ def attention_backward(
             scores = raw if mask is None else raw + mask
             probability, share = _softmax(scores, None if sinks is None else sinks[q_heads, None, None].to(dtype))
             d_rows = _grouped(d_out[:, :, rows], k.shape[1])
-            dv[:, :, keys] += _grouped(probability, k.shape[1]).transpose(-1, -2) @ d_rows
+            factors = None if dropout is None else dropout.factors(batches, q_heads, rows, keys)
+            kept = probability if factors is None else probability * factors
+            dv[:, :, keys] += _grouped(kept, k.shape[1]).transpose(-1, -2) @ d_rows
             d_scores = (d_rows @ v[:, :, keys].transpose(-1, -2)).view(scores.shape)
+            if factors is not None:
+                d_scores *= factors
             delta = (probability * d_scores).sum(-1, keepdim=True)
             if grad_lse is not None:
                 delta -= grad_lse[batches, q_heads, rows, None]
@@ -250,7 +267,13 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 def _softmax_block(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    factors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scores = _scores(query, key, scale, softcap)
     if mask is not None:
@@ -258,6 +281,8 @@ def _softmax_block(
     maximum = scores.amax(-1, keepdim=True)
     maximum.masked_fill_(maximum == HIDDEN, 0)
     total = scores.sub_(maximum).exp_().sum(-1, keepdim=True)
+    if factors is not None:
+        scores *= factors
     out = (_grouped(scores, key.shape[1]) @ value).view(*query.shape[:3], value.shape[3])
     return out.div_(total.masked_fill(total == 0, 1)), maximum.add_(total.log_()).squeeze(-1)
 
@@ -291,16 +316,27 @@ def _overflows(query: Tensor, key: Tensor) -> bool:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One block. Scores that leave float32 before they are scaled are computed again in float64."""
-    if softcap > 0:
-        out, lse = _softmax_block(query, key, value, mask, scale, softcap)
+    """One block. Scores that leave float32 before they are scaled are computed again in float64.
+
+    Args:
+        factors: what dropout multiplies probabilities by, [B,Hq,rows,keys].
+    """
+    if softcap > 0 or factors is not None:
+        out, lse = _softmax_block(query, key, value, mask, scale, softcap, factors)
     else:
         out, lse = _fused_block(query, key, value, mask, scale, causal)
     if query.dtype == torch.float32 and not math.isfinite(lse.sum()) and _overflows(query, key):
-        mask = None if mask is None else mask.double()
-        return _attend(query.double(), key.double(), value.double(), mask, scale, softcap, causal)
+        mask, factors = (None if tensor is None else tensor.double() for tensor in (mask, factors))
+        return _attend(query.double(), key.double(), value.double(), mask, scale, softcap, causal, factors)
     return out, lse
 
 

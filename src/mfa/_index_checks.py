@@ -74,6 +74,13 @@ def check_per_head(
         raise ValueError(f"{name} has shape {list(shape)}; it must have shape [Hq] = [{heads}]{also}")
 
 
+def widened(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """What users may give in the query's dtype, and ops take in that of the scores."""
+    if not isinstance(sinks, Tensor) or sinks.dtype != query.dtype:
+        return sinks
+    return sinks.to(torch.promote_types(query.dtype, torch.float32))
+
+
 def check_metal_dtype(query: Tensor) -> None:
     if query.dtype not in _checks.METAL_DTYPES:
         names = " or ".join(map(_checks.dtype_name, _checks.METAL_DTYPES))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _checks, _cpu, _library, simulator
+from . import _autograd, _checks, _composition, _cpu, _library, simulator
 
 _library.load()
 ops = torch.ops.mfa
@@ -43,6 +43,7 @@ def _forward_cpu(
     simulation = simulator.active()
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
+    _checks.check_has_state(dropout_p, rng_state)
     window = (window_left, window_right)
     if simulation is not None:  # what an MPS tensor reaches
         arguments = (*tensors, scale, *window, softcap, dropout_p, rng_state)
@@ -51,7 +52,7 @@ def _forward_cpu(
         )
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
-        return _cpu.attention_forward(*tensors, scale, *window, softcap)
+        return _cpu.attention_forward(*tensors, scale, *window, softcap, dropout_p, rng_state)
 
 
 @_checks.as_runtime_errors
@@ -71,6 +72,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=query.device.type == "mps")
+    _checks.check_has_state(dropout_p, rng_state)
     return _cpu.empty_outputs(query, value.shape[3])
 
 
@@ -117,7 +119,7 @@ def autocast(
 
 
 def _forward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
-    if in_dims[4] is not None:  # sinks are per head, not per batch
+    if in_dims[4] is not None or args[10] > 0:  # sinks are per head, not per batch; dropout counts batches
         return _one_by_one(ops.attention_forward, info.batch_size, in_dims, args)
     tensors = _fold(info.batch_size, in_dims[:6], args[:6], query=0)
     return _unfold(ops.attention_forward(*tensors, *args[6:]), info.batch_size)
@@ -154,6 +156,7 @@ def _backward_cpu(
     simulation = simulator.active()
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
+    _checks.check_has_state(dropout_p, rng_state)
     _checks.check_results(grad_out, grad_lse, out, lse, query, value)
     window = (window_left, window_right)
     if simulation is not None:  # what an MPS tensor reaches
@@ -166,7 +169,7 @@ def _backward_cpu(
     with torch._C._AutoDispatchBelowAutograd():
         grads = _cpu.attention_backward(
             *(grad_out, grad_lse, query, key, value, bias, sinks, alibi_slopes),
-            *(scale, *window, softcap, output_mask),
+            *(scale, *window, softcap, output_mask, dropout_p, rng_state),
         )
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -198,15 +201,30 @@ def _backward_fake(
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
+    grad_out, grad_lse, query, key, value, _out, _lse, bias, sinks, alibi_slopes, *ctx.scalars, _, ctx.mask = inputs
+    ctx.save_for_backward(grad_out, grad_lse, query, key, value, bias, sinks, alibi_slopes)
 
 
 def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("grad_out requires grad, and second derivatives of attention are not supported")
+    """The results are functions of all arguments but out and lse, which are results of the others themselves."""
+    grad_out, grad_lse, *inputs = ctx.saved_tensors
+    *scalars, dropout_p = ctx.scalars
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"dropout_p is {dropout_p}; it must be 0 for second derivatives: use "
+            "torch.nn.functional.scaled_dot_product_attention"
+        )
+    wanted = zip(grads, inputs, ctx.mask, strict=True)
+    cotangents = [grad if asked and _composition.is_floating(tensor) else None for grad, tensor, asked in wanted]
+    found = _composition.backward_vjp(grad_out, grad_lse, inputs, tuple(scalars), cotangents)
+    needed = zip(found, [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[7:10]], strict=True)
+    results = [grad if needs else None for grad, needs in needed]
+    return (*results[:5], None, None, *results[5:], *(None for _ in ctx.scalars), None, None)
 
 
 def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
-    if any(args[16][3:]) or in_dims[8] is not None:  # what is summed over the batch, and sinks, are not per batch
+    # What is summed over the batch, and sinks, are not per batch; dropout counts batches as the forward pass did.
+    if any(args[16][3:]) or in_dims[8] is not None or args[14] > 0:
         return _one_by_one(ops.attention_backward, info.batch_size, in_dims, args)
     tensors = _fold(info.batch_size, in_dims[:10], args[:10], query=2)
     *grads, empty_bias, empty_sinks, empty_slopes = ops.attention_backward(*tensors, *args[10:])
@@ -249,7 +267,7 @@ def _unfold(tensors: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], _
 
 def _one_by_one(op: Any, size: int, in_dims: _Dims, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], _Dims]:
     results = [
-        op(*(arg if dim is None else arg.select(dim, index) for dim, arg in zip(in_dims, args, strict=True)))
+        op(*(arg.select(dim, index) if isinstance(dim, int) else arg for dim, arg in zip(in_dims, args, strict=True)))
         for index in range(size)
     ]
     return tuple(torch.stack(tensors) for tensors in zip(*results, strict=True)), (0,) * len(results[0])
@@ -259,7 +277,7 @@ def _one_by_one(op: Any, size: int, in_dims: _Dims, args: Sequence[Any]) -> tupl
 
 LIBRARY.impl("attention_forward", _forward_cpu, "CPU")
 torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+_autograd.register(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
 LIBRARY.impl("attention_forward", _forward_autocast, "AutocastCPU")
 LIBRARY.impl("attention_forward", _forward_autocast, "AutocastMPS")
 torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
@@ -267,6 +285,6 @@ register_flop_formula(ops.attention_forward)(_forward_flops)
 
 LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+_autograd.register(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
 torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
 register_flop_formula(ops.attention_backward)(_backward_flops)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import _checks, simulator
 from ._blocks import HIDDEN, Window
+from ._index_checks import widened
 from ._ops import ops
 from .merge import merge_attention
 
@@ -113,6 +114,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of this process's queries; see `context_parallel`."""
     scale = 1.0 if terms.scale is None else terms.scale
+    sinks = widened(sinks, query)
     metal = query.device.type == "mps" or simulator.active() is not None
     _checks.check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=metal)
     ring = Ring.of(query, key, value, group)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from . import _checks, _ring
+from ._index_checks import widened
 from ._ops import ops
 
 _BATCH, _HEADS, _SEQUENCE = 0, 1, 2
@@ -15,6 +16,7 @@ _BATCH, _HEADS, _SEQUENCE = 0, 1, 2
 
 def attend(query: Any, key: Any, value: Any, sinks: Any, terms: _ring.Terms) -> tuple[Tensor, Tensor]:
     """Out and lse, with the query's placements; see `context_parallel`. All are DTensors, or are refused."""
+    sinks = widened(sinks, query)
     for name, tensor in (("key", key), ("value", value), ("sinks", sinks)):
         if tensor is None:
             continue

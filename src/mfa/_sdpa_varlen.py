@@ -39,8 +39,6 @@ def kernels(takes: Callable[[Tensor], bool]) -> dict[str, Callable[..., Any]]:
         "_flash_attention_forward_no_dropout_inplace": forward_into,  # torch 2.12 on
         "_flash_attention_backward": backward,
     }
-    if not hasattr(ops, "attention_varlen_forward"):
-        return {}
     return {name: kernel for name, kernel in found.items() if hasattr(torch.ops.aten, name)}
 
 

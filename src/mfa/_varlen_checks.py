@@ -26,7 +26,9 @@ def check_forward(
     *,
     metal: bool,
 ) -> None:
-    """Everything about the arguments of `mfa::attention_varlen_forward` but the contents of cu_seqlens."""
+    """Everything about the arguments of `mfa::attention_varlen_forward`, except what `check_starts` checks, and that
+    dropout has a state (`_checks.check_has_state`).
+    """
     _checks.check_tensors(query, key, value, ranks=(3,))
     _checks.check_shapes(*(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)))
     check_index_tensor("cu_seqlens_q", cu_seqlens_q, query, "[N+1]", (None,))
@@ -37,21 +39,15 @@ def check_forward(
     check_integer("max_seqlen_k", max_seqlen_k)
     heads, sequences = query.shape[1], cu_seqlens_q.shape[0] - 1
     if sinks is not None:
-        check_per_head("sinks", sinks, query, heads, None, (torch.float32, query.dtype))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        check_per_head("sinks", sinks, query, heads, None, (torch.float32, wide))
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, query, heads, ("N", sequences), (torch.float32,))
     _checks.check_values(scale, softcap, dropout_p)
-    check_dropout(dropout_p, rng_state)
+    if rng_state is not None:
+        _checks.check_rng_state(rng_state, dropout_p, query)
     if metal:
         check_metal_dtype(query)
-
-
-def check_dropout(dropout_p: float, rng_state: Tensor | None) -> None:
-    if dropout_p != 0 or rng_state is not None:
-        raise NotImplementedError(
-            f"dropout_p is {dropout_p}; dropout is not supported yet: use "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
 
 
 def check_starts(

@@ -66,6 +66,8 @@ def attention_varlen_forward(
     window_left: int | None,
     window_right: int | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`mfa::attention_varlen_forward` for CPU tensors. The caller has checked the arguments, and the starts.
 
@@ -75,6 +77,7 @@ def attention_varlen_forward(
         cu_seqlens_q, cu_seqlens_k: int32 [N+1].
         sinks: [Hq]. alibi_slopes: [Hq] or [N,Hq].
         window_left, window_right: relative to each sequence's lower-right diagonal, None = open.
+        rng_state: int64 [2], what dropout starts from; it counts sequences as batches.
 
     Returns:
         out [Tq,Hq,Dv] and lse float32 [Hq,Tq].
@@ -87,7 +90,17 @@ def attention_varlen_forward(
         tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
         slopes = sequence.slopes(alibi_slopes)
         sequence_out, sequence_lse = _cpu.attention_forward(
-            *tensors, None, sinks, slopes, scale, window_left, window_right, softcap
+            *tensors,
+            None,
+            sinks,
+            slopes,
+            scale,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            rng_state,
+            first_batch=sequence.number,
         )
         sequence.of_queries(out).copy_(sequence_out)
         sequence.row_values(lse).copy_(sequence_lse)
@@ -108,6 +121,8 @@ def attention_varlen_backward(
     window_left: int | None,
     window_right: int | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of `attention_varlen_forward`, whose arguments these are.
@@ -128,7 +143,6 @@ def attention_varlen_backward(
         for i, (tensor, wanted) in enumerate(zip(inputs, output_mask, strict=True))
     ]
     grad_query, grad_key, grad_value, grad_sinks, grad_slopes = grads
-    sinks = None if sinks is None else sinks.to(wide)
     for sequence in sequences(cu_seqlens_q, cu_seqlens_k):
         tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
         part_query, part_key, part_value, _, part_sinks, part_slopes = _cpu.attention_backward(
@@ -143,6 +157,9 @@ def attention_varlen_backward(
             window_right,
             softcap,
             (*output_mask[:3], False, *output_mask[3:]),
+            dropout_p,
+            rng_state,
+            first_batch=sequence.number,
         )
         if grad_query is not None and part_query is not None:
             sequence.of_queries(grad_query).copy_(part_query)

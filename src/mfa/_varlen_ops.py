@@ -47,6 +47,7 @@ def _forward_cpu(
         *(query, key, value, *layout, sinks, alibi_slopes, scale, softcap, dropout_p, rng_state),
         metal=simulation is not None,
     )
+    _checks.check_has_state(dropout_p, rng_state)
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
@@ -55,7 +56,7 @@ def _forward_cpu(
         )
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
-        return _varlen_cpu.attention_varlen_forward(*(query, key, value, *starts, *terms))
+        return _varlen_cpu.attention_varlen_forward(*(query, key, value, *starts, *terms, dropout_p, rng_state))
 
 
 @_checks.as_runtime_errors
@@ -81,6 +82,7 @@ def _forward_fake(
         *(scale, softcap, dropout_p, rng_state),
         metal=query.device.type == "mps",
     )
+    _checks.check_has_state(dropout_p, rng_state)
     return _varlen_cpu.empty_outputs(query, value.shape[2])
 
 
@@ -127,8 +129,11 @@ def _fold(size: int, where: int, dim: int | None, tensor: Tensor | None) -> Tens
 
 
 def _folded(size: int, in_dims: _Dims, args: Sequence[Any], places: dict[int, int], starts: int) -> list[Any] | None:
-    """The arguments of one call for all; `places`: what is folded, and where; None if the starts or the RNG differ."""
-    if any(dim is not None for dim in (in_dims[starts], in_dims[starts + 1], in_dims[starts + 11])):
+    """The arguments of one call for all; `places`: what is folded, and where. None if that can't be.
+
+    Then the starts differ, or dropout counts heads. `starts`: where cu_seqlens_q is among the arguments.
+    """
+    if in_dims[starts] is not None or in_dims[starts + 1] is not None or args[starts + 10] > 0:
         return None
     return [
         _fold(size, places[i], dim, arg) if i in places else arg
@@ -196,6 +201,7 @@ def _backward_cpu(
         metal=simulation is not None,
     )
     _varlen_checks.check_results(grad_out, grad_lse, out, lse, query, value)
+    _checks.check_has_state(dropout_p, rng_state)
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse)
@@ -206,7 +212,7 @@ def _backward_cpu(
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         grads = _varlen_cpu.attention_varlen_backward(
-            *(grad_out, grad_lse, query, key, value, *starts, *terms, output_mask)
+            *(grad_out, grad_lse, query, key, value, *starts, *terms, dropout_p, rng_state, output_mask)
         )
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, simulator
+from . import _checks, _dropout, _sharding, simulator
 from ._ops import LIBRARY, autocast, ops
 
 _Bound = int | None
@@ -78,7 +78,10 @@ def attention(
         value: [B,Hkv,Lk,Dv] or [Hkv,Lk,Dv], of the same dtype and device; Dv <= 256.
         attn_mask: broadcasts to [B,Hq,Lq,Lk] and is never expanded. bool (True = attend), or float32 or the query's
             dtype, added to the scaled scores; -inf, or at most -1e38, masks a key. is_causal may be given as well.
-        dropout_p: within [0, 1). Not supported yet, other than 0.
+        dropout_p: within [0, 1), rounded to a multiple of 1/65536: the share of probabilities that become 0, while the
+            others grow to make up for them; lse doesn't change. torch.manual_seed reproduces which ones: a function of
+            two numbers drawn per call, and of batch, head, query and key, the same in forward and backward and on every
+            device. Under torch.vmap, its `randomness` says whether mapped elements share it.
         is_causal: query i sees key j iff j <= i (aligned to the upper left).
         scale: of the scores; None is 1/sqrt(D).
         enable_gqa: allows Hq to be a multiple of Hkv; query head h then uses key head h // (Hq/Hkv).
@@ -97,10 +100,11 @@ def attention(
     Raises:
         ValueError: shapes, lengths or values out of range; tensors on different devices.
         TypeError: dtypes that differ or aren't supported.
-        NotImplementedError: a legal request that isn't supported: a device, a head dimension, dropout.
+        NotImplementedError: a legal request that isn't supported: a device, a head dimension.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.check_is_tensor(name, tensor)
+    _sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
         _checks.check_flag(name, flag)
     for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
@@ -133,8 +137,9 @@ def attention(
     if is_causal:  # aligned to the upper left; windows are relative to the lower right
         diagonal = query.shape[2] - key.shape[2]
         right = diagonal if right is None else torch.sym_min(right, diagonal)
+    rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
     out, lse = ops.attention_forward(
-        query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, None
+        query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state
     )
     if not has_batch:
         out, lse = out.squeeze(0), lse.squeeze(0)

@@ -1,6 +1,7 @@
-"""Attention by the real kernels on the best device there is, beside float64: what `python -m mfa demo` prints."""
+"""Attention and its gradients by the real kernels, beside float64: what `python -m mfa demo` prints."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -61,32 +62,59 @@ CASES = (
 )
 
 
+class Error(NamedTuple):
+    """The largest error against float64, and what is allowed."""
+
+    found: float
+    allowed: float  # twice that of torch's math path in the same dtype, plus 1e-6
+
+    @property
+    def is_good(self) -> bool:
+        return self.found <= self.allowed  # a NaN isn't
+
+
 class Result(NamedTuple):
     """What a case gave."""
 
-    error: float  # the largest against float64
-    allowed: float  # twice that of torch's math path in the same dtype, plus 1e-6
-    kernel: str
-    mma: int | None  # 8x8x8 multiply-accumulates, which only the simulator counts
+    forward: Error
+    backward: Error  # of the gradient of query, key or value that is nearest to its limit
+    kernel: str  # of the forward pass
+    mma: int | None  # 8x8x8 multiply-accumulates of both passes, which only the simulator counts
+
+
+def differentiate(function: Callable[..., Tensor], tensors: Iterable[Tensor], **terms: Any) -> list[Tensor]:
+    """The output, and the gradients of the tensors for a random one of the output."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves, **terms)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()  # exact in every other dtype
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))]
 
 
 def run(case: Case, on_mps: bool) -> Result:
     """Computes a case by the kernels, by float64 and by torch's math path."""
-    query, key, value = case.tensors()
+    tensors = case.tensors()
     terms: dict[str, Any] = {"attn_mask": case.visible(), "enable_gqa": case.heads[0] != case.heads[1]}
     with sdpa_kernel(SDPBackend.MATH):
-        expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), **terms)
-        plain = scaled_dot_product_attention(query, key, value, **terms)
+        expected = differentiate(scaled_dot_product_attention, [tensor.double() for tensor in tensors], **terms)
+        plain = differentiate(scaled_dot_product_attention, tensors, **terms)
     asked: dict[str, Any] = {**terms, "attn_mask": None, "is_causal": case.is_causal, "window": case.window}
     if on_mps:
-        out: Tensor = attention(query.to("mps"), key.to("mps"), value.to("mps"), **asked).cpu()
+        results = [result.cpu() for result in differentiate(attention, [x.to("mps") for x in tensors], **asked)]
         kernel, mma = "", None
     else:
         with simulator.simulate() as simulation:
-            out = attention(query, key, value, **asked)
-        kernel, mma = simulation.launches[-1].kernel, simulation.counters.mma
-    errors = [float((result.double() - expected).abs().max()) for result in (out, plain)]
-    return Result(errors[0], 2 * errors[1] + 1e-6, kernel, mma)
+            results = differentiate(attention, tensors, **asked)
+        kernel, mma = simulation.launches[0].kernel, simulation.counters.mma
+
+    def error(result: Tensor, exact: Tensor) -> float:
+        return float((result.double() - exact).abs().max())
+
+    forward, *backward = (
+        Error(error(ours, exact), 2 * error(theirs, exact) + 1e-6)
+        for ours, theirs, exact in zip(results, plain, expected, strict=True)
+    )
+    worst = max(backward, key=lambda error: error.found / error.allowed if error.is_good else math.inf)
+    return Result(forward, worst, kernel, mma)
 
 
 def table() -> Iterator[str]:
@@ -101,12 +129,13 @@ def table() -> Iterator[str]:
     else:
         yield f"In the simulator, as on apple7 (M1). Not on a GPU: {why_no_gpu}."
     yield ""
-    line = "{:9} {:>4} {:>5} {:>5} {:>6}  {:20} {:>10} {:>10}  {:5} {:>9}  {}"
-    yield line.format("dtype", "D", "Lq", "Lk", "heads", "mask", "error", "allowed", "", "MMAs", "kernel")
+    line = "{:9} {:>4} {:>5} {:>5} {:>6}  {:20} {:>9} {:>9} {:>9} {:>9}  {:5} {:>10}  {}"
+    errors = ("error", "allowed", "gradient", "allowed")
+    yield line.format("dtype", "D", "Lq", "Lk", "heads", "mask", *errors, "", "MMAs", "forward kernel")
     failed = 0
     for case in CASES:
         result = run(case, on_mps=why_no_gpu is None)
-        good = result.error <= result.allowed
+        good = result.forward.is_good and result.backward.is_good
         failed += not good
         yield line.format(
             str(case.dtype).removeprefix("torch."),
@@ -114,14 +143,14 @@ def table() -> Iterator[str]:
             *case.lengths,
             "/".join(map(str, case.heads)),
             case.masking,
-            f"{result.error:.2e}",
-            f"{result.allowed:.2e}",
+            *(f"{number:.2e}" for number in (*result.forward, *result.backward)),
             "ok" if good else "WRONG",
             "" if result.mma is None else f"{result.mma:,}",
             result.kernel,
         )
     yield ""
     yield "error: the largest against float64. allowed: twice that of torch's math path in the same dtype, plus 1e-6."
+    yield "gradient: the same for that of query, key or value, whichever is nearest to its limit."
     if failed:
         yield f"{failed} of {len(CASES)} are wrong."
         raise SystemExit(1)

@@ -6,8 +6,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _cache_checks, _checks, simulator
+from . import _cache_checks, _checks, _sharding, simulator
 from ._decode_ops import autocast, ops
+from ._index_checks import widened
 from .quantize import quantize_kv, store_in_place
 
 _Bound = int | None
@@ -122,6 +123,7 @@ def attention_with_kv_cache(
     """
     for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         _checks.check_is_tensor(name, tensor)
+    _sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         _checks.check_flag(name, flag)
     for name, number in (("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
@@ -134,6 +136,7 @@ def attention_with_kv_cache(
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
         query = autocast(device, query, key_cache)
         key, value = (t if t is None else autocast(device, t, key_cache) for t in (key, value))
+    sinks = widened(sinks, query)
     tensors = (query, key_cache, value_cache, block_table, key_scale, value_scale, sinks, alibi_slopes)
     _cache_checks.check_decode(
         *(*tensors, 1.0 if scale is None else scale, softcap, num_splits),

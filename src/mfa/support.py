@@ -32,7 +32,7 @@ FEATURES = (
     Feature("`alibi_slopes`", cpu=True, kernels=True),
     Feature("`sinks`", cpu=True, kernels=True),
     Feature("gradient of `attn_mask`", cpu=True, kernels=True),
-    Feature("`dropout_p`", cpu=False, kernels=False),
+    Feature("`dropout_p`", cpu=True, kernels=True),
     Feature("`merge_attention`", cpu=True, kernels=True),
 )
 

@@ -6,7 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _ops, _varlen_checks, simulator
+from . import _checks, _dropout, _ops, _sharding, _varlen_checks, simulator
+from ._index_checks import widened
 from ._varlen_ops import ops
 
 _Bound = int | None
@@ -103,10 +104,12 @@ def attention_varlen(
             cu_seqlens that don't start with 0, decrease, end behind the tokens or exceed max_seqlen. On a GPU such
             contents are clamped.
         TypeError: dtypes that differ or aren't supported.
-        NotImplementedError: a legal request that isn't supported: a device, or a head dimension.
+        NotImplementedError: a legal request that isn't supported: a device, a head dimension, or with the Metal kernels
+            the gradient of alibi_slopes [N,Hq].
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.check_is_tensor(name, tensor)
+    _sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         _checks.check_flag(name, flag)
     for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
@@ -115,19 +118,26 @@ def attention_varlen(
     device = query.device.type
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
         query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, sinks)
+    sinks = widened(sinks, query)
     layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _varlen_checks.check_forward(
         *(query, key, value, *layout, sinks, alibi_slopes),
         *(1.0 if scale is None else scale, softcap, dropout_p, None),
         metal=device == "mps" or simulator.active() is not None,
     )
+    if alibi_slopes is not None and alibi_slopes.dim() == 2 and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        if device == "mps" or simulator.active() is not None:
+            raise NotImplementedError(
+                "alibi_slopes of shape [N,Hq] require grad, which the Metal kernels don't compute: use [Hq]"
+            )
     _varlen_checks.check_starts(query, key, *layout)
 
     if scale is None:
         scale = 1 / math.sqrt(query.shape[2])
     if is_causal:
         right = 0 if right is None else torch.sym_min(right, 0)
+    rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
     out, lse = ops.attention_varlen_forward(
-        query, key, value, *layout, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, None
+        query, key, value, *layout, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state
     )
     return (out, lse) if return_lse else out

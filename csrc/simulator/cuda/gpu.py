@@ -103,7 +103,7 @@ class Gpu:
         """Every launch of a plan, in order."""
         params = torch.frombuffer(bytearray(bytes(plan.params)), dtype=torch.uint8).cuda()
         for launch in plan.launches:
-            first = torch.tensor([launch.first_unit], dtype=torch.int32, device="cuda")
+            first = torch.tensor(launch.unit, dtype=torch.int32, device="cuda")
             on = [self._constants[_camel(name)] for name, value in launch.constants.items() if value]
             self.launch(
                 launch.kernel, on, launch.grid, launch.group, {**arguments, "params": params, "first_unit": first}

@@ -26,7 +26,9 @@ DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 BLOCK = 1024  # rows of the reference at a time
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, right: int | None, dtype: torch.dtype) -> Any:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, right: int | None, dtype: torch.dtype
+) -> Any:
     """out, lse and gradients of one batch, in blocks of rows, in `dtype`; k, v with query heads."""
     q, k, v, grad = (x.to(dtype) for x in (q, k, v, grad))
     length, keys = q.shape[1], k.shape[1]
@@ -149,7 +151,9 @@ def cases(gpu: Gpu, native: Any, small: bool) -> list[Case]:
     for dim in (64, 128, 256):
         for dtype in ("f16", "bf16", "f32"):
             for causal in (False, True):
-                table.append(dict(dtype=dtype, batch=1, heads=2, key_heads=1, length=300, keys=417, dim=dim, causal=causal))
+                table.append(
+                    dict(dtype=dtype, batch=1, heads=2, key_heads=1, length=300, keys=417, dim=dim, causal=causal)
+                )
     for family in ("apple7", "apple9"):
         for mode in ("five_gemm", "seven_gemm"):
             table.append(
@@ -161,7 +165,9 @@ def cases(gpu: Gpu, native: Any, small: bool) -> list[Case]:
                 table.append(dict(batch=4, heads=8, key_heads=8, length=2048, keys=2048, dim=dim, causal=causal))
         table.append(dict(batch=1, heads=4, key_heads=2, length=8192, keys=8192, dim=128, causal=True, dtype="bf16"))
         table.append(dict(batch=1, heads=2, key_heads=1, length=32768, keys=32768, dim=64, causal=True))
-        table.append(dict(batch=1, heads=2, key_heads=2, length=131072, keys=131072, dim=64, causal=True, backward=False))
+        table.append(
+            dict(batch=1, heads=2, key_heads=2, length=131072, keys=131072, dim=64, causal=True, backward=False)
+        )
     return [Case(gpu, native, **fields) for fields in table]
 
 
@@ -190,7 +196,9 @@ def main() -> int:
         result = case.check()
         results.append(result)
         ratios = " ".join(f"{name} {ratio:.2f}" for name, ratio in result["of_bound"].items())
-        print("ok  " if result["passes"] else "FAIL", result["case"], "| error / bound:", ratios, f"{result['seconds']} s")
+        print(
+            "ok  " if result["passes"] else "FAIL", result["case"], "| error / bound:", ratios, f"{result['seconds']} s"
+        )
     if not options.small:
         case = Case(gpu, native, batch=2, heads=8, key_heads=4, length=1500, keys=1700, dim=64, causal=True)
         same = repeats(case, 50)

@@ -56,10 +56,17 @@ def _entry(found: re.Match[str]) -> str:
 
 
 def compile_ptx(
-    source: Path, output: Path, *, include_dirs: Sequence[Path] = (), architecture: str = "sm_90", defines: Sequence[str] = ()
+    source: Path,
+    output: Path,
+    *,
+    include_dirs: Sequence[Path] = (),
+    architecture: str = "sm_90",
+    defines: Sequence[str] = (),
 ) -> None:
     """One .metal -> one .ptx. Raises translate.CompileError."""
-    flags = [f"-D{name}" for name in [*translate.PREDEFINED, "__MFA_CUDA__=1", *defines]] + [f"-I{path}" for path in include_dirs]
+    flags = [f"-D{name}" for name in [*translate.PREDEFINED, "__MFA_CUDA__=1", *defines]] + [
+        f"-I{path}" for path in include_dirs
+    ]
     with tempfile.TemporaryDirectory() as directory:
         text = translate.preprocess(source, directory, flags, None, output)
         file = Path(directory) / "translated.cu"

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from .. import _checks
-from .._decode_ops import ops
 from ..kv_cache import attention_with_kv_cache
 from ._attention import attend_chunks, check_inputs, check_scale, visible, window_of
 
@@ -165,7 +164,6 @@ def flash_attention_quantized(
     check_scale(scale, query.shape[3])
     mask, length = visible(attn_mask), key.shape[2]
     few = mask is None and query.shape[2] <= _FEW_QUERIES and quant_type in (QUANT_FP8_E4M3, QUANT_INT8)
-    few = few and hasattr(ops, "attention_decode")
     if few and not (torch.is_grad_enabled() and query.requires_grad):
         window = window_of(query.shape[2], length, is_causal, window_size)
         caches, scales = [], []

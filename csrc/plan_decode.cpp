@@ -1,0 +1,66 @@
+#include <algorithm>
+#include <cmath>
+
+#include "launches.h"
+#include "tuning.h"
+
+namespace mfa {
+namespace {
+
+// SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
+constexpr std::int64_t kWantedGroups = 12 * 16;
+// A part of the keys writes and reads back 8 bytes per row and value dimension. At 256 keys that is a sixteenth of its K and
+// V, for eight rows of 16 bits.
+constexpr std::int64_t kLeastPart = 256;
+
+std::int64_t choose_splits(std::int64_t groups, std::int64_t keys) {
+  const std::int64_t most = std::max<std::int64_t>(1, keys / kLeastPart);
+  return std::clamp<std::int64_t>((kWantedGroups + groups - 1) / std::max<std::int64_t>(1, groups), 1, most);
+}
+
+}  // namespace
+
+Plan plan_decode(const Problem& problem, const Cache& cache) {
+  const Canonical start = canonical(problem);
+  Plan plan{.launches = {}, .params = start.params};
+  AttentionParams& params = plan.params;
+  const std::int64_t rows = problem.query_length * params.group_size;
+  const Instance& decode = choose_decode(problem, start.bucket, rows);
+  const std::int64_t tiles_of_rows = tiles(rows, decode.rows);
+  const std::int64_t groups = problem.key_heads * tiles_of_rows * problem.batch;
+  const std::int64_t wanted = cache.splits > 0 ? cache.splits : choose_splits(groups, problem.key_length);
+  const std::int64_t blocks = std::max<std::int64_t>(1, tiles(problem.key_length, decode.block));
+  const std::int64_t blocks_per_part = (blocks + wanted - 1) / wanted;
+  const std::int64_t splits = (blocks + blocks_per_part - 1) / blocks_per_part;
+  params.splits = static_cast<int>(splits);
+  params.split_keys = static_cast<int>(blocks_per_part * decode.block);
+  params.page_size = static_cast<int>(cache.page_size);
+  params.pages = static_cast<int>(cache.pages);
+  params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
+  std::ranges::copy(cache.key_scale_strides, params.key_scale_strides);
+  std::ranges::copy(cache.value_scale_strides, params.value_scale_strides);
+
+  const bool is_split = splits > 1;
+  add_launch(plan, decode,
+             score_constants(problem, start, decode,
+                             {{kWritesLse, problem.wants_lse && !is_split},
+                              // Lengths differ by batch entry, so a window may hide keys whatever the capacity is.
+                              {kHasWindow, problem.window_left || problem.window_right},
+                              {kHasSinks, problem.has_sinks},
+                              {kHasKeyLengths, true},
+                              {kIsPaged, cache.page_size > 0},
+                              {kIsQuantized, cache.format != Cache::Format::same_dtype},
+                              {kIsInt8, cache.format == Cache::Format::int8},
+                              {kIsSplit, is_split}}),
+             {problem.key_heads * tiles_of_rows, splits, problem.batch});
+  if (is_split) {
+    const Instance& combine = choose_combine(problem.dtype);
+    const std::int64_t octets = problem.batch * problem.query_heads * problem.query_length * tiles(problem.value_dim, 8);
+    add_launch(plan, combine,
+               constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),
+               {tiles(octets, combine.threads()), 1, 1});
+  }
+  return plan;
+}
+
+}  // namespace mfa

@@ -1,0 +1,52 @@
+"""`torch.library.register_autograd` that works inside torch.func.grad, vjp and jacrev; torch's own refuses those."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.autograd import Info, make_autograd_impl
+
+
+def register(
+    name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None], lib: torch.library.Library
+) -> None:
+    """As `torch.library.register_autograd`, for an op without keyword-only arguments and lists of tensors."""
+    op = torch._library.utils.lookup_op(name)
+    outside = make_autograd_impl(op, Info(backward, setup_context))
+
+    class Level(torch.autograd.Function):
+        """One level of torch.func: the redispatch goes to the next."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+            # The levels below differentiate as well, but a Function's forward has gradients off.
+            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            filled, _ = torch._library.utils.fill_defaults(op._schema, arguments, {})
+            setup_context(ctx=ctx, inputs=filled, output=result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return None, *backward(Needs(ctx), *grads)
+
+    class Needs:
+        """The context without its first input, the key set."""
+
+        def __init__(self, ctx: Any) -> None:
+            self._ctx = ctx
+
+        def __getattr__(self, attribute: str) -> Any:
+            found = getattr(self._ctx, attribute)
+            return found[1:] if attribute == "needs_input_grad" else found
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if not needed or not torch._C._are_functorch_transforms_active():
+            return outside(keyset, *arguments)
+        with enable_single_level_autograd_function():
+            apply: Any = super(torch.autograd.Function, Level).apply  # Function.apply would start at the top level
+            return apply(keyset, *arguments)
+
+    lib.impl(name.split("::")[1], kernel, "Autograd", with_keyset=True)

@@ -1,0 +1,116 @@
+"""Problems for plan() and plan_backward(), as hypothesis draws them, and what the tests of both ask about them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from mfa import _native as native
+
+CATALOGUE = {instance.name: instance for instance in native.catalogue()}
+METAL = Path(__file__).parents[1] / "metal"
+
+FAMILIES = ["apple7", "apple8", "apple9", "apple10"]
+DTYPES = ["f16", "bf16", "f32"]
+ELEMENT_SIZE = {"f16": 2, "bf16": 2, "f32": 4}
+BUCKETS = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+BUCKET_EDGES = sorted({dim + step for bucket in BUCKETS for dim in bucket for step in (-1, 0, 1)} - {257} | {1, 8, 80})
+TILE_EDGES = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 300, 2**20 + 3, 2**29]
+
+dims = st.sampled_from(BUCKET_EDGES) | st.integers(1, 256)
+lengths = st.sampled_from(TILE_EDGES) | st.integers(0, 5000)
+counts = st.sampled_from([0, 1, 1, 2]) | st.integers(0, 70000)
+strides = st.tuples(*[st.integers(0, 2**37).map(lambda n: 8 * n)] * 3) | st.tuples(*[st.integers(0, 2**40)] * 3)
+TENSORS = ("query", "key", "value", "out")
+bounds = st.none() | st.integers(-300, 300) | st.integers(-(2**63), 2**63 - 1)
+BIAS_BYTES = {"mask": 1, "float32": 4}
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    problem = {
+        "family": draw(st.sampled_from(FAMILIES)),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "batch": draw(counts),
+        "key_heads": draw(st.integers(1, 64)),
+        "query_length": draw(lengths),
+        "key_length": draw(lengths),
+        "head_dim": draw(dims),
+        "value_dim": draw(dims),
+        "aligned": draw(st.booleans()),
+        "window_left": draw(bounds),
+        "window_right": draw(bounds),
+        "wants_lse": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 30.0])),
+        "has_sinks": draw(st.booleans()),
+        "alibi": draw(st.sampled_from(["none", "per_head", "per_batch"])),
+        "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.1])),
+        "bias": draw(st.sampled_from(["none", "none", "mask", "same_dtype", "float32"])),
+    }
+    problem["query_heads"] = problem["key_heads"] * draw(counts)
+    for tensor in TENSORS:
+        problem[f"{tensor}_strides"] = draw(strides)
+    assume(problem["query_length"] + problem["key_length"] <= 2**30 - 1024)
+    assume(problem["batch"] * max(problem["query_heads"], problem["key_heads"]) < 2**31)
+    if problem["bias"] != "none":
+        problem["bias_sizes"] = tuple(draw(st.sampled_from([1, size])) for size in full_sizes(problem))
+        problem["bias_strides"] = tuple(draw(st.integers(0, 2**40)) for _ in range(4))
+    return problem
+
+
+def full_sizes(problem: dict[str, Any]) -> tuple[int, int, int, int]:
+    """[B,Hq,Lq,Lk]."""
+    return tuple(problem[field] for field in ("batch", "query_heads", "query_length", "key_length"))  # type: ignore[return-value]
+
+
+def bucket(problem: dict[str, Any]) -> tuple[int, int]:
+    """The first that holds D and Dv."""
+    return next((d, v) for d, v in BUCKETS if problem["head_dim"] <= d and problem["value_dim"] <= v)
+
+
+def aligned(problem: dict[str, Any], strides: dict[str, tuple[int, int, int]]) -> bool:
+    """Every row of every tensor starts at a multiple of 16 bytes. A name ends with what the tensor is as long as."""
+    ends = {"key": "key", "value": "key", "query": "query", "out": "query"}
+    sizes = {s: (problem["batch"], problem[f"{s}_heads"], problem[f"{s}_length"]) for s in ("query", "key")}
+    return problem["aligned"] and all(
+        stride * ELEMENT_SIZE[problem["dtype"]] % 16 == 0
+        for name, steps in strides.items()
+        for size, stride in zip(sizes[ends[name.removeprefix("grad_")]], steps, strict=True)
+        if size > 1
+    )
+
+
+def tiles(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def score_constants(problem: dict[str, Any], kernel: str) -> dict[str, bool]:
+    """The function constants of a problem's features, in a kernel that computes scores."""
+    row = CATALOGUE[kernel]
+    return {
+        "is_exact_head": (problem["head_dim"], problem["value_dim"]) == (row.head_dim, row.value_dim),
+        "has_bias": problem["bias"] != "none",
+        "has_mask": problem["bias"] == "mask",
+        "has_float_bias": problem["bias"] == "float32",
+        "has_softcap": problem["softcap"] > 0,
+        "has_alibi": problem["alibi"] != "none",
+        "has_dropout": problem["dropout_p"] > 0,
+    }
+
+
+def classifies(problem: dict[str, Any]) -> bool:
+    """Whether mask_blocks runs: see tuning.def."""
+    if problem["bias"] == "none" or problem["key_length"] < 128:
+        return False
+    read = BIAS_BYTES.get(problem["bias"], ELEMENT_SIZE[problem["dtype"]])
+    scores = 1
+    for size, whole in zip(problem["bias_sizes"], full_sizes(problem), strict=True):
+        read *= size
+        scores *= whole
+    return read <= scores
+
+
+def declared_constants() -> list[str]:
+    return re.findall(r"^constant \w+ (\w+) \[\[function_constant", (METAL / "features.h").read_text(), re.M)

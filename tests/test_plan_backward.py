@@ -1,0 +1,289 @@
+"""plan_backward(): what is asked for is computed once, nothing else, and within the scratch."""
+
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from plan_problems import (
+    BUCKET_EDGES,
+    BUCKETS,
+    CATALOGUE,
+    DTYPES,
+    ELEMENT_SIZE,
+    FAMILIES,
+    TENSORS,
+    aligned,
+    bucket,
+    classifies,
+    problems,
+    score_constants,
+    strides,
+    tiles,
+)
+
+from mfa import _native as native
+
+GRADIENTS = ("query", "key", "value", "bias", "sinks", "alibi")
+GRAD_TENSORS = ("grad_out", "grad_query", "grad_key", "grad_value")
+SHAPE = {"query_length": 512, "key_length": 512, "head_dim": 64, "value_dim": 64}
+
+
+@st.composite
+def backward_problems(draw: st.DrawFn) -> dict[str, Any]:
+    problem = draw(problems())
+    problem["batch"] = draw(st.integers(0, 40))  # keeps the list of chunks short
+    assume(problem["batch"] * max(problem["query_heads"], problem["key_heads"]) < 2**31)
+    if problem["bias"] != "none":
+        problem["bias_sizes"] = (draw(st.sampled_from([1, problem["batch"]])), *problem["bias_sizes"][1:])
+    can = {
+        "bias": problem["bias"] in ("same_dtype", "float32"),
+        "sinks": problem["has_sinks"],
+        "alibi": problem["alibi"] != "none",
+    }
+    for name in GRADIENTS:
+        problem[f"wants_{name}"] = can.get(name, True) and draw(st.booleans())
+    problem["has_grad_lse"] = draw(st.booleans())
+    problem["mode"] = draw(st.sampled_from(["automatic", "five_gemm", "seven_gemm"]))
+    problem["scratch_limit"] = draw(st.sampled_from([0, 1 << 16, 64 << 20, 1 << 40]) | st.integers(0, 1 << 30))
+    for tensor in GRAD_TENSORS:
+        problem[f"{tensor}_strides"] = draw(strides)
+    return problem
+
+
+def kind(launch: native.Launch) -> str:
+    return str(CATALOGUE[launch.kernel].kind)
+
+
+def launches_of(plan: native.Plan, *kinds: str) -> list[native.Launch]:
+    return [launch for launch in plan.launches if kind(launch) in kinds]
+
+
+def units(problem: dict[str, Any]) -> int:
+    return int(problem["batch"] * problem["key_heads"])
+
+
+def covered_units(launches: list[native.Launch], per_unit: int = 1) -> list[tuple[int, int]]:
+    """(first, end) of each launch's units, merged where they touch; a unit that two launches cover fails."""
+    merged: list[tuple[int, int]] = []
+    for launch in launches:
+        assert launch.grid[0] % per_unit == 0
+        first, end = launch.unit[0], launch.unit[0] + launch.grid[0] // per_unit
+        assert not merged or first >= merged[-1][1]
+        merged[-1:] = [(merged[-1][0], end)] if merged and merged[-1][1] == first else [*merged[-1:], (first, end)]
+    return merged
+
+
+@given(backward_problems())
+def test_keys_are_covered_once_for_each_gradient_that_is_wanted(problem: dict[str, Any]) -> None:
+    plan = native.plan_backward(**problem)
+    for name in ("key", "value"):
+        launches = [each for each in launches_of(plan, "backward_dkdv") if each.constants[f"wants_grad_{name}"]]
+        has_work = units(problem) > 0 and problem["key_length"] > 0
+        wanted = problem[f"wants_{name}"] and has_work
+        assert covered_units(launches) == ([(0, units(problem))] if wanted else [])
+        for launch in launches:
+            assert launch.grid[1:] == (tiles(problem["key_length"], CATALOGUE[launch.kernel].rows), 1)
+            both = launch.constants["wants_grad_key"] and launch.constants["wants_grad_value"]
+            assert sum(bucket(problem)) <= 256 or not both  # both accumulators don't fit in registers
+
+
+@given(backward_problems())
+def test_queries_are_covered_once_by_one_kernel(problem: dict[str, Any]) -> None:
+    plan = native.plan_backward(**problem)
+    direct, from_ds = launches_of(plan, "backward_dq"), launches_of(plan, "backward_dq_from_ds")
+    wanted = problem["wants_query"] or problem["wants_alibi"]
+    if not (wanted and problem["batch"] and problem["query_heads"] and problem["query_length"]):
+        assert not direct
+        assert not from_ds
+        return
+    assert bool(direct) != bool(from_ds)
+    for launch in direct + from_ds:
+        assert launch.grid[1] == tiles(problem["query_length"], CATALOGUE[launch.kernel].rows)
+    if direct:
+        [launch] = direct
+        assert (launch.grid[0], launch.grid[2]) == (problem["query_heads"], problem["batch"])
+        assert launch.constants["wants_grad_alibi"] == problem["wants_alibi"]
+    else:
+        group = problem["query_heads"] // problem["key_heads"]
+        assert covered_units(from_ds, group) == [(0, units(problem))]
+        assert {launch.grid[2] for launch in from_ds} == {1}
+
+
+@given(backward_problems())
+def test_scratch_is_written_before_it_is_read_and_bounded(problem: dict[str, Any]) -> None:
+    plan = native.plan_backward(**problem)
+    assert plan.scratch_bytes <= problem["scratch_limit"]
+    assert bool(plan.scratch_bytes) == bool(launches_of(plan, "backward_dq_from_ds"))
+    blobs = tiles(problem["query_length"], 8) * tiles(problem["key_length"], 8)
+    holds = None
+    for launch in plan.launches:
+        if launch.constants["writes_score_gradient"]:
+            assert kind(launch) == "backward_dkdv"
+            assert launch.constants["wants_grad_key"]
+            holds = (launch.unit[0], launch.grid[0])
+            group = problem["query_heads"] // problem["key_heads"]
+            assert launch.grid[0] * group * blobs * 64 * ELEMENT_SIZE[problem["dtype"]] <= plan.scratch_bytes
+        elif kind(launch) == "backward_dq_from_ds":
+            assert holds == (launch.unit[0], launch.grid[0] * problem["key_heads"] // problem["query_heads"])
+            holds = None
+    assert holds is None
+
+
+@given(backward_problems())
+def test_nothing_else_runs(problem: dict[str, Any]) -> None:
+    plan = native.plan_backward(**problem)
+    kinds = [kind(launch) for launch in plan.launches]
+    assert all(name == "mask_blocks" or name.startswith("backward_") for name in kinds)
+    wanted = [name for name in GRADIENTS if problem[f"wants_{name}"]]
+    has_rows = bool(problem["batch"] and problem["query_heads"] and problem["query_length"])
+    assert kinds.count("backward_delta") == bool(wanted and has_rows)
+    assert kinds[:1] == ["backward_delta"] * bool(wanted and has_rows) or not has_rows
+    needs_scores = bool(set(wanted) & {"query", "key", "value", "alibi"})
+    assert ("mask_blocks" in kinds) <= (needs_scores and classifies(problem))
+    assert (plan.mask_class_bytes > 0) == ("mask_blocks" in kinds)
+    has_bias = problem["wants_bias"] and 0 not in problem["bias_sizes"]
+    assert kinds.count("backward_dbias") == has_bias
+    for launch in plan.launches:
+        row = CATALOGUE[launch.kernel]
+        assert min(launch.grid) > 0
+        assert launch.group == (row.threads, 1, 1)
+        assert launch.threadgroup_memory == row.threadgroup_memory
+        assert row.dtype == problem["dtype"]
+        assert row.head_dim in (0, bucket(problem)[0])
+        assert row.value_dim in (0, bucket(problem)[1])
+    for launch in launches_of(plan, "backward_dbias"):
+        batch, heads, rows, columns = problem["bias_sizes"]
+        row = CATALOGUE[launch.kernel]
+        assert launch.grid == (tiles(columns, row.block), tiles(rows, row.rows), batch * heads)
+
+
+@given(backward_problems())
+def test_constants(problem: dict[str, Any]) -> None:
+    names = [*TENSORS, "grad_out"] + [f"grad_{name}" for name in GRADIENTS[:3] if problem[f"wants_{name}"]]
+    if problem["wants_alibi"]:
+        names.append("grad_query")  # the kernel writes it
+    is_aligned = aligned(problem, {name: problem[f"{name}_strides"] for name in names})
+    for launch in native.plan_backward(**problem).launches:
+        of = kind(launch)
+        used = {"is_aligned": is_aligned}
+        if of == "mask_blocks":
+            used = {"has_bias": True, "has_mask": problem["bias"] == "mask"}
+            used["has_float_bias"] = problem["bias"] == "float32"
+        elif of == "backward_delta":
+            used["has_grad_lse"] = problem["has_grad_lse"]
+        elif of == "backward_dq_from_ds":
+            used["is_exact_head"] = problem["head_dim"] == CATALOGUE[launch.kernel].head_dim
+        else:
+            used |= score_constants(problem, launch.kernel)
+        if of in ("backward_dkdv", "backward_dq", "backward_dq_from_ds"):
+            used["has_mask_blocks"] = classifies(problem)
+        elsewhere = ("has_window", "wants_grad_key", "wants_grad_value", "wants_grad_alibi", "writes_score_gradient")
+        constants = {name: value for name, value in launch.constants.items() if name not in elsewhere}
+        assert {name for name, value in constants.items() if value} == {name for name, value in used.items() if value}
+
+
+@pytest.mark.parametrize("mode", ["five_gemm", "seven_gemm"])
+def test_a_window_is_known_to_every_kernel_that_skips_by_it(mode: str) -> None:
+    asked = {"mode": mode, "bias": "same_dtype", "wants_bias": True}
+    for right in (None, 0):
+        plan = native.plan_backward(**SHAPE, **asked, window_right=right)
+        scores = [launch for launch in plan.launches if kind(launch) not in ("mask_blocks", "backward_delta")]
+        assert len(scores) == 3
+        assert {launch.constants["has_window"] for launch in scores} == {right is not None}
+        assert plan.params.heavy_first == (right is not None)
+
+
+@given(backward_problems())
+def test_params_say_the_problem(problem: dict[str, Any]) -> None:
+    params = native.plan_backward(**problem).params
+    for tensor in (*TENSORS, *GRAD_TENSORS):
+        assert getattr(params, f"{tensor}_strides") == problem[f"{tensor}_strides"]
+
+
+@given(backward_problems())
+def test_plans_are_equal_for_equal_problems(problem: dict[str, Any]) -> None:
+    def plan() -> list[tuple[Any, ...]]:
+        launches = native.plan_backward(**problem).launches
+        return [(x.kernel, x.constants, x.grid, x.group, x.unit) for x in launches]
+
+    assert plan() == plan()
+
+
+def mode_of(plan: native.Plan) -> int:
+    return 5 if launches_of(plan, "backward_dq_from_ds") else 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), BUCKETS)
+def test_five_gemms_are_the_default_up_to_d_128(family: str, head_dim: int, value_dim: int) -> None:
+    problem = SHAPE | {"family": family, "head_dim": head_dim, "value_dim": value_dim}
+    assert mode_of(native.plan_backward(**problem)) == (5 if head_dim <= 128 else 7)
+    assert mode_of(native.plan_backward(**problem, mode="five_gemm")) == 5
+    assert mode_of(native.plan_backward(**problem, mode="seven_gemm")) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "f32"},
+        {"wants_query": False},
+        {"wants_key": False},
+        {"wants_alibi": True, "alibi": "per_head"},
+        {"scratch_limit": 512 * 512 * 2 - 1},
+        {"scratch_limit": 512 * 512 * 2 * 3 - 1, "query_heads": 3},
+    ],
+    ids=str,
+)
+def test_seven_gemms_where_five_cannot_run(change: dict[str, Any]) -> None:
+    assert mode_of(native.plan_backward(**(SHAPE | {"mode": "five_gemm"} | change))) == 7
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+@example(7, 3)
+def test_chunks_are_as_large_as_the_scratch_and_alike(key_heads: int, fit: int) -> None:
+    limit = fit * 512 * 512 * 2
+    plan = native.plan_backward(**SHAPE, query_heads=key_heads, key_heads=key_heads, scratch_limit=limit)
+    counts = [launch.grid[0] for launch in launches_of(plan, "backward_dkdv")]
+    assert len(counts) == tiles(key_heads, fit)
+    assert max(counts) - min(counts[:-1], default=max(counts)) == 0
+    assert max(counts) == tiles(key_heads, len(counts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dimension_has_instances(dtype: str) -> None:
+    used = set()
+    for head_dim in BUCKET_EDGES:
+        for value_dim in BUCKET_EDGES:
+            for mode in ("five_gemm", "seven_gemm"):
+                plan = native.plan_backward(
+                    **(SHAPE | {"head_dim": head_dim, "value_dim": value_dim}),
+                    dtype=dtype,
+                    mode=mode,
+                    bias="mask" if mode == "five_gemm" else "same_dtype",
+                    wants_bias=mode == "seven_gemm",
+                )
+                used |= {launch.kernel for launch in plan.launches}
+    rows = [row for row in CATALOGUE.values() if row.dtype == dtype and row.kind.startswith("backward")]
+    assert {row.name for row in rows} <= used, "an instance that no problem runs in"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"grad_out_strides": (0, 0, -1)},
+        {"grad_key_strides": (-1, 0, 0)},
+        {"scratch_limit": -1},
+        {"wants_bias": True},
+        {"wants_bias": True, "bias": "mask"},
+        {"wants_sinks": True},
+        {"wants_alibi": True},
+        {"mode": "six_gemm"},
+        {"head_dim": 257},
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes_is_refused(wrong: dict[str, Any]) -> None:
+    native.plan_backward(**SHAPE)
+    with pytest.raises(ValueError, match="must"):
+        native.plan_backward(**(SHAPE | wrong))
