@@ -85,10 +85,6 @@ $(STAMP)/build: $(STAMP)/requirements $(NATIVE)
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(STAMP)/test $(STAMP)/dev: $(STAMP)/%: $(STAMP)/torch pyproject.toml
+$(STAMP)/test $(STAMP)/dev $(STAMP)/mac-check: $(STAMP)/%: $(STAMP)/torch pyproject.toml
 	$(PIP) install --group $*
-	touch $@
-
-$(STAMP)/mac-check: $(STAMP)/torch
-	$(PIP) install 'ziglang>=0.17' 'lief>=1.0' 'abi3audit>=0.0.26'
 	touch $@

@@ -39,8 +39,8 @@ attention_backward(const torch::stable::Tensor& grad_out, const std::optional<to
                    const std::vector<bool>& output_mask);
 
 // Sequences packed one behind the other: query [Tq,Hq,D], key [Tk,Hkv,D], value [Tk,Hkv,Dv]; sequence n has rows
-// starts[n] ... starts[n+1] - 1, int32 [N+1]; alibi_slopes [Hq] or [N,Hq]. The contents of the starts are not read here: the
-// kernels clamp them. Lengths' maxima are not needed.
+// starts[n] ... starts[n+1] - 1, int32 [N+1]; alibi_slopes [Hq] or [N,Hq]. The contents of the starts are not read
+// here: the kernels clamp them. Lengths' maxima are not needed.
 struct Varlen {
   const torch::stable::Tensor& query;
   const torch::stable::Tensor& key;
@@ -78,9 +78,9 @@ attention_varlen_backward(const torch::stable::Tensor& grad_out, const std::opti
                           double softcap, double dropout_p, const std::optional<torch::stable::Tensor>& rng_state,
                           const std::vector<bool>& output_mask);
 
-// query [B,Hq,Lq,D] over caches [B,Hkv,capacity,D|Dv], or [pages,Hkv,page,D|Dv] with block_table int32 [B,pages_per_sequence];
-// cache_lengths int32 [B]: live keys. int8 and float8_e4m3fn caches have scales, float32 [B or pages,Hkv,capacity or page].
-// num_splits 0: chosen by the plan. Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
+// query [B,Hq,Lq,D] over caches [B,Hkv,capacity,D|Dv], or [pages,Hkv,page,D|Dv] with block_table int32
+// [B,pages_per_sequence]; cache_lengths int32 [B]: live keys. int8 and float8_e4m3fn caches have scales, float32 [B or
+// pages,Hkv,capacity or page]. num_splits 0: chosen by the plan. Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_decode(
     const torch::stable::Tensor& query, const torch::stable::Tensor& key_cache,
     const torch::stable::Tensor& value_cache, const torch::stable::Tensor& cache_lengths,

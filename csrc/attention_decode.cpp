@@ -47,15 +47,12 @@ void check_scale(const char* name, const std::optional<Tensor>& scale, const Ten
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_decode(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                                            const Tensor& cache_lengths, const std::optional<Tensor>& block_table,
-                                            const std::optional<Tensor>& key_scale,
-                                            const std::optional<Tensor>& value_scale,
-                                            const std::optional<Tensor>& sinks,
-                                            const std::optional<Tensor>& alibi_slopes, double scale,
-                                            std::optional<std::int64_t> window_left,
-                                            std::optional<std::int64_t> window_right, double softcap,
-                                            std::int64_t num_splits) {
+std::tuple<Tensor, Tensor> attention_decode(
+    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& cache_lengths,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& key_scale,
+    const std::optional<Tensor>& value_scale, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& alibi_slopes, double scale, std::optional<std::int64_t> window_left,
+    std::optional<std::int64_t> window_right, double softcap, std::int64_t num_splits) {
   refuse_unless(query.dim() == 4, "query has ", query.dim(), " dimensions; it must have 4");
   Cache cache;
   check_cache("key_cache", key_cache, query, key_cache);

@@ -1,5 +1,5 @@
-// Packed sequences as a dense problem of batch 1: the tensors are views [1,H,T,D], and the kernels find each sequence's rows
-// through its starts, which stay on the device.
+// Packed sequences as a dense problem of batch 1: the tensors are views [1,H,T,D], and the kernels find each sequence's
+// rows through its starts, which stay on the device.
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
@@ -40,8 +40,18 @@ struct Packed {
         sequences(call.query_starts.size(0) - 1) {}
 
   Inputs inputs(const Varlen& call) const {
-    return {query,      key,           value,          none,         call.sinks,     none,
-            call.scale, call.window_left, call.window_right, call.softcap, call.dropout_p, call.rng_state};
+    return {query,
+            key,
+            value,
+            none,
+            call.sinks,
+            none,
+            call.scale,
+            call.window_left,
+            call.window_right,
+            call.softcap,
+            call.dropout_p,
+            call.rng_state};
   }
 };
 
@@ -79,13 +89,15 @@ void bind(Operands& operands, const Varlen& call, const Packed& packed) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_varlen_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    std::int64_t, std::int64_t, const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes,
-    double scale, std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap,
-    double dropout_p, const std::optional<Tensor>& rng_state) {
-  const Varlen call{query,        key,     value,     cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, scale, window_left,
-                    window_right, softcap, dropout_p, rng_state};
+std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    std::int64_t, std::int64_t, const std::optional<Tensor>& sinks,
+                                                    const std::optional<Tensor>& alibi_slopes, double scale,
+                                                    std::optional<std::int64_t> window_left,
+                                                    std::optional<std::int64_t> window_right, double softcap,
+                                                    double dropout_p, const std::optional<Tensor>& rng_state) {
+  const Varlen call{query, key,         value,        cu_seqlens_q, cu_seqlens_k, sinks,    alibi_slopes,
+                    scale, window_left, window_right, softcap,      dropout_p,    rng_state};
   const Packed packed(call);
   check(call, packed);
   Operands operands(packed.inputs(call));
@@ -106,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
     std::int64_t, std::int64_t, const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes,
     double scale, std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap,
     double dropout_p, const std::optional<Tensor>& rng_state, const std::vector<bool>& output_mask) {
-  const Varlen call{query,        key,     value,     cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, scale, window_left,
-                    window_right, softcap, dropout_p, rng_state};
+  const Varlen call{query, key,         value,        cu_seqlens_q, cu_seqlens_k, sinks,    alibi_slopes,
+                    scale, window_left, window_right, softcap,      dropout_p,    rng_state};
   const Packed packed(call);
   check(call, packed);
   refuse_unless(output_mask.size() == 5, "output_mask must have 5 entries");

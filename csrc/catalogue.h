@@ -107,15 +107,15 @@ inline constexpr Instance kInstances[] = {
    simdgroups * block_keys * int(sizeof(float))},
 #define MASK_BLOCKS(dtype, simdgroups) \
   {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
-#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                          \
-  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles "_k" #block_keys,      \
-   Kind::decode,                                                                           \
-   DType::dtype,                                                                           \
-   head_dim,                                                                               \
-   value_dim,                                                                              \
-   1,                                                                                      \
-   8 * row_tiles,                                                                          \
-   block_keys,                                                                             \
+#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                    \
+  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles "_k" #block_keys, \
+   Kind::decode,                                                                     \
+   DType::dtype,                                                                     \
+   head_dim,                                                                         \
+   value_dim,                                                                        \
+   1,                                                                                \
+   8 * row_tiles,                                                                    \
+   block_keys,                                                                       \
    0},
 #define COMBINE(dtype, threads) \
   {"combine_" #dtype "_t" #threads, Kind::combine, DType::dtype, 0, 0, threads / 32, 0, 0, 0},

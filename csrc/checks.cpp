@@ -50,62 +50,65 @@ std::string text(const Shape& shape) {
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
   refuse_unless(tensor.device() == query.device(), name, " is on ", device_name(tensor),
-          "; it must be on the device of query, ", device_name(query));
+                "; it must be on the device of query, ", device_name(query));
 }
 
 void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
   refuse_unless(tensor.scalar_type() == dtype, name, " has dtype ", dtype_name(tensor.scalar_type()), "; it must be ",
-          dtype_name(dtype));
+                dtype_name(dtype));
 }
 
 void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
-  refuse_unless(shape_of(tensor) == shape, name, " has shape ", text(shape_of(tensor)), "; it must have shape ", text(shape));
+  refuse_unless(shape_of(tensor) == shape, name, " has shape ", text(shape_of(tensor)), "; it must have shape ",
+                text(shape));
 }
 
 void check_like_query(const char* name, const Tensor& tensor, const Tensor& query) {
   refuse_unless(tensor.dim() == 4, name, " has ", tensor.dim(), " dimensions; it must have 4");
   check_device(name, tensor, query);
   refuse_unless(tensor.scalar_type() == query.scalar_type(), name, " has dtype ", dtype_name(tensor.scalar_type()),
-          "; it must have that of query, ", dtype_name(query.scalar_type()));
-  refuse_unless(tensor.size(0) == query.size(0), name, " has batch size ", tensor.size(0), "; it must be that of query, ",
-          query.size(0));
+                "; it must have that of query, ", dtype_name(query.scalar_type()));
+  refuse_unless(tensor.size(0) == query.size(0), name, " has batch size ", tensor.size(0),
+                "; it must be that of query, ", query.size(0));
 }
 
 void check_head_dim(const char* name, const Tensor& tensor) {
   const std::int64_t dim = tensor.size(3);
   refuse_unless(1 <= dim && dim <= kLargestHeadDim, name, " has head dimension ", dim, "; it must be within 1 ... ",
-          kLargestHeadDim, dim > kLargestHeadDim ? ": use torch.nn.functional.scaled_dot_product_attention" : "");
+                kLargestHeadDim, dim > kLargestHeadDim ? ": use torch.nn.functional.scaled_dot_product_attention" : "");
 }
 
 void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value) {
   const std::int64_t query_heads = query.size(1), key_heads = key.size(1);
-  refuse_unless(value.size(1) == key_heads, "value has ", value.size(1), " heads; it must have those of key, ", key_heads);
+  refuse_unless(value.size(1) == key_heads, "value has ", value.size(1), " heads; it must have those of key, ",
+                key_heads);
   refuse_unless(value.size(2) == key.size(2), "value has length ", value.size(2), "; it must have that of key, ",
-          key.size(2));
+                key.size(2));
   refuse_unless(key.size(3) == query.size(3), "key has head dimension ", key.size(3), "; it must have that of query, ",
-          query.size(3));
+                query.size(3));
   refuse_unless(query_heads == 0 || (key_heads > 0 && query_heads % key_heads == 0), "query has ", query_heads,
-          " heads; it must have a multiple of those of key, ", key_heads);
+                " heads; it must have a multiple of those of key, ", key_heads);
   check_head_dim("query", query);
   check_head_dim("value", value);
   const std::int64_t most_per_batch = query.size(0) == 0 ? kMostHeads : kMostHeads / query.size(0);
   refuse_unless(query.size(0) <= kMostHeads && query_heads <= most_per_batch && key_heads <= most_per_batch,
-          "query has batch size ", query.size(0), " and ", query_heads, " heads; their product must be below 2^31");
+                "query has batch size ", query.size(0), " and ", query_heads,
+                " heads; their product must be below 2^31");
   refuse_unless(query.size(2) <= kLongestProblem && key.size(2) <= kLongestProblem - query.size(2), "query has length ",
-          query.size(2), " and key ", key.size(2), "; together they must be at most ", kLongestProblem);
+                query.size(2), " and key ", key.size(2), "; together they must be at most ", kLongestProblem);
 }
 
 void check_bias(const Tensor& bias, const Tensor& query, const Tensor& key) {
   check_device("bias", bias, query);
   const ScalarType dtype = bias.scalar_type();
-  refuse_unless(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type(), "bias has dtype ",
-          dtype_name(dtype), "; it must be bool",
-          query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
+  refuse_unless(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type(),
+                "bias has dtype ", dtype_name(dtype), "; it must be bool",
+                query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
   refuse_unless(bias.dim() == 4, "bias has ", bias.dim(), " dimensions; it must have 4");
   const Shape full = {query.size(0), query.size(1), query.size(2), key.size(2)};
   for (int i = 0; i < 4; ++i)
     refuse_unless(bias.size(i) == 1 || bias.size(i) == full[i], "bias has shape ", text(shape_of(bias)),
-            "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
+                  "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
 }
 
 void check_per_head(const char* name, const Tensor& tensor, const Tensor& query, bool per_batch) {
@@ -114,18 +117,19 @@ void check_per_head(const char* name, const Tensor& tensor, const Tensor& query,
   const Shape heads = {query.size(1)}, all = {query.size(0), query.size(1)};
   const Shape shape = shape_of(tensor);
   refuse_unless(shape == heads || (per_batch && shape == all), name, " has shape ", text(shape),
-          "; it must have shape [Hq] = ", text(heads), per_batch ? " or [B,Hq] = " + text(all) : "");
+                "; it must have shape [Hq] = ", text(heads), per_batch ? " or [B,Hq] = " + text(all) : "");
 }
 
 void check_values(double scale, double softcap) {
   refuse_unless(!std::isnan(scale), "scale is nan; it must be a number");
-  refuse_unless(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap, "; it must be 0 (off) or more, and finite");
+  refuse_unless(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap,
+                "; it must be 0 (off) or more, and finite");
 }
 
 void check_dropout(double dropout_p, const std::optional<Tensor>& rng_state, const Tensor& query) {
   refuse_unless(0 <= dropout_p && dropout_p < 1, "dropout_p is ", dropout_p, "; it must be within [0, 1)");
-  refuse_unless(rng_state.has_value() == (dropout_p > 0), "rng_state is ", rng_state ? "given" : "None", "; it must be ",
-          dropout_p > 0 ? "a tensor" : "None", ", since dropout_p is ", dropout_p);
+  refuse_unless(rng_state.has_value() == (dropout_p > 0), "rng_state is ", rng_state ? "given" : "None",
+                "; it must be ", dropout_p > 0 ? "a tensor" : "None", ", since dropout_p is ", dropout_p);
   if (!rng_state) return;
   check_device("rng_state", *rng_state, query);
   check_dtype("rng_state", *rng_state, ScalarType::Long);

@@ -28,8 +28,8 @@ constexpr std::int64_t tiles(std::int64_t rows, int rows_per_tile) {
 void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> constants,
                 const std::array<std::int64_t, 3>& grid, std::array<std::int64_t, 2> unit = {});
 
-// Tiles of `rows` rows, of query_length or key_length: how many threadgroups a grid has for them. Packed sequences: at most
-// one tile of each is not full.
+// Tiles of `rows` rows, of query_length or key_length: how many threadgroups a grid has for them. Packed sequences: at
+// most one tile of each is not full.
 std::int64_t row_tiles(const Problem& problem, std::int64_t length, int rows);
 
 // The launch that fills the tile map of a varlen launch with that many rows per tile; nothing otherwise.

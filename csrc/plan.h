@@ -50,18 +50,18 @@ struct Problem {
   Alibi alibi = Alibi::none;
   double dropout_p = 0;
   bool wants_lse = true;  // forward only
-  // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are 0,
-  // and windows are relative to each sequence's own lower-right diagonal. 0: not packed.
+  // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are
+  // 0, and windows are relative to each sequence's own lower-right diagonal. 0: not packed.
   std::int64_t sequences = 0;
 };
 
-// Few queries over a cache. `problem` says the rest: key_length is the cache's capacity per batch entry, key_strides[0] is
-// that of a page where there are pages.
+// Few queries over a cache. `problem` says the rest: key_length is the cache's capacity per batch entry, key_strides[0]
+// is that of a page where there are pages.
 struct Cache {
   enum class Format { same_dtype, int8, float8 } format = Format::same_dtype;
   std::int64_t page_size = 0, pages = 0, pages_per_sequence = 0;  // 0: not paged
-  Strides key_scale_strides{}, value_scale_strides{};              // of a quantized cache
-  std::int64_t splits = 0;                                         // parts of the keys; 0: chosen here
+  Strides key_scale_strides{}, value_scale_strides{};             // of a quantized cache
+  std::int64_t splits = 0;                                        // parts of the keys; 0: chosen here
 };
 
 // seven_gemm: dQ, and dK with dV, each recompute P and dP. five_gemm: dQ comes from a dS that was written to scratch.
@@ -94,8 +94,8 @@ struct Launch {
   std::array<std::uint32_t, 3> grid;   // threadgroups; what a position means is for the kernel to say
   std::array<std::uint32_t, 3> group;  // threads per threadgroup
   std::uint32_t threadgroup_memory;    // bytes, static in the kernel
-  // For Argument::kFirstUnit. backward_dkdv and backward_dq_from_ds: the first (batch, key head) of a chunk. tile_map: rows
-  // per tile, and entries of the map.
+  // For Argument::kFirstUnit. backward_dkdv and backward_dq_from_ds: the first (batch, key head) of a chunk. tile_map:
+  // rows per tile, and entries of the map.
   std::array<int, 2> unit{};
 };
 
@@ -103,7 +103,7 @@ struct Plan {
   std::vector<Launch> launches;        // in order, dependent ones serialised by the encoder; none has an empty grid
   AttentionParams params;              // every launch gets it at Argument::kParams
   std::uint64_t scratch_bytes = 0;     // for Argument::kScoreGradient
-  std::uint64_t tile_map_bytes = 0;  // for Argument::kTileMap
+  std::uint64_t tile_map_bytes = 0;    // for Argument::kTileMap
   std::uint64_t mask_class_bytes = 0;  // for Argument::kMaskClasses
 };
 

@@ -9,8 +9,8 @@ namespace {
 
 // SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
 constexpr std::int64_t kWantedGroups = 12 * 16;
-// A part of the keys writes and reads back 8 bytes per row and value dimension. At 256 keys that is a sixteenth of its K and
-// V, for eight rows of 16 bits.
+// A part of the keys writes and reads back 8 bytes per row and value dimension. At 256 keys that is a sixteenth of its
+// K and V, for eight rows of 16 bits.
 constexpr std::int64_t kLeastPart = 256;
 
 std::int64_t choose_splits(std::int64_t groups, std::int64_t keys) {
@@ -55,9 +55,9 @@ Plan plan_decode(const Problem& problem, const Cache& cache) {
              {problem.key_heads * tiles_of_rows, splits, problem.batch});
   if (is_split) {
     const Instance& combine = choose_combine(problem.dtype);
-    const std::int64_t octets = problem.batch * problem.query_heads * problem.query_length * tiles(problem.value_dim, 8);
-    add_launch(plan, combine,
-               constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),
+    const std::int64_t octets =
+        problem.batch * problem.query_heads * problem.query_length * tiles(problem.value_dim, 8);
+    add_launch(plan, combine, constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),
                {tiles(octets, combine.threads()), 1, 1});
   }
   return plan;

@@ -8,8 +8,8 @@
 
 namespace mfa {
 
-// backward_delta leaves two floats of each query row: its log-sum-exp in base 2, and delta = rowsum(dO * O) - dLSE. A row
-// that sees nothing has this for the first, so that its P is 0.
+// backward_delta leaves two floats of each query row: its log-sum-exp in base 2, and delta = rowsum(dO * O) - dLSE. A
+// row that sees nothing has this for the first, so that its P is 0.
 constant constexpr float kUnseenLse = 3e38f;
 
 // P of two neighbours, from products q.k. `derivative` is d score / d (scale product).

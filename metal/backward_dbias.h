@@ -1,5 +1,5 @@
-// dBias = dS, summed over the dimensions in which the bias broadcasts. One threadgroup per tile of the bias: it visits, in
-// a fixed order, every (batch, head) and every tile of queries and keys that this part of the bias was added to, and
+// dBias = dS, summed over the dimensions in which the bias broadcasts. One threadgroup per tile of the bias: it visits,
+// in a fixed order, every (batch, head) and every tile of queries and keys that this part of the bias was added to, and
 // recomputes dS there. So the sum needs neither atomics nor memory beyond the bias's own size.
 //
 //   for each batch, head, query tile, key tile that the tile of the bias stands for:
@@ -21,9 +21,9 @@ struct BackwardBias {
   explicit BackwardBias(ushort lane_index) : lane(lane_index) { clear(sum); }
 
   // Eight queries from first_row on, kBlockKeys keys from first_key on.
-  void add_tile(constant AttentionParams& params, Sequence sequence, Scores<T> scores, float slope_log2, Dropout dropout, GuardedRows<T> queries,
-                GuardedRows<T> keys, GuardedRows<T> values, GuardedRows<T> grad_outs, const device float2* statistics,
-                int first_row, int first_key) {
+  void add_tile(constant AttentionParams& params, Sequence sequence, Scores<T> scores, float slope_log2,
+                Dropout dropout, GuardedRows<T> queries, GuardedRows<T> keys, GuardedRows<T> values,
+                GuardedRows<T> grad_outs, const device float2* statistics, int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
     Fragment<float> dp[1][kKeyTiles];
     multiply_transposed<T, kHeadDim / kSetWidth>(score, ReadRows<T, GuardedRows<T>>{queries}, keys, lane);
@@ -35,9 +35,8 @@ struct BackwardBias {
     for (short n = 0; n < kKeyTiles; ++n) {
       const int key = first_key + n * kFragment + lane.column;
       float2 derivative;
-      float2 p =
-          probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), slope_log2, float2(row.x),
-                             derivative);
+      float2 p = probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), slope_log2,
+                             float2(row.x), derivative);
       p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
       float2 grad = elements(dp[0][n]);
       if (has_dropout) {
@@ -112,13 +111,13 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
           if (view.sees(first, kBlockKeys)) {
             const int rows = params.query_length - row;
             const int columns = params.key_length - first;
-            tile.add_tile(params, sequence, scores, slope_log2, dropout,
-                          {queries + row * params.query_strides[2], long(params.query_strides[2]), rows, head_dim},
-                          {keys + first * params.key_strides[2], long(params.key_strides[2]), columns, head_dim},
-                          {values + first * params.value_strides[2], long(params.value_strides[2]), columns, value_dim},
-                          {grad_outs + row * params.grad_out_strides[2], long(params.grad_out_strides[2]), rows,
-                           value_dim},
-                          statistics + (long(b) * params.query_heads + h) * params.query_length, row, first);
+            tile.add_tile(
+                params, sequence, scores, slope_log2, dropout,
+                {queries + row * params.query_strides[2], long(params.query_strides[2]), rows, head_dim},
+                {keys + first * params.key_strides[2], long(params.key_strides[2]), columns, head_dim},
+                {values + first * params.value_strides[2], long(params.value_strides[2]), columns, value_dim},
+                {grad_outs + row * params.grad_out_strides[2], long(params.grad_out_strides[2]), rows, value_dim},
+                statistics + (long(b) * params.query_heads + h) * params.query_length, row, first);
           }
         }
       }
@@ -165,9 +164,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
   }
 }
 
-#define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                                           \
-  template [[host_name("backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys)]] \
-  [[kernel]] decltype(backward_dbias<dtype, head_dim, value_dim, simdgroups, block_keys>)                            \
+#define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                                        \
+  template [[host_name(                                                                                           \
+      "backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups                                    \
+      "_k" #block_keys)]] [[kernel]] decltype(backward_dbias<dtype, head_dim, value_dim, simdgroups, block_keys>) \
       backward_dbias<dtype, head_dim, value_dim, simdgroups, block_keys>;
 
 }  // namespace mfa

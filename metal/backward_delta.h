@@ -37,14 +37,13 @@ template <typename T, int kSimdgroups>
   if (part == 0 && valid > 0) {
     const long index = (long(batch) * params.query_heads + head) * params.query_length + row;
     const float natural = lse[index];
-    statistics[index] = float2(natural == -INFINITY ? kUnseenLse : natural * M_LOG2E_F,
-                               has_grad_lse ? sum - grad_lse[index] : sum);
+    statistics[index] =
+        float2(natural == -INFINITY ? kUnseenLse : natural * M_LOG2E_F, has_grad_lse ? sum - grad_lse[index] : sum);
   }
 }
 
 #define BACKWARD_DELTA(dtype, simdgroups)                                      \
   template [[host_name("backward_delta_" #dtype "_s" #simdgroups)]] [[kernel]] \
-  decltype(backward_delta<dtype, simdgroups>)                                  \
-      backward_delta<dtype, simdgroups>;
+  decltype(backward_delta<dtype, simdgroups>) backward_delta<dtype, simdgroups>;
 
 }  // namespace mfa

@@ -1,5 +1,5 @@
-// dV = P' dO and dK = scale dS' Q, P recomputed from the log-sum-exp. One threadgroup per (batch and key head, key tile); a
-// SIMD-group owns kRowTiles * 8 keys and keeps their dK and dV in registers.
+// dV = P' dO and dK = scale dS' Q, P recomputed from the log-sum-exp. One threadgroup per (batch and key head, key
+// tile); a SIMD-group owns kRowTiles * 8 keys and keeps their dK and dV in registers.
 //
 //   for each query head of the group, for each query block that sees a key of the tile:
 //     S' = K Q', P' = exp2(scale S' - lse)        transposed: rows are keys, columns queries
@@ -29,8 +29,8 @@ struct BackwardKeys {
   View view;
   int first_key;
 
-  BackwardKeys(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> keys, GuardedRows<T> values, int first_key_,
-               ushort lane_index)
+  BackwardKeys(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> keys, GuardedRows<T> values,
+               int first_key_, ushort lane_index)
       : key{keys},
         value{values},
         lane(lane_index),
@@ -59,8 +59,8 @@ struct BackwardKeys {
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
         const int query = first_query + n * kFragment + lane.column;
-        float2 x = probability(params, scores, elements(p[r][n]), int2(query, query + 1), int2(key_row), slope_log2, pair.xz,
-                               derivative[r][n]);
+        float2 x = probability(params, scores, elements(p[r][n]), int2(query, query + 1), int2(key_row), slope_log2,
+                               pair.xz, derivative[r][n]);
         if (masked) {
           const Range seen = key_row < sequence.key_length ? visible_queries(params, sequence, key_row) : Range{0, -1};
           x = float2(seen.has(query) ? x.x : 0, seen.has(query + 1) ? x.y : 0);
@@ -130,8 +130,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
     const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
-    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    MFA_LAYOUT_ARGUMENTS, constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
+    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]], MFA_LAYOUT_ARGUMENTS,
+    constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
     uint3 position [[threadgroup_position_in_grid]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
@@ -155,8 +155,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
                          head_dim);
   const HeadRows<T> values(value, params.value_strides, sequence.index, key_head, sequence.first_key,
                            sequence.key_length, value_dim);
-  BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(
-      params, sequence, keys.from(first_key), values.from(first_key), first_key, lane_index);
+  BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(params, sequence, keys.from(first_key),
+                                                                      values.from(first_key), first_key, lane_index);
 
   const View view = view_of_keys(params, sequence, first_tile_key, first_tile_key + kSimdgroups * kRows);
   const int begin = view.first_block(kBlockQueries);
@@ -192,7 +192,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
       if (rows.view.sees(first_query, kBlockQueries) && mask_class != kHidden) {
-        rows.add_block(params, scores.in_block(mask_class), slope_log2, dropout, Queries{queries}, GradOuts{grad_outs}, row_statistics, first_query, blobs);
+        rows.add_block(params, scores.in_block(mask_class), slope_log2, dropout, Queries{queries}, GradOuts{grad_outs},
+                       row_statistics, first_query, blobs);
       }
     }
   }
@@ -218,9 +219,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   }
 }
 
-#define BACKWARD_DKDV(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                                                          \
-  template [[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_r" #row_tiles "_q" #block_queries)]] [[kernel]] \
-  decltype(backward_dkdv<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>)                                                      \
+#define BACKWARD_DKDV(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                        \
+  template [[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_r" #row_tiles \
+                       "_q" #block_queries)]] [[kernel]]                                                       \
+  decltype(backward_dkdv<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>)                    \
       backward_dkdv<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>;
 
 }  // namespace mfa

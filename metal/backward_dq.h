@@ -44,8 +44,8 @@ struct BackwardQueries {
   int first_row;
 
   // `statistics` starts at the sequence's first row.
-  BackwardQueries(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> queries, GuardedRows<T> grad_outs,
-                  const device float2* statistics, int first_row_, Lane lane_)
+  BackwardQueries(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> queries,
+                  GuardedRows<T> grad_outs, const device float2* statistics, int first_row_, Lane lane_)
       : query(queries, lane_),
         grad_out(grad_outs, lane_),
         lane(lane_),
@@ -64,8 +64,8 @@ struct BackwardQueries {
   }
 
   template <typename Keys, typename Values>
-  void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Keys keys, Values values,
-                 int first_key) {
+  void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Keys keys,
+                 Values values, int first_key) {
     Fragment<float> ds[kRowTiles][kKeyTiles];
     Fragment<float> dp[kRowTiles][kKeyTiles];
     multiply_transposed<T, kHeadSets>(ds, query.operand, keys, lane);
@@ -79,8 +79,8 @@ struct BackwardQueries {
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        float2 p = probability(params, scores, elements(ds[r][n]), int2(query), int2(key, key + 1), slope_log2, float2(lse[r]),
-                               derivative);
+        float2 p = probability(params, scores, elements(ds[r][n]), int2(query), int2(key, key + 1), slope_log2,
+                               float2(lse[r]), derivative);
         if (masked) {
           p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
         }
@@ -112,16 +112,17 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]],
-    MFA_LAYOUT_ARGUMENTS, constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
+    device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_LAYOUT_ARGUMENTS,
+    constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
     uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
   typedef StagedRows<T, kHeadDim> Keys;
   typedef StagedRows<T, kValueDim> Values;
-  threadgroup uint4 memory[forward_threadgroup_bytes(staged, split, kHeadDim, kValueDim, kSimdgroups * kRows,
-                                                     kBlockKeys, sizeof(T)) / 16];
+  threadgroup uint4
+      memory[forward_threadgroup_bytes(staged, split, kHeadDim, kValueDim, kSimdgroups * kRows, kBlockKeys, sizeof(T)) /
+             16];
   threadgroup T* keys = (threadgroup T*)memory;
   threadgroup T* values = keys + kBlockKeys * Keys::kStride;
 
@@ -190,9 +191,10 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
       params.grad_query_strides[2], sequence.query_length - first_row, head_dim, rows.grad_query, factor, rows.lane);
 }
 
-#define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                                                              \
-  template [[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_s" #simdgroups "_r" #row_tiles "_k" #block_keys)]] [[kernel]] \
-  decltype(backward_dq<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)                                                          \
+#define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \
+  template [[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_s" #simdgroups "_r" #row_tiles \
+                       "_k" #block_keys)]] [[kernel]]                                                                 \
+  decltype(backward_dq<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)                           \
       backward_dq<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
 
 }  // namespace mfa

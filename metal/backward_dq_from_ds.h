@@ -1,5 +1,5 @@
-// dQ' = scale K' dS', dS' as backward_dkdv left it: the fifth GEMM of the five-GEMM backward. One threadgroup per (query
-// head, query tile, batch); a SIMD-group owns kQueryTiles * 8 queries.
+// dQ' = scale K' dS', dS' as backward_dkdv left it: the fifth GEMM of the five-GEMM backward. One threadgroup per
+// (query head, query tile, batch); a SIMD-group owns kQueryTiles * 8 queries.
 //
 //   for each key block that a row of the tile sees:
 //     dQ' += K' dS'
@@ -16,10 +16,11 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_from_ds(
     const device T* key [[buffer(kKey)]], device T* score_gradient [[buffer(kScoreGradient)]],
     device T* grad_query [[buffer(kGradQuery)]],
-    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]], constant AttentionParams& params [[buffer(kParams)]],
-    constant int& first_unit [[buffer(kFirstUnit)]], uint3 position [[threadgroup_position_in_grid]],
-    uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
+    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
+    constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
+    uint3 position [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kQueryTiles * kFragment;
   constexpr int kSets = kHeadDim / kSetWidth;
@@ -94,8 +95,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   }
 
   // This lane holds d = 4 * lane.row + j of queries lane.column and lane.column + 1.
-  device T* out =
-      grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1];
+  device T* out = grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1];
 #pragma unroll
   for (short q = 0; q < kQueryTiles; ++q) {
 #pragma unroll
@@ -116,9 +116,10 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   }
 }
 
-#define BACKWARD_DQ_FROM_DS(dtype, head_dim, simdgroups, query_tiles, block_keys)                                                     \
-  template [[host_name("backward_dq_from_ds_" #dtype "_d" #head_dim "_s" #simdgroups "_q" #query_tiles "_k" #block_keys)]] [[kernel]] \
-  decltype(backward_dq_from_ds<dtype, head_dim, simdgroups, query_tiles, block_keys>)                                                 \
+#define BACKWARD_DQ_FROM_DS(dtype, head_dim, simdgroups, query_tiles, block_keys)                      \
+  template [[host_name("backward_dq_from_ds_" #dtype "_d" #head_dim "_s" #simdgroups "_q" #query_tiles \
+                       "_k" #block_keys)]] [[kernel]]                                                  \
+  decltype(backward_dq_from_ds<dtype, head_dim, simdgroups, query_tiles, block_keys>)                  \
       backward_dq_from_ds<dtype, head_dim, simdgroups, query_tiles, block_keys>;
 
 }  // namespace mfa

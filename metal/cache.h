@@ -1,5 +1,5 @@
-// K or V of one (batch entry, key head) in a cache: dense or paged, of the query's dtype or quantized to 8 bits with a scale
-// per token. Pages are found through a block table that is not trusted, and nothing from `length` on is read.
+// K or V of one (batch entry, key head) in a cache: dense or paged, of the query's dtype or quantized to 8 bits with a
+// scale per token. Pages are found through a block table that is not trusted, and nothing from `length` on is read.
 #pragma once
 
 #include "fragment.h"
@@ -28,7 +28,8 @@ struct Cache {
         int length_, int dim_)
       : base(cache + ((is_paged ? 0 : batch * strides[0]) + head * strides[1]) * element_size()),
         table(is_paged ? block_table + long(batch) * params.pages_per_sequence : nullptr),
-        scales(is_quantized ? scales_ + ((is_paged ? 0 : batch * scale_strides[0]) + head * scale_strides[1]) : nullptr),
+        scales(is_quantized ? scales_ + ((is_paged ? 0 : batch * scale_strides[0]) + head * scale_strides[1])
+                            : nullptr),
         page_stride(strides[0]),
         row_stride(strides[2]),
         scale_page_stride(is_quantized ? scale_strides[0] : 0),
@@ -50,9 +51,7 @@ struct Cache {
   }
 
   const device uchar* row(int key) const { return base + offset(key, page_stride, row_stride) * element_size(); }
-  float scale(int key) const {
-    return key < length ? scales[offset(key, scale_page_stride, scale_row_stride)] : 0;
-  }
+  float scale(int key) const { return key < length ? scales[offset(key, scale_page_stride, scale_row_stride)] : 0; }
 };
 
 // A block of keys. Page sizes are multiples of eight, so that a tile lies in one page, which is looked up once.

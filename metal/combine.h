@@ -1,5 +1,5 @@
-// out = sum of exp(lse_s - lse) out_s over the parts that decode left, lse = log sum of exp(lse_s), in a fixed order. One
-// thread per (row, eight values of Dv); rows are [batch, query_heads, query_length].
+// out = sum of exp(lse_s - lse) out_s over the parts that decode left, lse = log sum of exp(lse_s), in a fixed order.
+// One thread per (row, eight values of Dv); rows are [batch, query_heads, query_length].
 #pragma once
 
 #include "loader.h"
@@ -48,9 +48,8 @@ template <typename T, int kThreads>
   }
 }
 
-#define COMBINE(dtype, threads)                                       \
-  template [[host_name("combine_" #dtype "_t" #threads)]] [[kernel]]  \
-  decltype(combine<dtype, threads>)                                   \
-      combine<dtype, threads>;
+#define COMBINE(dtype, threads)                                      \
+  template [[host_name("combine_" #dtype "_t" #threads)]] [[kernel]] \
+  decltype(combine<dtype, threads>) combine<dtype, threads>;
 
 }  // namespace mfa

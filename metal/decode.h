@@ -1,6 +1,7 @@
-// Attention of few queries over a long cache. One SIMD-group per (key head and row tile, part of the keys, batch entry): its
-// rows are the queries of all heads of the group (PackGQA), so that each K and V is read once, and comes straight from
-// device memory into fragments. A part's result goes to scratch, where combine merges the parts in a fixed order.
+// Attention of few queries over a long cache. One SIMD-group per (key head and row tile, part of the keys, batch
+// entry): its rows are the queries of all heads of the group (PackGQA), so that each K and V is read once, and comes
+// straight from device memory into fragments. A part's result goes to scratch, where combine merges the parts in a
+// fixed order.
 //
 //   for each key block of this part that a row sees:
 //     S = Q K' (times the keys' scales), P = softmax step, O += P (times the values' scales) V
@@ -21,7 +22,8 @@ struct PackedRows {
 
   Octet<T> octet(short tile, short row_in_tile, short d) const {
     const int row = first_row + tile * kFragment + row_in_tile;
-    return GuardedRows<T>{base + row % group * head_stride + row / group * row_stride, 0, rows - row, dim}.octet(0, 0, d);
+    return GuardedRows<T>{base + row % group * head_stride + row / group * row_stride, 0, rows - row, dim}.octet(0, 0,
+                                                                                                                 d);
   }
 };
 
@@ -102,8 +104,8 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
     const float inverse = sum == 0 ? 0 : 1 / sum;
     if (row < row_count) {
       const int query_head = head + row % params.group_size;
-      const long index = (long(sequence.index) * params.query_heads + query_head) * params.query_length +
-                         row / params.group_size;
+      const long index =
+          (long(sequence.index) * params.query_heads + query_head) * params.query_length + row / params.group_size;
       const long partial_index = index + long(part) * params.batch * params.query_heads * params.query_length;
       device T* target = out + (sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
                                 row / params.group_size * params.out_strides[2]);
@@ -131,9 +133,10 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
   }
 }
 
-#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                                               \
-  template [[host_name("decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles "_k" #block_keys)]]     \
-  [[kernel]] decltype(decode<dtype, head_dim, value_dim, row_tiles, block_keys>)                                \
-      decode<dtype, head_dim, value_dim, row_tiles, block_keys>;
+#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                                                    \
+  template                                                                                                           \
+      [[host_name("decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles                                    \
+                  "_k" #block_keys)]] [[kernel]] decltype(decode<dtype, head_dim, value_dim, row_tiles, block_keys>) \
+          decode<dtype, head_dim, value_dim, row_tiles, block_keys>;
 
 }  // namespace mfa

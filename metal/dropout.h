@@ -1,5 +1,6 @@
-// Dropout from a counter: Philox4x32-7 (Salmon et al. 2011), keyed on absolute (batch, head, query, key), so that forward
-// and backward agree for every tile shape, and on every device. One call makes sixteen bits for each of eight keys.
+// Dropout from a counter: Philox4x32-7 (Salmon et al. 2011), keyed on absolute (batch, head, query, key), so that
+// forward and backward agree for every tile shape, and on every device. One call makes sixteen bits for each of eight
+// keys.
 #pragma once
 
 #include "layout.h"

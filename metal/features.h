@@ -1,5 +1,5 @@
-// Function constants: what a pipeline is specialised for. A feature that is off costs nothing, since the driver compiles
-// its branch away.
+// Function constants: what a pipeline is specialised for. A feature that is off costs nothing, since the driver
+// compiles its branch away.
 #pragma once
 
 #include "params.h"

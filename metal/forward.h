@@ -1,5 +1,5 @@
-// O = softmax(scale Q K' + mask) V and its log-sum-exp. One threadgroup per (head, query tile, batch); a SIMD-group owns
-// kRowTiles * 8 query rows and keeps their Q, S and O in registers.
+// O = softmax(scale Q K' + mask) V and its log-sum-exp. One threadgroup per (head, query tile, batch); a SIMD-group
+// owns kRowTiles * 8 query rows and keeps their Q, S and O in registers.
 //
 //   load Q
 //   for each key block that a row of the tile sees:
@@ -51,8 +51,8 @@ struct ForwardTile {
         first_row(tile.index * block_queries),
         queries(query, params.query_strides, sequence.index, head, sequence.first_query, sequence.query_length,
                 head_dim),
-        keys(key, params.key_strides, sequence.index, head / params.group_size, sequence.first_key,
-             sequence.key_length, head_dim),
+        keys(key, params.key_strides, sequence.index, head / params.group_size, sequence.first_key, sequence.key_length,
+             head_dim),
         values(value, params.value_strides, sequence.index, head / params.group_size, sequence.first_key,
                sequence.key_length, value_dim) {}
 };
@@ -75,8 +75,9 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   constexpr int kBlockQueries = kSimdgroups * kRowTiles * kFragment;
   typedef StagedRows<T, kHeadDim> Keys;
   typedef StagedRows<T, kValueDim> Values;
-  threadgroup uint4 memory[forward_threadgroup_bytes(staged, kMemory, kHeadDim, kValueDim, kBlockQueries, kBlockKeys,
-                                                     sizeof(T)) / 16];
+  threadgroup uint4
+      memory[forward_threadgroup_bytes(staged, kMemory, kHeadDim, kValueDim, kBlockQueries, kBlockKeys, sizeof(T)) /
+             16];
   // split: K, V. shared: K and V take turns, then Q.
   threadgroup T* keys = (threadgroup T*)memory;
   threadgroup T* values = kMemory == split ? keys + kBlockKeys * Keys::kStride : keys;
@@ -86,9 +87,8 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       key, value, position.x, kBlockQueries, is_exact_head ? kHeadDim : params.head_dim,
       is_exact_head ? kValueDim : params.value_dim);
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Rows;
-  Rows rows(
-      params, tile.sequence, tile.first_row + simdgroup * kRowTiles * kFragment, sinks, alibi_slopes, tile.head, true,
-      lane_index);
+  Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRowTiles * kFragment, sinks, alibi_slopes, tile.head,
+            true, lane_index);
   const Scores<T> scores(params, tile.sequence, bias, tile.head);
   const MaskBlocks blocks(params, mask_classes, tile.sequence.index, tile.head);
   const Dropout dropout(params, tile.sequence, rng_state, tile.head);
@@ -151,8 +151,8 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   const ForwardTile<T> tile(
       params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
       key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
-  Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
-      params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, true, lane_index);
+  Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
+                                                              sinks, alibi_slopes, tile.head, true, lane_index);
   const Scores<T> scores(params, tile.sequence, bias, tile.head);
   const MaskBlocks blocks(params, mask_classes, tile.sequence.index, tile.head);
   const Dropout dropout(params, tile.sequence, rng_state, tile.head);
@@ -174,10 +174,10 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   rows.store(params, out, lse, tile.head);
 }
 
-#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                        \
-  template [[host_name("forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles  \
-                       "_k" #block_keys)]] [[kernel]]                                                               \
-  decltype(forward_##path<dtype, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys>)                   \
+#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                       \
+  template [[host_name("forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles \
+                       "_k" #block_keys)]] [[kernel]]                                                              \
+  decltype(forward_##path<dtype, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys>)                  \
       forward_##path<dtype, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
 
 }  // namespace mfa

@@ -8,8 +8,8 @@
 
 namespace mfa {
 
-// One SIMD-group's rows. kPacked: the rows are all query heads of a key head, row = query * group_size + member, so that
-// each K and V is read once for the whole group; otherwise they are the queries of one head.
+// One SIMD-group's rows. kPacked: the rows are all query heads of a key head, row = query * group_size + member, so
+// that each K and V is read once for the whole group; otherwise they are the queries of one head.
 template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys, bool kPacked = false>
 struct Forward {
   static constant constexpr int kTiles = kRowTiles;
@@ -67,7 +67,8 @@ struct Forward {
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
       const float maximum = row[r].maximum;
-      // The fma does not round its product, but the maximum is rounded: of huge scores the difference alone overflows exp2.
+      // The fma does not round its product, but the maximum is rounded: of huge scores the difference alone overflows
+      // exp2.
       const bool rounds = fabs(maximum) > kExactProduct;
 #pragma unroll
       for (short n = 0; n < kKeyTiles; ++n) {
@@ -103,7 +104,8 @@ struct Forward {
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        const float2 x = scores.apply(params, elements(score[r][n]), int2(query), int2(key, key + 1), slope_log2[r], derivative);
+        const float2 x =
+            scores.apply(params, elements(score[r][n]), int2(query), int2(key, key + 1), slope_log2[r], derivative);
         elements(score[r][n]) = float2(keys.has(key) ? x.x : kMasked, keys.has(key + 1) ? x.y : kMasked);
       }
     }
@@ -147,10 +149,10 @@ struct Forward {
         lse[first_row_index(params, sequence, head) + first_row + i] = log_sum_exp(row[r].maximum, sum);
       }
     }
-    store_rows<T, kValueSets>(
-        out_tensor + (sequence.index * params.out_strides[0] + head * params.out_strides[1] +
-                      (sequence.first_query + first_row) * params.out_strides[2]),
-        params.out_strides[2], valid, is_exact_head ? kValueDim : params.value_dim, out, inverse, lane);
+    store_rows<T, kValueSets>(out_tensor + (sequence.index * params.out_strides[0] + head * params.out_strides[1] +
+                                            (sequence.first_query + first_row) * params.out_strides[2]),
+                              params.out_strides[2], valid, is_exact_head ? kValueDim : params.value_dim, out, inverse,
+                              lane);
   }
 };
 

@@ -27,9 +27,9 @@ typedef half f16;
 typedef bfloat bf16;
 typedef float f32;
 
-constant constexpr int kFragment = 8;       // rows and columns
-constant constexpr int kSetFragments = 4;   // fragments per set
-constant constexpr int kSetWidth = 32;      // values of the head dimension per set
+constant constexpr int kFragment = 8;      // rows and columns
+constant constexpr int kSetFragments = 4;  // fragments per set
+constant constexpr int kSetWidth = 32;     // values of the head dimension per set
 
 template <typename T>
 using Fragment = simdgroup_matrix<T, 8, 8>;
@@ -85,7 +85,6 @@ inline vec<T, 4> load_quad(const threadgroup T* source) {
   return *(const threadgroup vec<T, 4>*)source;
 }
 
-#ifndef __MFA_CUDA__  // where both address spaces are one type
 template <typename T>
 inline Octet<T> load_octet(const device T* source) {
   MFA_COUNT_FRAGMENT_LOAD();
@@ -105,7 +104,6 @@ inline vec<T, 4> load_quad(const device T* source) {
   MFA_COUNT_FRAGMENT_LOAD();
   return *(const device vec<T, 4>*)source;
 }
-#endif
 
 template <typename T>
 inline void store_octet(device T* target, Octet<T> x) {

@@ -28,8 +28,8 @@ constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, 
 
 // Q, dO and the statistics of a block of queries.
 constexpr int backward_dkdv_threadgroup_bytes(int head_dim, int value_dim, int block_queries, int element_size) {
-  return block_queries *
-         (padded_row_bytes(head_dim, element_size) + padded_row_bytes(value_dim, element_size) + 2 * int(sizeof(float)));
+  return block_queries * (padded_row_bytes(head_dim, element_size) + padded_row_bytes(value_dim, element_size) +
+                          2 * int(sizeof(float)));
 }
 
 }  // namespace mfa

@@ -1,5 +1,5 @@
-// Where the rows of a threadgroup lie: in a dense batch, or in sequences packed one behind the other (varlen). Contents of
-// index tensors are not trusted: whatever they hold, no row outside of the tensors is touched.
+// Where the rows of a threadgroup lie: in a dense batch, or in sequences packed one behind the other (varlen). Contents
+// of index tensors are not trusted: whatever they hold, no row outside of the tensors is touched.
 #pragma once
 
 #include "features.h"
@@ -48,7 +48,8 @@ struct Tile {
   int index;  // tile of the sequence's queries, or of its keys
 
   // Of `tiles`, the last comes first where queries have the more keys the later they are; 0: keys, in their own order.
-  Tile(constant AttentionParams& params, Layout layout, int batch, int y, int tiles) : sequence{0, 0, 0, 0, 0}, index(0) {
+  Tile(constant AttentionParams& params, Layout layout, int batch, int y, int tiles)
+      : sequence{0, 0, 0, 0, 0}, index(0) {
     if (is_varlen) {
       const int2 entry = layout.tile_map[y];
       if (entry.x >= 0) {
@@ -68,8 +69,8 @@ inline long first_row_index(constant AttentionParams& params, Sequence sequence,
   return (batch * params.query_heads + head) * params.query_length + sequence.first_query;
 }
 
-#define MFA_LAYOUT_ARGUMENTS                                                                  \
-  const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],             \
+#define MFA_LAYOUT_ARGUMENTS                                                                 \
+  const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],            \
       const device int *query_starts [[buffer(kQueryStarts), function_constant(is_varlen)]], \
       const device int *key_starts [[buffer(kKeyStarts), function_constant(is_varlen)]],     \
       const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]]

@@ -1,6 +1,6 @@
-// Rows of a tensor on their way to fragments: guarded loads from device memory, and copies into threadgroup memory. Each
-// kind of rows has quad() and octet(): four or eight elements from d on of a row, which is given as a tile of eight and a
-// row in it, since tiles are known when a kernel is compiled.
+// Rows of a tensor on their way to fragments: guarded loads from device memory, and copies into threadgroup memory.
+// Each kind of rows has quad() and octet(): four or eight elements from d on of a row, which is given as a tile of
+// eight and a row in it, since tiles are known when a kernel is compiled.
 #pragma once
 
 #include "features.h"

@@ -1,5 +1,5 @@
-// Who sees whom. One primitive: a window relative to the lower-right diagonal; causal is a window. Query i sees key j iff
-// i + Lk - Lq - left <= j <= i + Lk - Lq + right, so both bounds of a range grow with the row, in either direction.
+// Who sees whom. One primitive: a window relative to the lower-right diagonal; causal is a window. Query i sees key j
+// iff i + Lk - Lq - left <= j <= i + Lk - Lq + right, so both bounds of a range grow with the row, in either direction.
 #pragma once
 
 #include "layout.h"
@@ -56,8 +56,8 @@ inline View view_of_queries(constant AttentionParams& params, Sequence sequence,
   return {{top.first, bottom.last}, {bottom.first, top.last}};
 }
 
-// Keys first_key .. end_key - 1, and the queries that see them. A tile with a row past the last key is never seen whole:
-// that row's P must be masked.
+// Keys first_key .. end_key - 1, and the queries that see them. A tile with a row past the last key is never seen
+// whole: that row's P must be masked.
 inline View view_of_keys(constant AttentionParams& params, Sequence sequence, int first_key, int end_key) {
   const int last_key = min(end_key, sequence.key_length) - 1;
   if (last_key < first_key) {

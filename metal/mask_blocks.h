@@ -1,6 +1,6 @@
-// A coarse view of a mask or bias: one class per 16 queries x 16 keys, so that blocks in which nothing is seen are skipped,
-// and those in which a bool mask hides nothing run without mask code. Made by mask_blocks in one pass over the mask, which
-// all heads and both directions then share.
+// A coarse view of a mask or bias: one class per 16 queries x 16 keys, so that blocks in which nothing is seen are
+// skipped, and those in which a bool mask hides nothing run without mask code. Made by mask_blocks in one pass over the
+// mask, which all heads and both directions then share.
 #pragma once
 
 #include "layout.h"
@@ -65,10 +65,11 @@ template <typename T, int kSimdgroups>
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
   const int column_tiles = mask_tiles(params.bias_columns);
   const int tile = position.x * kSimdgroups + simdgroup;
-  const device uchar* head =
-      bias + (position.z / params.bias_heads * params.bias_strides[0] +
-              position.z % params.bias_heads * params.bias_strides[1]) *
-                 (has_mask ? 1 : has_float_bias ? int(sizeof(float)) : int(sizeof(T)));
+  const device uchar* head = bias + (position.z / params.bias_heads * params.bias_strides[0] +
+                                     position.z % params.bias_heads * params.bias_strides[1]) *
+                                        (has_mask         ? 1
+                                         : has_float_bias ? int(sizeof(float))
+                                                          : int(sizeof(T)));
   bool sees = false;
   bool hides = false;
 #pragma unroll
@@ -95,9 +96,8 @@ template <typename T, int kSimdgroups>
   }
 }
 
-#define MASK_BLOCKS(dtype, simdgroups)                                     \
+#define MASK_BLOCKS(dtype, simdgroups)                                      \
   template [[host_name("mask_blocks_" #dtype "_s" #simdgroups)]] [[kernel]] \
-  decltype(mask_blocks<dtype, simdgroups>)                                 \
-      mask_blocks<dtype, simdgroups>;
+  decltype(mask_blocks<dtype, simdgroups>) mask_blocks<dtype, simdgroups>;
 
 }  // namespace mfa

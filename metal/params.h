@@ -41,21 +41,21 @@ enum Argument : unsigned {
   kBlockTable = 24,     // int32 [batch, pages_per_sequence]
   kKeyScale = 25,       // float32 [pages or batch, key_heads, page or capacity] of a quantized cache
   kValueScale = 26,
-  kPartialOut = 27,     // float32 [splits, batch, query_heads, query_length, Dv]
-  kPartialLse = 28,     // float32 [splits, batch, query_heads, query_length], natural logarithm
-  kMaskClasses = 29,    // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_blocks.h
+  kPartialOut = 27,   // float32 [splits, batch, query_heads, query_length, Dv]
+  kPartialLse = 28,   // float32 [splits, batch, query_heads, query_length], natural logarithm
+  kMaskClasses = 29,  // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_blocks.h
   kArgumentCount = 31,
 };
 
 // Indices of the function constants in features.h. All are bools.
 enum FunctionConstant : unsigned {
-  kHasWindow = 0,    // window_left or window_right hides a key from some query
-  kWritesLse = 1,    // the caller wants the log-sum-exp
-  kAligned = 2,      // all base addresses and row strides are multiples of 16 bytes
-  kExactHead = 3,    // D and Dv equal the instance's head dimensions: no tail
-  kHasBias = 4,      // a bias is bound, of the query's dtype unless one of the next two is set
-  kHasMask = 5,      // ... of bools: true = attend
-  kHasFloatBias = 6, // ... of float32
+  kHasWindow = 0,     // window_left or window_right hides a key from some query
+  kWritesLse = 1,     // the caller wants the log-sum-exp
+  kAligned = 2,       // all base addresses and row strides are multiples of 16 bytes
+  kExactHead = 3,     // D and Dv equal the instance's head dimensions: no tail
+  kHasBias = 4,       // a bias is bound, of the query's dtype unless one of the next two is set
+  kHasMask = 5,       // ... of bools: true = attend
+  kHasFloatBias = 6,  // ... of float32
   kHasSoftcap = 7,
   kHasAlibi = 8,
   kHasSinks = 9,
@@ -70,8 +70,8 @@ enum FunctionConstant : unsigned {
   kIsPaged = 18,              // K and V lie in pages, found through the block table
   kIsQuantized = 19,          // K and V are float8_e4m3fn, or int8, with scales
   kIsInt8 = 20,
-  kIsSplit = 21,              // decode: this launch writes partial results, which combine merges
-  kHasMaskBlocks = 22,        // the classes of the mask's blocks are bound
+  kIsSplit = 21,        // decode: this launch writes partial results, which combine merges
+  kHasMaskBlocks = 22,  // the classes of the mask's blocks are bound
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.
@@ -81,21 +81,21 @@ struct AttentionParams {
   int head_dim, value_dim;                        // D, Dv
   int window_left, window_right;  // query i sees key j iff i+Lk-Lq-left <= j <= i+Lk-Lq+right; clamped to +-(Lq+Lk)
   float scale;
-  float scale_log2;        // scale * log2(e)
+  float scale_log2;  // scale * log2(e)
   float softcap;
-  int heavy_first;         // 1: the last query tile runs first (causal: it has the most keys)
-  int dropout_threshold;   // of 65536: a draw below it drops
-  float dropout_factor;    // 65536 / (65536 - dropout_threshold)
-  int alibi_batch_stride;  // 0 or query_heads
-  int sequences;           // packed sequences (varlen); 0 otherwise
+  int heavy_first;                           // 1: the last query tile runs first (causal: it has the most keys)
+  int dropout_threshold;                     // of 65536: a draw below it drops
+  float dropout_factor;                      // 65536 / (65536 - dropout_threshold)
+  int alibi_batch_stride;                    // 0 or query_heads
+  int sequences;                             // packed sequences (varlen); 0 otherwise
   int page_size, pages, pages_per_sequence;  // of a paged cache
-  int splits, split_keys;  // decode: parts of the keys, and keys per part
+  int splits, split_keys;                    // decode: parts of the keys, and keys per part
   int bias_batch, bias_heads, bias_rows, bias_columns;  // the bias's own shape: 1 where it broadcasts
-  MFA_INT64 bias_strides[4];   // batch, head, query, key; 0 where it broadcasts
+  MFA_INT64 bias_strides[4];                            // batch, head, query, key; 0 where it broadcasts
   MFA_INT64 query_strides[3];  // batch (0 when packed), head, row; the last dimension is contiguous
   MFA_INT64 key_strides[3];    // batch or page, head, row
   MFA_INT64 value_strides[3];
-  MFA_INT64 key_scale_strides[3];    // batch or page, head, row
+  MFA_INT64 key_scale_strides[3];  // batch or page, head, row
   MFA_INT64 value_scale_strides[3];
   MFA_INT64 out_strides[3];
   MFA_INT64 grad_out_strides[3];

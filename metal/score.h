@@ -1,5 +1,6 @@
-// From products q.k to the scores that softmax sees, in base 2: scale -> softcap -> + bias, ALiBi -> mask. Every feature is
-// a function constant; with all of them off a kernel folds the scale into the exponential and never calls this.
+// From products q.k to the scores that softmax sees, in base 2: scale -> softcap -> + bias, ALiBi -> mask. Every
+// feature is a function constant; with all of them off a kernel folds the scale into the exponential and never calls
+// this.
 #pragma once
 
 #include "mask_blocks.h"
@@ -58,7 +59,7 @@ struct Scores {
       return bias[index] != 0 ? x : kMasked;
     }
     const float b = has_float_bias ? ((const device float*)bias)[index] : float(((const device T*)bias)[index]);
-    return x + b * M_LOG2E_F;
+    return b <= -1e38f ? kMasked : x + b * M_LOG2E_F;
   }
 };
 

@@ -1,5 +1,5 @@
-// dS' between backward_dkdv and backward_dq_from_ds: one blob per 8 keys x 8 queries, in the fragment layout, so that the
-// lane that wrote two elements reads the same two. Tiles in which no query sees a key are never written.
+// dS' between backward_dkdv and backward_dq_from_ds: one blob per 8 keys x 8 queries, in the fragment layout, so that
+// the lane that wrote two elements reads the same two. Tiles in which no query sees a key are never written.
 #pragma once
 
 #include "fragment.h"

@@ -42,8 +42,6 @@ struct SoftmaxRow {
 };
 
 // Natural-log log-sum-exp of a row whose lanes' sums add up to `sum`; -inf for a row that saw nothing.
-inline float log_sum_exp(float maximum, float sum) {
-  return sum == 0 ? -INFINITY : (maximum + log2(sum)) * M_LN2_F;
-}
+inline float log_sum_exp(float maximum, float sum) { return sum == 0 ? -INFINITY : (maximum + log2(sum)) * M_LN2_F; }
 
 }  // namespace mfa

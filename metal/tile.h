@@ -1,5 +1,5 @@
-// Tiles of fragments and the two products that attention is made of. S = A B' contracts over the head dimension, a set at
-// a time; C += P B contracts over rows, and takes P straight from the registers that S was computed in.
+// Tiles of fragments and the two products that attention is made of. S = A B' contracts over the head dimension, a set
+// at a time; C += P B contracts over rows, and takes P straight from the registers that S was computed in.
 #pragma once
 
 #include "loader.h"

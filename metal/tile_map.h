@@ -1,7 +1,7 @@
-// The work list of a varlen launch: (sequence, tile) for every tile of packed rows, made on the GPU, since the host may not
-// know the lengths. One threadgroup. Sequences are dealt into classes of equal log2(rows), the long ones first, so that
-// short work fills the GPU at the end; within a class they keep their order, and the tiles of one that sees most keys last
-// come last tile first.
+// The work list of a varlen launch: (sequence, tile) for every tile of packed rows, made on the GPU, since the host may
+// not know the lengths. One threadgroup. Sequences are dealt into classes of equal log2(rows), the long ones first, so
+// that short work fills the GPU at the end; within a class they keep their order, and the tiles of one that sees most
+// keys last come last tile first.
 #pragma once
 
 #include "layout.h"
@@ -70,9 +70,8 @@ template <bool kOfKeys, int kSimdgroups>
   }
 }
 
-#define TILE_MAP(of, of_keys, simdgroups)                                  \
-  template [[host_name("tile_map_of_" #of "_s" #simdgroups)]] [[kernel]]  \
-  decltype(tile_map<of_keys, simdgroups>)                                  \
-      tile_map<of_keys, simdgroups>;
+#define TILE_MAP(of, of_keys, simdgroups)                                \
+  template [[host_name("tile_map_of_" #of "_s" #simdgroups)]] [[kernel]] \
+  decltype(tile_map<of_keys, simdgroups>) tile_map<of_keys, simdgroups>;
 
 }  // namespace mfa

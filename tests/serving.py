@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import oracle
-import pytest
 import torch
 from conftest import Device
 from hypothesis import strategies as st
@@ -20,19 +19,6 @@ LENGTHS = (0, 1, 2, 7, 8, 9, 16, 17, 33, 65)
 DIMS = ((8, 8), (16, 16), (33, 20), (64, 64), (80, 80), (128, 128), (96, 40), (192, 128), (256, 256))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_PRODUCT = 2_000_000  # multiply-accumulates of one matrix product: what the simulator does in milliseconds
-OPS = ("attention_varlen_forward", "attention_varlen_backward", "attention_decode")
-
-
-def missing(*names: str) -> str | None:
-    """Why these ops can't be called, or None."""
-    absent = [name for name in names if not hasattr(torch.ops.mfa, name)]
-    return f"libmfa does not define mfa::{absent[0]} yet" if absent else None
-
-
-def skip_without_kernels(device: Device, *names: str) -> None:
-    for name in names:
-        if device.has_kernels and not torch._C._dispatch_has_kernel_for_dispatch_key(f"mfa::{name}", "MPS"):
-            pytest.skip(f"mfa::{name} has no Metal host code yet")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

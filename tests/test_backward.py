@@ -130,8 +130,8 @@ def check(problem: Problem, device: Device) -> None:
     for name, grad in results[0].items():
         assert grad.shape == tensors[name].shape
         assert grad.dtype == tensors[name].dtype
-        # With few keys plain PyTorch may be exact by chance, or because its terms cancel exactly: allow a rounding of the
-        # result, and the float32 roundings of what is summed to it.
+        # With few keys plain PyTorch may be exact, by chance or since its terms cancel: allow a rounding of the result,
+        # and the float32 roundings of what is summed to it.
         floor = float(torch.finfo(grad.dtype).eps / 2 * expected[name].abs().max()) if grad.numel() else 0.0
         floor = max(floor, 2 * torch.finfo(torch.float32).eps * sums.get(name, 0.0))
         bound = 2 * max(oracle.largest_error(plain[name], expected[name]), floor) + 1e-6

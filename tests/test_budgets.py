@@ -1,7 +1,8 @@
 """Operation budgets: what the kernels may cost, counted by the simulator. A count may fall, never rise.
 
-Units are those of mfa.Counters. One head, float16, contiguous, unless a test says otherwise. The budgets of D 64 and 128 are
-those of a hand count: 8x8x8 MMAs, one 16-byte load per four fragments of Q and V, two 8-byte loads per four of K.
+Units are those of mfa.Counters. One head, float16, contiguous, unless a test says otherwise.
+The budgets of D 64 and 128 are those of a hand count: 8x8x8 MMAs, one 16-byte load per four fragments of Q and V, two
+8-byte loads per four of K.
 """
 
 import pytest

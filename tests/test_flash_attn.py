@@ -13,6 +13,7 @@ import torch
 from conftest import Device
 from torch import Tensor
 
+import mfa
 from mfa import flash_attn
 
 TAIL = (
@@ -40,6 +41,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {  # Lq, Lk,
     "causal, more keys": (9, 13, {"causal": True}, {"window": (None, 0)}),
     "causal, more queries": (13, 9, {"causal": True}, {"window": (None, 0)}),
     "window": (9, 13, {"window_size": (3, 1)}, {"window": (3, 1)}),
+    "windows of 0": (9, 13, {"window_size": (0, 0)}, {"window": (0, 0)}),
     "half-open windows": (9, 13, {"window_size": (-1, 1)}, {"window": (None, 1)}),
     "causal closes the right": (9, 13, {"causal": True, "window_size": (4, 2)}, {"window": (4, 0)}),
     "alibi": (9, 13, {"alibi_slopes": SLOPES[0], "causal": True}, {"alibi_slopes": SLOPES[0], "window": (None, 0)}),
@@ -63,24 +65,25 @@ def test_signature(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(case: str) -> None:
+def test_against_float64(case: str, device: Device) -> None:
     length_q, length_k, arguments, terms = CASES[case]
-    tensors = [tensor.requires_grad_() for tensor in inputs(length_q, length_k)]
+    tensors = [tensor.to(device.type).requires_grad_() for tensor in inputs(length_q, length_k)]
     grad = torch.randn(2, length_q, 4, 16, generator=torch.Generator().manual_seed(1))
-    result = flash_attn.flash_attn_func(*tensors, **arguments, return_attn_probs=True)
-    out, lse, probabilities = result
+    arguments = {name: a.to(device.type) if isinstance(a, Tensor) else a for name, a in arguments.items()}
+    with device.active():
+        out, lse, probabilities = flash_attn.flash_attn_func(*tensors, **arguments, return_attn_probs=True)
+        gradients = torch.autograd.grad(out, tensors, grad.to(device.type))
     assert out.is_contiguous()
     assert probabilities.numel() == 0
-    gradients = torch.autograd.grad(out, tensors, grad)
 
     wanted = []
     for attend in (oracle.attention, oracle.composition):
-        heads_first = [tensor.detach().transpose(1, 2).requires_grad_() for tensor in tensors]
+        heads_first = [tensor.detach().cpu().transpose(1, 2).requires_grad_() for tensor in tensors]
         theirs, their_lse = attend(*heads_first, **terms)
         their_grads = torch.autograd.grad(theirs, heads_first, grad.transpose(1, 2).to(theirs.dtype))
         wanted.append([*(tensor.transpose(1, 2) for tensor in (theirs, *their_grads)), their_lse])
     for actual, expected, plain in zip((out, *gradients, lse), *wanted, strict=True):
-        assert oracle.largest_error(actual, expected) <= oracle.tolerance(plain, expected)
+        assert oracle.largest_error(actual.cpu(), expected) <= oracle.tolerance(plain, expected)
 
 
 @pytest.mark.parametrize(("length_q", "length_k", "picture"), [(2, 5, "11110 11111"), (5, 2, "00 00 00 10 11")])
@@ -92,6 +95,18 @@ def test_causal_pictures_of_the_documentation(length_q: int, length_k: int, pict
     seen = torch.tensor([[float(digit) for digit in row] for row in picture.split()])
     expected = seen / seen.sum(1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(out[0, :, 0, :length_k].cpu(), expected)
+
+
+def test_dropout() -> None:
+    q, k, v = inputs(9, 13)
+    starts = [torch.tensor([0, length], dtype=torch.int32) for length in (9, 13)]
+    torch.manual_seed(0)
+    expected = mfa.attention(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.5, enable_gqa=True).transpose(1, 2)
+    torch.manual_seed(0)
+    torch.testing.assert_close(flash_attn.flash_attn_func(q, k, v, 0.5), expected)
+    torch.manual_seed(0)
+    packed = flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], *starts, 9, 13, 0.5)
+    torch.testing.assert_close(packed, expected[0])
 
 
 def test_packed_is_the_same() -> None:

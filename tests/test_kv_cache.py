@@ -16,10 +16,8 @@ from serving import (
     dense_terms,
     dequantized,
     live,
-    missing,
     moved,
     normal,
-    skip_without_kernels,
     tolerances,
 )
 from torch import Tensor
@@ -28,18 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mfa
 
-REASON = missing("attention_decode")
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 CPU = Device("cpu")
 INT32 = torch.int32
-
-
-@pytest.fixture
-def device(device: Device) -> Device:
-    skip_without_kernels(device, "attention_decode")
-    return device
 
 
 def call(named: dict[str, Any], device: Device, order: int = 0) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:

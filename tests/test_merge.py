@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from conftest import Device
-from serving import missing, normal, starts
+from serving import normal, starts
 from torch import Tensor
 
 import mfa
@@ -129,10 +129,6 @@ def test_nan_stays_in_its_row() -> None:
     assert out[~rows].isfinite().all()
 
 
-REASON = missing("attention_varlen_forward")
-
-
-@pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_packed_sequences() -> None:
     query, key, value = normal(9, 4, 16), normal(15, 2, 16, seed=1), normal(15, 2, 8, seed=2)
     whole = mfa.attention_varlen(query, key, value, starts([5, 4]), starts([6, 9]), 5, 9, return_lse=True)

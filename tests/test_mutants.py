@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from simulator_engine import build_kernels
 
 import mfa
-from simulator_engine import build_kernels
 
 METAL = Path(__file__).parent.parent / "metal"
 SOURCE = """
@@ -79,7 +79,8 @@ MUTANTS = [
         "early return before a barrier",
         "forward.h",
         "  const View view = view_of_queries(params, tile.sequence",
-        "  if (rows.first_row >= params.query_length) return;\n  const View view = view_of_queries(params, tile.sequence",
+        "  if (rows.first_row >= params.query_length) return;\n"
+        "  const View view = view_of_queries(params, tile.sequence",
         "barrier|missing",
     ),
     Mutant(

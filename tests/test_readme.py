@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,8 @@ def test_snippets_run() -> None:
     snippets = list(re.finditer(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE))
     assert snippets
     for snippet in snippets:
+        if "mfa.transformers" in snippet[1] and find_spec("transformers") is None:
+            continue
         line = TEXT[: snippet.start(1)].count("\n")
         exec(
             compile("\n" * line + snippet[1], str(README), "exec"), namespace
@@ -122,8 +125,9 @@ def merge() -> None:
 
 
 def varlen() -> None:
-    packed = (x[0].transpose(0, 1) for x in (QUERY, KEY, VALUE))
-    mfa.attention_varlen(*packed, STARTS, STARTS, 13, 13, is_causal=True)
+    packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in (QUERY, KEY, VALUE)]
+    out = mfa.attention_varlen(*packed, STARTS, STARTS, 13, 13, is_causal=True)
+    torch.autograd.grad(out.sum(), packed)
 
 
 def pages(cache: torch.Tensor) -> torch.Tensor:
@@ -131,9 +135,10 @@ def pages(cache: torch.Tensor) -> torch.Tensor:
 
 
 def quantized() -> None:
-    (key, key_scale), (value, value_scale) = mfa.quantize_kv(KEY), mfa.quantize_kv(VALUE)
-    scales = {"key_scale": key_scale, "value_scale": value_scale}
-    mfa.attention_with_kv_cache(QUERY[:, :, :1], key, value, cache_seqlens=17, **scales)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        (key, key_scale), (value, value_scale) = mfa.quantize_kv(KEY, dtype), mfa.quantize_kv(VALUE, dtype)
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        mfa.attention_with_kv_cache(QUERY[:, :, :1], key, value, cache_seqlens=17, **scales)
 
 
 REQUESTS = {
@@ -151,12 +156,12 @@ REQUESTS = {
     "`sinks`": lambda: mfa.attention(QUERY, KEY, VALUE, sinks=torch.zeros(4)),
     "`dropout_p`": lambda: mfa.attention(QUERY, KEY, VALUE, dropout_p=0.5),
     "`merge_attention`": merge,
-    "`attention_varlen`": varlen,
+    "`attention_varlen`, with gradients": varlen,
     "`attention_with_kv_cache`": lambda: mfa.attention_with_kv_cache(QUERY[:, :, :1], KEY, VALUE, cache_seqlens=17),
     "paged cache": lambda: mfa.attention_with_kv_cache(
         QUERY[:, :, :1], pages(KEY), pages(VALUE), cache_seqlens=11, block_table=TABLE
     ),
-    "int8 cache": quantized,
+    "int8 or float8 cache": quantized,
 }
 
 

@@ -114,11 +114,10 @@ def _decode_flops(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: 
     return 2 * heads * length * keys * (dim + value_cache.shape[3])
 
 
-if hasattr(ops, "attention_decode"):
-    LIBRARY.impl("attention_decode", _decode_cpu_kernel, "CPU")
-    torch.library.register_fake(_DECODE, _decode_fake, lib=LIBRARY)
-    torch.library.register_autograd(_DECODE, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
-    LIBRARY.impl("attention_decode", _decode_autocast, "AutocastCPU")
-    LIBRARY.impl("attention_decode", _decode_autocast, "AutocastMPS")
-    torch.library.register_vmap(_DECODE, _decode_vmap, lib=LIBRARY)
-    register_flop_formula(ops.attention_decode, get_raw=True)(_decode_flops)
+LIBRARY.impl("attention_decode", _decode_cpu_kernel, "CPU")
+torch.library.register_fake(_DECODE, _decode_fake, lib=LIBRARY)
+torch.library.register_autograd(_DECODE, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
+LIBRARY.impl("attention_decode", _decode_autocast, "AutocastCPU")
+LIBRARY.impl("attention_decode", _decode_autocast, "AutocastMPS")
+torch.library.register_vmap(_DECODE, _decode_vmap, lib=LIBRARY)
+register_flop_formula(ops.attention_decode, get_raw=True)(_decode_flops)

@@ -40,9 +40,8 @@ def register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     for name, ways in _WAYS.items():
-        if hasattr(ops, name):
-            op = getattr(ops, name).default
-            register_sharding(op)(_rule(len(op._schema.returns), ways))
+        op = getattr(ops, name).default
+        register_sharding(op)(_rule(len(op._schema.returns), ways))
     _registered = True
 
 

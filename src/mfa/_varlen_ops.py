@@ -276,17 +276,16 @@ def _backward_flops(_out: object, _lse: object, query: Tensor, key: Tensor, valu
 
 # -- registration ---------------------------------------------------------------------------------------------------
 
-if hasattr(ops, "attention_varlen_forward"):
-    LIBRARY.impl("attention_varlen_forward", _forward_cpu, "CPU")
-    torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-    torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
-    LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastCPU")
-    LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastMPS")
-    torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
-    register_flop_formula(ops.attention_varlen_forward, get_raw=True)(_forward_flops)
+LIBRARY.impl("attention_varlen_forward", _forward_cpu, "CPU")
+torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
+torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastCPU")
+LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastMPS")
+torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
+register_flop_formula(ops.attention_varlen_forward, get_raw=True)(_forward_flops)
 
-    LIBRARY.impl("attention_varlen_backward", _backward_cpu, "CPU")
-    torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
-    torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
-    register_flop_formula(ops.attention_varlen_backward, get_raw=True)(_backward_flops)
+LIBRARY.impl("attention_varlen_backward", _backward_cpu, "CPU")
+torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
+register_flop_formula(ops.attention_varlen_backward, get_raw=True)(_backward_flops)

@@ -34,6 +34,10 @@ FEATURES = (
     Feature("gradient of `attn_mask`", cpu=True, kernels=True),
     Feature("`dropout_p`", cpu=True, kernels=True),
     Feature("`merge_attention`", cpu=True, kernels=True),
+    Feature("`attention_varlen`, with gradients", cpu=True, kernels=True),
+    Feature("`attention_with_kv_cache`", cpu=True, kernels=True),
+    Feature("paged cache", cpu=True, kernels=True),
+    Feature("int8 or float8 cache", cpu=True, kernels=True),
 )
 
 

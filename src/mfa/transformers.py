@@ -8,7 +8,6 @@ layer, for the result. Ours say what may be seen as a window and a row of keys, 
 causal, sliding and padded attention then need no L x L matrix.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ from transformers import masking_utils as hf
 
 from .attention import attention as mfa_attention
 from .varlen import attention_varlen
-
-LOG = logging.getLogger("mfa")
 
 _Window = tuple[int | None, int | None]
 

@@ -120,16 +120,14 @@ def attention_varlen(
         query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, sinks)
     sinks = widened(sinks, query)
     layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    metal = device == "mps" or simulator.active() is not None
     _varlen_checks.check_forward(
         *(query, key, value, *layout, sinks, alibi_slopes),
         *(1.0 if scale is None else scale, softcap, dropout_p, None),
-        metal=device == "mps" or simulator.active() is not None,
+        metal=metal,
     )
-    if alibi_slopes is not None and alibi_slopes.dim() == 2 and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        if device == "mps" or simulator.active() is not None:
-            raise NotImplementedError(
-                "alibi_slopes of shape [N,Hq] require grad, which the Metal kernels don't compute: use [Hq]"
-            )
+    if metal and alibi_slopes is not None and torch.is_grad_enabled():
+        _varlen_checks.check_gradient_of_slopes(alibi_slopes)
     _varlen_checks.check_starts(query, key, *layout)
 
     if scale is None:
