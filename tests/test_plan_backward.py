@@ -25,6 +25,7 @@ from plan_problems import (
 from mfa import _native as native
 
 GRADIENTS = ("query", "key", "value", "bias", "sinks", "alibi")
+TORCH_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 GRAD_TENSORS = ("grad_out", "grad_query", "grad_key", "grad_value")
 SHAPE = {"query_length": 512, "key_length": 512, "head_dim": 64, "value_dim": 64}
 
@@ -287,3 +288,27 @@ def test_what_no_kernel_takes_is_refused(wrong: dict[str, Any]) -> None:
     native.plan_backward(**SHAPE)
     with pytest.raises(ValueError, match="must"):
         native.plan_backward(**(SHAPE | wrong))
+
+
+@pytest.mark.skipif(simulator.why_not() is not None, reason=str(simulator.why_not()))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_catalogue_knows_what_kernels_really_use(dtype: str) -> None:
+    """Threadgroup memory of every instance of both passes, as the simulator finds it."""
+    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
+    used: dict[str, int] = {}
+    before = choose(0)
+    try:
+        for family, gemms, (head_dim, value_dim) in itertools.product(("apple7", "apple9"), (5, 7), BUCKETS):
+            choose(gemms)
+            query, value = (
+                torch.randn(1, 1, 8, dim, dtype=TORCH_DTYPES[dtype], requires_grad=True)
+                for dim in (head_dim, value_dim)
+            )
+            bias = torch.randn(8, 8, requires_grad=True)
+            with mfa.simulate(family) as simulation:
+                mfa.attention(query, query, value, bias).sum().backward()
+            used |= {launch.kernel: launch.threadgroup_memory for launch in simulation.launches}
+    finally:
+        choose(before)
+    rows = [row for row in CATALOGUE.values() if row.dtype == dtype and row.kind.startswith(("forward", "backward"))]
+    assert used == {row.name: row.threadgroup_memory for row in rows}
