@@ -111,9 +111,10 @@ struct Backward {
 };
 
 bool all_rows_aligned(const Problem& problem, const Gradients& gradients) {
+  // backward_dq writes the gradient of query also when it runs for that of the slopes alone.
+  const bool writes_query = gradients.query || gradients.alibi;
   return rows_aligned(problem, gradients.grad_out_strides, problem.query_heads, problem.query_length) &&
-         (!gradients.query ||
-          rows_aligned(problem, gradients.query_strides, problem.query_heads, problem.query_length)) &&
+         (!writes_query || rows_aligned(problem, gradients.query_strides, problem.query_heads, problem.query_length)) &&
          (!gradients.key || rows_aligned(problem, gradients.key_strides, problem.key_heads, problem.key_length)) &&
          (!gradients.value || rows_aligned(problem, gradients.value_strides, problem.key_heads, problem.key_length));
 }

@@ -38,7 +38,9 @@ struct View {
   Range any;  // seen by at least one row
   Range all;  // seen by every row
 
-  bool sees(int first, int count) const { return first <= any.last && first + count > any.first; }
+  bool sees(int first, int count) const {
+    return any.first <= any.last && first <= any.last && first + count > any.first;
+  }
   bool sees_all(int first, int count) const { return first >= all.first && first + count - 1 <= all.last; }
 
   int first_block(int block) const { return any.last < any.first ? 0 : any.first / block; }

@@ -200,6 +200,26 @@ def test_a_window_is_known_to_every_kernel_that_skips_by_it(mode: str) -> None:
         assert plan.params.heavy_first == (right is not None)
 
 
+@pytest.mark.parametrize("tensor", GRAD_TENSORS)
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_one_odd_stride_spoils_the_alignment(tensor: str, dimension: int) -> None:
+    problem = SHAPE | {"batch": 2, "query_heads": 2, "key_heads": 2}
+    problem |= {f"{other}_strides": (16, 16, 16) for other in (*TENSORS, *GRAD_TENSORS)}
+
+    def is_aligned(**change: Any) -> bool:
+        [value] = {launch.constants["is_aligned"] for launch in native.plan_backward(**(problem | change)).launches}
+        return bool(value)
+
+    odd = {f"{tensor}_strides": tuple(12 if i == dimension else 16 for i in range(3))}
+    assert is_aligned()
+    assert not is_aligned(**odd)
+    if tensor != "grad_out":
+        unwanted = {tensor.replace("grad", "wants"): False}
+        assert is_aligned(**odd, **unwanted)  # no kernel touches it then ...
+        slopes = {"alibi": "per_head", "wants_alibi": True}
+        assert is_aligned(**odd, **unwanted, **slopes) == (tensor != "grad_query")  # ... but for this one
+
+
 @given(backward_problems())
 def test_params_say_the_problem(problem: dict[str, Any]) -> None:
     params = native.plan_backward(**problem).params

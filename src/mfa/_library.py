@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
-OPS = ("attention", "attention_forward", "attention_backward")
+OPS = (
+    "attention",
+    "attention_forward",
+    "attention_backward",
+    "attention_varlen_forward",
+    "attention_varlen_backward",
+    "attention_decode",
+)
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 
