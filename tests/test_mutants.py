@@ -86,8 +86,8 @@ MUTANTS = [
     Mutant(
         "threadgroup array too short",
         "forward.h",
-        "sizeof(T)) / 16];",
-        "sizeof(T)) / 16 - 8];",
+        "sizeof(T)) /\n             16];",
+        "sizeof(T)) /\n             16 - 8];",
         "out of bounds",
     ),
     Mutant(

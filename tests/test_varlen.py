@@ -116,7 +116,9 @@ def test_gradients(device: Device, shard: int) -> None:
             assert actual.shape == reference.shape
             largest = float(reference.abs().amax()) if reference.numel() else 0.0
             rounding = torch.finfo(actual.dtype).eps * (problem.dims[1] + 1 + largest)
-            few = reference.numel() < 512 or sum(a * b for a, b in problem.lengths) < 512
+            # The kernels' dS takes rowsum(dO * O) of an out rounded to its dtype; of many numbers that is no more than
+            # the rounding of the result, but of some hundreds plain PyTorch may be luckier.
+            few = reference.numel() < 1024 or sum(a * b for a, b in problem.lengths) < 1024
             allowed = oracle.tolerance(torchs, reference) + (4 * rounding if few else 0)
             if i > 2:  # sums over the rows
                 distances = longest if i == len(ours) - 1 and "alibi_slopes" in terms else 1
