@@ -137,8 +137,8 @@ def check(problem: Problem, device: Device) -> None:
         # and the float32 roundings of what is summed to it.
         floor = float(torch.finfo(grad.dtype).eps / 2 * expected[name].abs().max()) if grad.numel() else 0.0
         floor = max(floor, 2 * torch.finfo(torch.float32).eps * sums.get(name, 0.0))
-        # delta = rowsum(dO * O) feels that O was rounded to its dtype: of many numbers no more than the rule allows, but
-        # of few plain PyTorch may be luckier.
+        # delta = rowsum(dO * O) feels that O was rounded to its dtype: of many numbers no more than the rule allows,
+        # but of few plain PyTorch may be luckier.
         if grad.numel() < 512:
             floor = max(floor, torch.finfo(problem.dtype).eps / 2 * sums.get(name, 0.0))
         bound = 2 * max(oracle.largest_error(plain[name], expected[name]), floor) + 1e-6
