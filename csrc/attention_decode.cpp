@@ -107,13 +107,14 @@ std::tuple<Tensor, Tensor> attention_decode(
   problem.out_strides = operands.write_rows(kOut, out);
   operands.write(kLse, lse);
   const Plan plan = plan_decode(problem, cache);
-  const std::int64_t parts = plan.params.splits > 1 ? plan.params.splits : 0;
-  const Tensor partial_lse =
-      torch::stable::new_empty(query, {parts, query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
-  const Tensor partial_out = torch::stable::new_empty(
-      query, {parts, query.size(0), query.size(1), query.size(2), value_cache.size(3)}, ScalarType::Float);
-  operands.write(kPartialLse, partial_lse);
-  operands.write(kPartialOut, partial_out);
+  std::optional<Tensor> partial_lse, partial_out;
+  if (plan.params.splits > 1) {
+    const std::int64_t parts = plan.params.splits, batch = query.size(0), heads = query.size(1), rows = query.size(2);
+    partial_lse = torch::stable::new_empty(query, {parts, batch, heads, rows}, ScalarType::Float);
+    partial_out = torch::stable::new_empty(query, {parts, batch, heads, rows, value_cache.size(3)}, ScalarType::Float);
+    operands.write(kPartialLse, *partial_lse);
+    operands.write(kPartialOut, *partial_out);
+  }
   operands.run(plan);
   return {out, lse};
 }

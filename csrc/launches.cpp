@@ -84,13 +84,13 @@ bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canoni
   if (!classifies_mask(problem)) return false;
   const Instance& instance = *choose(Kind::mask_blocks, problem, canonical.bucket);
   const auto& [batch, heads, rows, columns] = problem.bias.sizes;
-  const std::int64_t row_tiles = tiles(rows, instance.rows);
+  const std::int64_t down = tiles(rows, instance.rows);
   add_launch(plan, instance,
              constants({{kHasBias, true},
                         {kHasMask, problem.bias.kind == BiasKind::mask},
                         {kHasFloatBias, problem.bias.kind == BiasKind::float32}}),
-             {tiles(columns, instance.block), row_tiles, batch * heads});
-  plan.mask_class_bytes = static_cast<std::uint64_t>(batch * heads * row_tiles * tiles(columns, 16));
+             {tiles(columns, instance.block), down, batch * heads});
+  plan.mask_class_bytes = static_cast<std::uint64_t>(batch * heads * down * tiles(columns, 16));
   return true;
 }
 

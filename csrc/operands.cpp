@@ -122,6 +122,7 @@ void Operands::write(Argument argument, const Tensor& tensor) { bind(argument, t
 void Operands::run(const Plan& plan) {
   if (plan.launches.empty()) return;
   const auto allocate = [&](Argument argument, std::uint64_t bytes) {
+    if (bytes == 0) return;
     alive_.push_back(torch::stable::new_empty(query_, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte));
     write(argument, alive_.back());
   };

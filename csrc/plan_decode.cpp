@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 
 #include "launches.h"
 #include "tuning.h"
@@ -54,7 +53,7 @@ Plan plan_decode(const Problem& problem, const Cache& cache) {
                               {kIsSplit, is_split}}),
              {problem.key_heads * tiles_of_rows, splits, problem.batch});
   if (is_split) {
-    const Instance& combine = choose_combine(problem.dtype);
+    const Instance& combine = the_instance(Kind::combine, problem.dtype);
     const std::int64_t octets =
         problem.batch * problem.query_heads * problem.query_length * tiles(problem.value_dim, 8);
     add_launch(plan, combine, constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),

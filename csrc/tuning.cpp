@@ -111,15 +111,9 @@ bool classifies_mask(const Problem& problem) {
   throw std::logic_error("tuning.def has no mask pass for a family");
 }
 
-const Instance& the_instance(Kind kind) {
+const Instance& the_instance(Kind kind, std::optional<DType> dtype) {
   for (const Instance& instance : kInstances)
-    if (instance.kind == kind) return instance;
-  throw std::logic_error("instances.def lacks a kind of kernel");
-}
-
-const Instance& choose_combine(DType dtype) {
-  for (const Instance& instance : kInstances)
-    if (instance.kind == Kind::combine && instance.dtype == dtype) return instance;
+    if (instance.kind == kind && (!dtype || instance.dtype == *dtype)) return instance;
   throw std::logic_error("instances.def lacks a kind of kernel");
 }
 

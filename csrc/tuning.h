@@ -1,6 +1,8 @@
 // tuning.def as functions: which instance and which algorithm a problem gets.
 #pragma once
 
+#include <optional>
+
 #include "catalogue.h"
 #include "problem.h"
 
@@ -10,10 +12,8 @@ namespace mfa {
 // no direct path, or doesn't care for Dv, ignores that argument.
 const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct = false);
 
-// The one instance of a kind that has no more.
-const Instance& the_instance(Kind kind);
-
-const Instance& choose_combine(DType dtype);
+// The one instance of a kind, or of a kind and dtype, that tuning.def has no choice of.
+const Instance& the_instance(Kind kind, std::optional<DType> dtype = std::nullopt);
 
 // The decode kernel for so many rows: two row tiles where they are filled and fit in registers.
 const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_t rows);

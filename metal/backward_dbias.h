@@ -37,7 +37,7 @@ struct BackwardBias {
       float2 derivative;
       float2 p = probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), slope_log2,
                              float2(row.x), derivative);
-      p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
+      p = seen.keep(p, key);
       float2 grad = elements(dp[0][n]);
       if (has_dropout) {
         grad *= dropout.of_keys(query, key);
@@ -97,11 +97,11 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
   for (int b = bias_batch; b < batch_end; ++b) {
     for (int h = bias_head; h < head_end; ++h) {
       const int key_head = h / params.group_size;
-      const device T* queries = query + b * params.query_strides[0] + h * params.query_strides[1];
-      const device T* grad_outs = grad_out + b * params.grad_out_strides[0] + h * params.grad_out_strides[1];
-      const device T* keys = key + b * params.key_strides[0] + key_head * params.key_strides[1];
-      const device T* values = value + b * params.value_strides[0] + key_head * params.value_strides[1];
       const Sequence sequence = {b, params.query_length, params.key_length, 0, 0};
+      const HeadRows<T> queries(query, params.query_strides, b, h, 0, params.query_length, head_dim);
+      const HeadRows<T> grad_outs(grad_out, params.grad_out_strides, b, h, 0, params.query_length, value_dim);
+      const HeadRows<T> keys(key, params.key_strides, b, key_head, 0, params.key_length, head_dim);
+      const HeadRows<T> values(value, params.value_strides, b, key_head, 0, params.key_length, value_dim);
       const Scores<T> scores(params, sequence, bias, h);
       const float slope_log2 = slope_of(params, sequence, alibi_slopes, h);
       const Dropout dropout(params, sequence, rng_state, h);
@@ -109,15 +109,9 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
         const View view = view_of_queries(params, sequence, row, row + kFragment);
         for (int first = own_key; first < key_end; first += kBlockKeys) {
           if (view.sees(first, kBlockKeys)) {
-            const int rows = params.query_length - row;
-            const int columns = params.key_length - first;
-            tile.add_tile(
-                params, sequence, scores, slope_log2, dropout,
-                {queries + row * params.query_strides[2], long(params.query_strides[2]), rows, head_dim},
-                {keys + first * params.key_strides[2], long(params.key_strides[2]), columns, head_dim},
-                {values + first * params.value_strides[2], long(params.value_strides[2]), columns, value_dim},
-                {grad_outs + row * params.grad_out_strides[2], long(params.grad_out_strides[2]), rows, value_dim},
-                statistics + (long(b) * params.query_heads + h) * params.query_length, row, first);
+            tile.add_tile(params, sequence, scores, slope_log2, dropout, queries.from(row), keys.from(first),
+                          values.from(first), grad_outs.from(row), statistics + first_row_index(params, sequence, h),
+                          row, first);
           }
         }
       }

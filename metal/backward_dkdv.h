@@ -63,7 +63,7 @@ struct BackwardKeys {
                                pair.xz, derivative[r][n]);
         if (masked) {
           const Range seen = key_row < sequence.key_length ? visible_queries(params, sequence, key_row) : Range{0, -1};
-          x = float2(seen.has(query) ? x.x : 0, seen.has(query + 1) ? x.y : 0);
+          x = seen.keep(x, query);
         }
         elements(p[r][n]) = x;
       }

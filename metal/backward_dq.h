@@ -82,7 +82,7 @@ struct BackwardQueries {
         float2 p = probability(params, scores, elements(ds[r][n]), int2(query), int2(key, key + 1), slope_log2,
                                float2(lse[r]), derivative);
         if (masked) {
-          p = float2(seen.has(key) ? p.x : 0, seen.has(key + 1) ? p.y : 0);
+          p = seen.keep(p, key);
         }
         float2 grad = elements(dp[r][n]);
         if (has_dropout) {

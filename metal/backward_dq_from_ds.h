@@ -38,7 +38,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const int first_tile_row = tile * kSimdgroups * kRows;
   const int first_row = first_tile_row + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
-  const device T* head_keys = key + batch * params.key_strides[0] + key_head * params.key_strides[1];
+  const HeadRows<T> head_keys(key, params.key_strides, batch, key_head, 0, params.key_length, head_dim);
   const MaskBlocks blocks(params, mask_classes, batch, head);
   const ScoreGradient<T> blobs(score_gradient, params, position.x, lane_index);
 
@@ -57,11 +57,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(
-        keys,
-        GuardedRows<T>{head_keys + first_key * params.key_strides[2], long(params.key_strides[2]),
-                       params.key_length - first_key, head_dim},
-        thread_index);
+    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(keys, head_keys.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (short k = 0; k < kBlockKeys / kFragment; ++k) {

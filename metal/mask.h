@@ -11,6 +11,8 @@ struct Range {
   int first, last;
 
   bool has(int i) const { return i >= first && i <= last; }
+  // Of neighbours i and i + 1: 0 where they are outside.
+  float2 keep(float2 x, int i) const { return float2(has(i) ? x.x : 0, has(i + 1) ? x.y : 0); }
 };
 
 inline Range visible_keys(constant AttentionParams& params, Sequence sequence, int row) {

@@ -10,6 +10,19 @@ namespace mfa {
 using namespace metal;
 
 constant constexpr int kMaskTile = 16;
+constant constexpr float kHidingBias = -1e38f;  // a bias of at most this hides its key
+
+// A bias is of bools, of float32 or of the query's dtype.
+template <typename T>
+inline int bias_element_size() {
+  return has_mask ? 1 : has_float_bias ? int(sizeof(float)) : int(sizeof(T));
+}
+
+// Of a bias that is not of bools.
+template <typename T>
+inline float bias_value(const device uchar* bias, long index) {
+  return has_float_bias ? ((const device float*)bias)[index] : float(((const device T*)bias)[index]);
+}
 
 enum MaskClass : uchar {
   kHidden = 0,  // nothing is seen
@@ -67,9 +80,7 @@ template <typename T, int kSimdgroups>
   const int tile = position.x * kSimdgroups + simdgroup;
   const device uchar* head = bias + (position.z / params.bias_heads * params.bias_strides[0] +
                                      position.z % params.bias_heads * params.bias_strides[1]) *
-                                        (has_mask         ? 1
-                                         : has_float_bias ? int(sizeof(float))
-                                                          : int(sizeof(T)));
+                                        bias_element_size<T>();
   bool sees = false;
   bool hides = false;
 #pragma unroll
@@ -82,8 +93,7 @@ template <typename T, int kSimdgroups>
         sees = sees || head[index] != 0;
         hides = hides || head[index] == 0;
       } else {
-        const float x = has_float_bias ? ((const device float*)head)[index] : float(((const device T*)head)[index]);
-        sees = sees || !(x <= -1e38f);  // a NaN must be seen
+        sees = sees || !(bias_value<T>(head, index) <= kHidingBias);  // a NaN must be seen
         hides = true;
       }
     }

@@ -18,8 +18,7 @@ struct Scores {
   Scores(constant AttentionParams& params, Sequence sequence, const device uchar* bias_, int head)
       : bias(bias_), query_length(sequence.query_length), key_length(sequence.key_length) {
     if (has_bias) {
-      const int size = has_mask ? 1 : has_float_bias ? sizeof(float) : sizeof(T);
-      bias += (sequence.index * params.bias_strides[0] + head * params.bias_strides[1]) * size;
+      bias += (sequence.index * params.bias_strides[0] + head * params.bias_strides[1]) * bias_element_size<T>();
     }
   }
 
@@ -58,8 +57,8 @@ struct Scores {
     if (has_mask) {
       return bias[index] != 0 ? x : kMasked;
     }
-    const float b = has_float_bias ? ((const device float*)bias)[index] : float(((const device T*)bias)[index]);
-    return b <= -1e38f ? kMasked : x + b * M_LOG2E_F;
+    const float b = bias_value<T>(bias, index);
+    return b <= kHidingBias ? kMasked : x + b * M_LOG2E_F;
   }
 };
 

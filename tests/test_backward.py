@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -18,15 +19,24 @@ from mfa import _library
 GEMMS = {"five": 5, "seven": 7}
 
 
+@contextmanager
+def forced(mode: str) -> Iterator[None]:
+    """Inside it, the kernels' backward pass has so many GEMMs."""
+    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
+    before = choose(GEMMS[mode])
+    try:
+        yield
+    finally:
+        choose(before)
+
+
 @pytest.fixture(params=GEMMS)
 def mode(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
     """Forces one of the two backward algorithms; the CPU has but one."""
     if not device.has_kernels and request.param == "five":
         pytest.skip("the CPU implementation has no modes")
-    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
-    before = choose(GEMMS[request.param])
-    yield request.param
-    choose(before)
+    with forced(request.param):
+        yield request.param
 
 
 def differentiate(function: Any, leaves: dict[str, Tensor], grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -165,13 +175,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 def count(length: int, mode: str, **kwargs: Any) -> tuple[mfa.Counters, mfa.Counters]:
     """Counters of forward and backward; float16, one head, D 64."""
     query, key, value = (normal(1, 1, length, 64).requires_grad_() for _ in range(3))
-    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
-    before = choose(GEMMS[mode])
-    with mfa.simulate() as sim:
+    with forced(mode), mfa.simulate() as sim:
         out = mfa.attention(query, key, value, **kwargs)
         forward = sim.counters
         out.backward(normal(*out.shape))
-    choose(before)
     backward = sum((launch.counters for launch in sim.launches[1:]), mfa.Counters())
     return forward, backward
 
@@ -230,17 +237,14 @@ def test_rows_that_see_nothing_have_no_gradient(device: Device) -> None:
 def test_scratch_is_bounded() -> None:
     """Five GEMMs run in chunks of heads whose dS fits the limit, else the seven-GEMM mode does."""
     limit = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(_library.address_of("mfa_set_scratch_limit"))
-    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
-    mode = choose(GEMMS["five"])
     query, key, value = (normal(1, 4, 64, 32).requires_grad_() for _ in range(3))
     found = {}
     for heads in (4, 2, 0):
         before = limit(heads * 64 * 64 * 2)
-        with mfa.simulate() as sim:
+        with forced("five"), mfa.simulate() as sim:
             out = mfa.attention(query, key, value)
             found[heads] = torch.autograd.grad(out.sum(), (query, key, value))
         limit(before)
         chunks = [launch.kernel for launch in sim.launches if "dq_from_ds" in launch.kernel]
         assert len(chunks) == {4: 1, 2: 2, 0: 0}[heads]
-    choose(mode)
     torch.testing.assert_close(found[4], found[2], rtol=0, atol=0)

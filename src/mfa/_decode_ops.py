@@ -13,7 +13,6 @@ from ._ops import ops as ops
 
 _Dims = tuple[int | None, ...]
 _DECODE = "mfa::attention_decode"
-_MPS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 
 
 @_checks.as_runtime_errors
@@ -43,9 +42,7 @@ def _decode_cpu_kernel(
     _cache_checks.check_lengths("cache_lengths", cache_lengths, 0, query, key_cache, block_table)
     arguments = (query, *caches, cache_lengths, block_table, *scales, *terms)
     if simulation is not None:  # what an MPS tensor reaches
-        outputs: tuple[Tensor, Tensor] = simulation.run(
-            lambda: ops.attention_decode.default.redispatch(_MPS, *arguments, num_splits)
-        )
+        outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_decode.default, *arguments, num_splits)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         return _decode_cpu.attention_decode(*arguments)
@@ -87,8 +84,7 @@ def _decode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 def _decode_autocast(query: Tensor, key_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     device = query.device.type
-    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-    with torch._C._ExcludeDispatchKeyGuard(off):
+    with _ops.without_autocast(device):
         query = autocast(device, query, key_cache)
         outputs: tuple[Tensor, Tensor] = ops.attention_decode(query, key_cache, *rest)
     return outputs

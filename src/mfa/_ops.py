@@ -19,7 +19,6 @@ LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops 
 _Dims = tuple[int | None, ...]
 _Shape = Sequence[int]
 _FORWARD, _BACKWARD = "mfa::attention_forward", "mfa::attention_backward"
-_MPS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 
 
 # -- attention_forward ----------------------------------------------------------------------------------------------
@@ -47,9 +46,7 @@ def _forward_cpu(
     window = (window_left, window_right)
     if simulation is not None:  # what an MPS tensor reaches
         arguments = (*tensors, scale, *window, softcap, dropout_p, rng_state)
-        outputs: tuple[Tensor, Tensor] = simulation.run(
-            lambda: ops.attention_forward.default.redispatch(_MPS, *arguments)
-        )
+        outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_forward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         return _cpu.attention_forward(*tensors, scale, *window, softcap, dropout_p, rng_state)
@@ -97,11 +94,16 @@ def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     bias, sinks, *others = rest
     device = query.device.type
-    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-    with torch._C._ExcludeDispatchKeyGuard(off):
+    with without_autocast(device):
         tensors = autocast(device, query, key, value, bias, sinks)
         outputs: tuple[Tensor, Tensor] = ops.attention_forward(*tensors, *others)
     return outputs
+
+
+def without_autocast(device: str) -> Any:
+    """A context in which calls on `device` don't reach autocast again."""
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    return torch._C._ExcludeDispatchKeyGuard(off)
 
 
 def autocast(
@@ -162,9 +164,7 @@ def _backward_cpu(
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
         arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask)
-        outputs: tuple[Tensor, ...] = simulation.run(
-            lambda: ops.attention_backward.default.redispatch(_MPS, *arguments)
-        )
+        outputs: tuple[Tensor, ...] = simulation.call(ops.attention_backward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         grads = _cpu.attention_backward(

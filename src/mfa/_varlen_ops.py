@@ -15,7 +15,6 @@ from ._ops import ops as ops
 
 _Dims = tuple[int | None, ...]
 _FORWARD, _BACKWARD = "mfa::attention_varlen_forward", "mfa::attention_varlen_backward"
-_MPS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 
 
 # -- attention_varlen_forward ---------------------------------------------------------------------------------------
@@ -51,9 +50,7 @@ def _forward_cpu(
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
-        outputs: tuple[Tensor, Tensor] = simulation.run(
-            lambda: ops.attention_varlen_forward.default.redispatch(_MPS, *arguments)
-        )
+        outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_varlen_forward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         return _varlen_cpu.attention_varlen_forward(*(query, key, value, *starts, *terms, dropout_p, rng_state))
@@ -108,8 +105,7 @@ def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     device = query.device.type
-    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-    with torch._C._ExcludeDispatchKeyGuard(off):
+    with _ops.without_autocast(device):
         query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, rest[4])
         outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(query, key, value, *rest[:4], sinks, *rest[5:])
     return outputs
@@ -206,9 +202,7 @@ def _backward_cpu(
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse)
         arguments = (*results, *layout, *terms, dropout_p, rng_state, output_mask)
-        outputs: tuple[Tensor, ...] = simulation.run(
-            lambda: ops.attention_varlen_backward.default.redispatch(_MPS, *arguments)
-        )
+        outputs: tuple[Tensor, ...] = simulation.call(ops.attention_varlen_backward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         grads = _varlen_cpu.attention_varlen_backward(

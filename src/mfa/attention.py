@@ -114,24 +114,10 @@ def attention(
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
         query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
 
-    _checks.check_tensors(query, key, value, ranks=(3, 4))
     has_batch = max(query.dim(), key.dim(), value.dim()) == 4
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    bias = attn_mask
-    if bias is not None:
-        _checks.check_bias("attn_mask", bias, query, key)
-        bias = bias[(None,) * (4 - bias.dim())]
-    if sinks is not None:
-        _checks.check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
-        sinks = sinks.to(torch.promote_types(query.dtype, torch.float32)) if sinks.dtype == query.dtype else sinks
-    metal = device == "mps" or simulator.active() is not None
-    _checks.check_forward(
-        *(query, key, value, bias, sinks, alibi_slopes),
-        *(1.0 if scale is None else scale, softcap, dropout_p, None),
-        metal=metal,
-        bias_name="attn_mask",
+    query, key, value, bias, sinks = checked(
+        query, key, value, attn_mask, sinks, alibi_slopes, scale, softcap, dropout_p, enable_gqa
     )
-
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     if is_causal:  # aligned to the upper left; windows are relative to the lower right
@@ -144,6 +130,37 @@ def attention(
     if not has_batch:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
+
+
+def checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Query, key, value, bias and sinks as the op takes them, or one of the errors that `attention` documents."""
+    _checks.check_tensors(query, key, value, ranks=(3, 4))
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    bias = attn_mask
+    if bias is not None:
+        _checks.check_bias("attn_mask", bias, query, key)
+        bias = bias[(None,) * (4 - bias.dim())]
+    if sinks is not None:
+        _checks.check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
+        sinks = sinks.to(torch.promote_types(query.dtype, torch.float32)) if sinks.dtype == query.dtype else sinks
+    _checks.check_forward(
+        *(query, key, value, bias, sinks, alibi_slopes),
+        *(1.0 if scale is None else scale, softcap, dropout_p, None),
+        metal=query.device.type == "mps" or simulator.active() is not None,
+        bias_name="attn_mask",
+    )
+    return query, key, value, bias, sinks
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

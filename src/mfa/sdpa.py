@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.attention as torch_attention
@@ -21,8 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _checks, _sdpa_varlen, device, simulator
-from .attention import _broadcast, attention
+from . import _sdpa_varlen, device, simulator
+from .attention import attention, checked
 
 NAME = "MFA"
 LOG = logging.getLogger("mfa")
@@ -208,30 +207,10 @@ def not_supported_reasons(
     if query.device.type == "mps" and (why_not := _mps_why_not()) is not None:
         reasons.append(why_not)
     try:
-        _check(query, key, value, attn_mask, dropout_p, 1.0 if scale is None else scale, enable_gqa)
+        checked(query, key, value, attn_mask, None, None, scale, 0.0, dropout_p, enable_gqa)
     except (NotImplementedError, TypeError, ValueError) as error:
         reasons.append(str(error))
     return reasons
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    enable_gqa: bool,
-) -> None:
-    """What mfa.attention checks before it does anything."""
-    _checks.check_tensors(query, key, value, ranks=(3, 4))
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    if attn_mask is not None:
-        _checks.check_bias("attn_mask", attn_mask, query, key)
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    metal = query.device.type == "mps" or simulator.active() is not None
-    terms: dict[str, Any] = {"metal": metal, "bias_name": "attn_mask"}
-    _checks.check_forward(query, key, value, attn_mask, None, None, scale, 0.0, dropout_p, None, **terms)
 
 
 def _another_has_priority() -> bool:

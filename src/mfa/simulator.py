@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from . import _library
 
@@ -117,6 +119,10 @@ class Simulation:
             if finding is None or finding not in str(error):
                 raise
             raise SimulationError(finding) from None
+
+    def call(self, op: torch._ops.OpOverload, *arguments: Any) -> Any:
+        """What an MPS tensor would reach: the very kernel of `op` that is registered for MPS, on CPU tensors."""
+        return self.run(lambda: op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.MPS), *arguments))
 
     def __enter__(self) -> Simulation:
         global _active
