@@ -50,6 +50,7 @@ VERDICTS = [
     Verdict("too_much_threadgroup_memory", "threadgroup float t[10000]; t[i] = 1; y[i] = t[i];", "40000|32768"),
     Verdict("threadgroup_overrun", "threadgroup float t[60]; t[i] = 1; y[i] = t[i];", "out of bounds.*'t'"),
     Verdict("device_overrun", "y[n + i] = 1;", "out of bounds.*'y'"),
+    Verdict("device_overrun_into_the_next_buffer", "y[i] = x[i + 1];", "out of bounds.*'x'"),
     Verdict("read_of_uninitialised_memory", "threadgroup float t[64]; if (i != 5) { t[i] = 1; } y[i] = t[i];", "uninitialised.*'t'"),
 ]  # fmt: skip
 
@@ -70,7 +71,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("verdict", VERDICTS, ids=lambda verdict: verdict.name)
 def test_verdict(library: Library, verdict: Verdict, seed: int) -> None:
-    y, x, n = np.zeros(1024, np.float32), np.arange(64, dtype=np.float32), np.array([1024], np.int32)
+    memory, n = np.zeros(64 + 1024, np.float32), np.array([1024], np.int32)
+    x, y = memory[:64], memory[64:]  # side by side: what overruns x is in y
+    x[:] = np.arange(64)
     checks = RACES | BOUNDS | (UNINITIALISED if "uninitialised" in verdict.name else 0)  # it would see some races first
     options = {"grid": (verdict.grid,), "group": (verdict.group,), "seed": seed, "checks": checks}
     if not verdict.message:

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "failure.h"
 #include "fault.h"
+#include "guarded_copies.h"
 #include "library.h"
 #include "memory.h"
 #include "scheduler.h"
@@ -160,6 +161,8 @@ uint32_t dispatch(const Info& info) {
   launch.seed = info.seed;
   launch.allow_divergence = info.allow_divergence != 0;
   if (!check_grid(info, *kernel) || !set_constants(info) || !bind(info, *kernel, launch)) return 0;
+  GuardedCopies copies;
+  if ((info.checks & MFA_SIM_CHECK_BOUNDS) != 0 && !copies.make(regions, launch)) return 0;
   const uint32_t dynamic_memory = arena.used();
   if (!scheduler.begin(launch)) {
     failure.add("no address space for the threads' stacks");
