@@ -265,6 +265,23 @@ def test_transformer_encoder_layer(routed: list[Any]) -> None:
     assert len(routed) >= 1
 
 
+FUNC: dict[str, Callable[[Inputs], Any]] = {
+    "grad": lambda i: torch.func.grad(lambda q: torch_sdpa(q, *i[1:]).sin().sum())(i[0]),
+    "vmap of grad": lambda i: torch.func.vmap(torch.func.grad(lambda q, k, v: torch_sdpa(q, k, v).sin().sum()))(*i),
+    "Hessian": lambda i: torch.func.jacrev(torch.func.grad(lambda q: torch_sdpa(q, *i[1:]).sin().sum()))(i[0]),
+}
+
+
+@pytest.mark.parametrize("name", FUNC)
+def test_torch_func(name: str, routed: list[Any]) -> None:
+    inputs = tuple(tensor[:, :2, :6].double() for tensor in qkv())
+    with sdpa_kernel(SDPBackend.MATH):  # ATen's fused attentions have no second derivative
+        expected = FUNC[name](inputs)  # type: ignore[arg-type]
+    with sdpa.enabled(cpu=True):
+        torch.testing.assert_close(FUNC[name](inputs), expected)  # type: ignore[arg-type]
+    assert len(routed) == 1
+
+
 # -- what isn't -----------------------------------------------------------------------------------------------------
 
 
@@ -275,11 +292,6 @@ def lower_right(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[Inputs], Any], str]] = {
     "head dimension": (lambda i: torch_sdpa(*(x.repeat(1, 1, 1, 32) for x in i)), "head dimension 512"),
     "rank": (lambda i: torch_sdpa(*(x[None] for x in i)), "5 dimensions"),
-    "func.grad": (lambda i: torch.func.grad(lambda q: torch_sdpa(q, *i[1:]).sum())(i[0]), "torch.func"),
-    "func.vmap over grad": (
-        lambda i: torch.func.vmap(torch.func.grad(lambda q, k, v: torch_sdpa(q, k, v).sum()))(*i),
-        "torch.func",
-    ),
 }
 
 
@@ -293,8 +305,19 @@ def test_goes_to_aten_and_says_why_once(name: str, routed: list[Any], caplog: py
         for _ in range(2):
             torch.testing.assert_close(call(inputs), expected)
     assert not routed
-    assert [reason in record.message for record in caplog.records] in ([True], [])
-    assert caplog.records or "vmap" in name  # vmap has a rule of its own for the aten op
+    assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_forward_mode_goes_to_aten(routed: list[Any]) -> None:
+    query, key, value = qkv()
+    with sdpa_kernel(MATH_FIRST, set_priority=True):
+        jvp = torch.func.jvp(lambda q: torch_sdpa(q, key, value), (query,), (query,))
+        with sdpa.enabled(cpu=True):
+            torch.testing.assert_close(torch.func.jvp(lambda q: torch_sdpa(q, key, value), (query,), (query,)), jvp)
+    assert not routed
+    with torch.autograd.forward_ad.dual_level():
+        reasons = sdpa.not_supported_reasons(query, key, value)
+    assert reasons == ["forward-mode differentiation is active, and mfa's ops don't support it"]
 
 
 def test_errors_are_those_of_aten(routed: list[Any]) -> None:

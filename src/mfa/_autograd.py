@@ -1,11 +1,16 @@
-"""`torch.library.register_autograd` that works inside torch.func.grad, vjp and jacrev; torch's own refuses those."""
+"""`torch.library.register_autograd` that works inside torch.func.grad, vjp and jacrev, and refuses forward-mode AD.
+
+torch's own refuses the former, and lets the latter's tangents vanish: torch.func.jvp and hessian would be zero.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 
 def register(
@@ -20,8 +25,12 @@ def register(
 
         @staticmethod
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-            # The levels below differentiate as well, but a Function's forward has gradients off.
-            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            # The levels below differentiate as well, but a Function's forward has both modes off.
+            with (
+                torch.enable_grad(),
+                forward_ad._set_fwd_grad_enabled(True),
+                torch._C._AutoDispatchBelowAutograd(),
+            ):
                 result = op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
             filled, _ = torch._library.utils.fill_defaults(op._schema, arguments, {})
             setup_context(ctx=ctx, inputs=filled, output=result)
@@ -42,6 +51,11 @@ def register(
             return found[1:] if attribute == "needs_input_grad" else found
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad): use reverse "
+                "mode, for a Hessian torch.func.jacrev twice"
+            )
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if not needed or not torch._C._are_functorch_transforms_active():
             return outside(keyset, *arguments)
@@ -50,3 +64,7 @@ def register(
             return apply(keyset, *arguments)
 
     lib.impl(name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _cache_checks, _checks, _cpu, _decode_cpu, _ops, simulator
+from . import _autograd, _cache_checks, _checks, _cpu, _decode_cpu, _ops, simulator
 from ._index_checks import check_index_tensor, host_values
 from ._ops import LIBRARY
 from ._ops import ops as ops
@@ -112,7 +112,7 @@ def _decode_flops(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: 
 
 LIBRARY.impl("attention_decode", _decode_cpu_kernel, "CPU")
 torch.library.register_fake(_DECODE, _decode_fake, lib=LIBRARY)
-torch.library.register_autograd(_DECODE, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
+_autograd.register(_DECODE, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
 LIBRARY.impl("attention_decode", _decode_autocast, "AutocastCPU")
 LIBRARY.impl("attention_decode", _decode_autocast, "AutocastMPS")
 torch.library.register_vmap(_DECODE, _decode_vmap, lib=LIBRARY)

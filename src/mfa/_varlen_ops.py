@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _checks, _ops, _varlen_checks, _varlen_cpu, simulator
+from . import _autograd, _checks, _ops, _varlen_checks, _varlen_cpu, simulator
 from ._index_checks import host_values
 from ._ops import LIBRARY
 from ._ops import ops as ops
@@ -245,7 +245,9 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("grad_out requires grad, and second derivatives of attention are not supported")
+    raise NotImplementedError(
+        "attention_varlen has no second derivatives (create_graph=True): use mfa.attention, sequence by sequence"
+    )
 
 
 def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
@@ -272,7 +274,7 @@ def _backward_flops(_out: object, _lse: object, query: Tensor, key: Tensor, valu
 
 LIBRARY.impl("attention_varlen_forward", _forward_cpu, "CPU")
 torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+_autograd.register(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
 LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastCPU")
 LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastMPS")
 torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
@@ -280,6 +282,6 @@ register_flop_formula(ops.attention_varlen_forward, get_raw=True)(_forward_flops
 
 LIBRARY.impl("attention_varlen_backward", _backward_cpu, "CPU")
 torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+_autograd.register(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
 torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
 register_flop_formula(ops.attention_varlen_backward, get_raw=True)(_backward_flops)

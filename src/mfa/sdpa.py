@@ -5,7 +5,8 @@
 
 Importing this registers the provider and activates nothing. Activation puts kernels for aten's ops under the keys of
 MPS and, for the simulator, of CPU; what they don't take goes back to ATen, with the reason logged once. Code that
-torch.compile has compiled keeps the attention that was active then.
+torch.compile has compiled keeps the attention that was active then. torch.vmap of the aten op itself is ATen's: it
+decomposes before any of its kernels is asked. torch.func.grad, vjp and jacrev are routed.
 """
 
 import functools
@@ -186,15 +187,13 @@ def not_supported_reasons(
 ) -> list[str]:
     """Why a call of F.scaled_dot_product_attention goes to ATen instead of mfa. Empty: it doesn't.
 
-    Whether it is routed at all (see `enable`) isn't asked. Contexts count: `sdpa_kernel`, grad mode, torch.func.
+    Whether it is routed at all (see `enable`) isn't asked. Contexts count: `sdpa_kernel`, forward-mode differentiation.
     """
     reasons = []
     if not torch.backends.cuda.flash_sdp_enabled():
         reasons.append("sdpa_kernel leaves out SDPBackend.FLASH_ATTENTION")
     elif _another_has_priority():
         reasons.append("sdpa_kernel prefers another backend to SDPBackend.FLASH_ATTENTION")
-    if torch._C._are_functorch_transforms_active():
-        reasons.append("a transform of torch.func is active, and mfa's ops don't support it")
     if torch.autograd.forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation is active, and mfa's ops don't support it")
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
