@@ -24,5 +24,7 @@ function(add_metal_backend target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
   target_include_directories(${target} SYSTEM PRIVATE "${MFA_METAL_CPP_DIR}")
   target_compile_definitions(${target} PRIVATE MFA_METAL)
+  # NS::SharedPtr sends release to null, from which clang would conclude that it never is null, and drop later checks.
+  target_compile_options(${target} PRIVATE -fno-delete-null-pointer-checks)
   target_link_libraries(${target} PRIVATE "-framework Metal" "-framework Foundation" objc)
 endfunction()

@@ -74,7 +74,7 @@ endfunction()
 
 if(NOT MFA_METAL_CPP_DIR)
   execute_process(
-    COMMAND "${Python_EXECUTABLE}" "${MFA_COMPILE_METAL_CPP}" --print-metal-cpp
+    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/find_metal_cpp.py"
     OUTPUT_VARIABLE MFA_METAL_CPP_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 endif()
 

@@ -1,15 +1,40 @@
-"""Prints the folder of metal-cpp's headers in the package mlx-metal, which contains nothing else that mfa uses."""
+"""Prints the folder of metal-cpp's headers, which the package mlx-metal carries; mfa uses nothing else of it.
 
+MFA_METAL_CPP_DIR has precedence. The package installs on macOS only: elsewhere its wheel is fetched into .cache/ once.
+"""
+
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-spec = find_spec("mlx")
-for location in (spec.submodule_search_locations or []) if spec else []:
-    headers = Path(location) / "include" / "metal_cpp"
-    if (headers / "Metal" / "Metal.hpp").is_file():
-        print(headers)
-        sys.exit()
-sys.exit(
-    "metal-cpp is missing: pip install mlx-metal, or set MFA_METAL_CPP_DIR to a folder that contains Metal/Metal.hpp"
-)
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from mac_check import inputs  # noqa: E402
+
+
+def find() -> Path:
+    """The folder that contains Metal/Metal.hpp. Raises inputs.FetchError."""
+    spec = find_spec("mlx")
+    folders = [
+        Path(location) / "include" / "metal_cpp" for location in (spec and spec.submodule_search_locations) or ()
+    ]
+    if chosen := os.environ.get("MFA_METAL_CPP_DIR"):
+        folders.insert(0, Path(chosen))
+    for folder in folders:
+        if (folder / "Metal" / "Metal.hpp").is_file():
+            return folder
+    if sys.platform == "darwin":
+        raise inputs.FetchError("the package mlx-metal is not installed")
+    return inputs.metal_cpp(HERE.parent / ".cache" / "mac-check")
+
+
+if __name__ == "__main__":
+    try:
+        print(find())
+    except inputs.FetchError as error:
+        sys.exit(
+            f"metal-cpp is missing: {error}\n"
+            "Without a network, set MFA_METAL_CPP_DIR to a folder that contains Metal/Metal.hpp."
+        )

@@ -8,7 +8,7 @@
 
 #include "launcher.h"
 #ifdef MFA_SIMULATOR
-#include "simulator/launcher.h"
+#include "simulator/metal_launcher.h"
 #endif
 
 namespace nb = nanobind;
@@ -17,15 +17,6 @@ using namespace nb::literals;
 namespace {
 
 using namespace mfa;
-
-nb::typed<nb::dict, nb::str, nb::object> device_info() {
-  nb::dict result;
-  result["family"] = nb::none();
-  result["name"] = nb::none();
-  result["cores"] = nb::none();
-  result["why_not"] = kNoMetal;
-  return nb::borrow<nb::typed<nb::dict, nb::str, nb::object>>(result);
-}
 
 #ifdef MFA_SIMULATOR
 constexpr Named<std::uint32_t> kChecks[] = {
@@ -106,5 +97,4 @@ NB_MODULE(_native, m) {
 #ifdef MFA_SIMULATOR
   bind_simulator(m);
 #endif
-  m.def("device_info", &device_info, "The GPU: family, name, cores; and why_not when Metal can't be used.");
 }

@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <stdexcept>
-#include <string>
 
 namespace {
 
@@ -14,7 +13,7 @@ mfa::Launcher* mfa::simulated_launcher() { return simulator.load(); }
 
 #ifndef MFA_METAL
 mfa::Launcher& mfa::metal_launcher() {
-  throw std::runtime_error(std::string("attention on MPS tensors needs Metal, but ") + kNoMetal);
+  throw std::runtime_error("attention on MPS tensors needs Metal, but this build of mfa has no Metal backend");
 }
 #endif
 

@@ -33,13 +33,6 @@ Launcher* simulated_launcher();
 // The launcher for MPS tensors. Throws std::runtime_error that says what is missing.
 Launcher& metal_launcher();
 
-// Why metal_launcher() throws, for device_info().
-#ifdef __APPLE__
-inline constexpr const char* kNoMetal = "this build of mfa has no Metal backend yet";
-#else
-inline constexpr const char* kNoMetal = "this operating system has no Metal";
-#endif
-
 }  // namespace mfa
 
 // The one symbol through which _native installs the simulator (null to remove it); returns the launcher that it

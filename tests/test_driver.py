@@ -186,7 +186,7 @@ def test_every_method_is_metal_cpps(client: Client) -> None:
 
 
 def _metal_cpp() -> Path:
-    sys.path.insert(0, str(build.DRIVER))
-    import compile as compile_metal_cpp  # type: ignore[import-not-found]
+    sys.path.insert(0, str(build.REPOSITORY / "cmake"))
+    import find_metal_cpp  # type: ignore[import-not-found]
 
-    return compile_metal_cpp.metal_cpp()
+    return find_metal_cpp.find()

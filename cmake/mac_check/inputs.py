@@ -24,18 +24,26 @@ HEADERS = (
 TORCH_MEMBERS = (*HEADERS, "torch/lib/libtorch_cpu.dylib", "torch/lib/libc10.dylib")
 
 
+class FetchError(Exception):
+    """What can't be fetched, and pip's reason."""
+
+
 def fetch(requirement: str, members: tuple[str, ...], cache: Path) -> Path:
     """The folder with those members (files, or prefixes of folders) of the macOS wheel of `requirement`."""
     folder = cache / requirement.replace("==", "-")
     if (folder / ".complete").exists():
         return folder
+    cache.mkdir(parents=True, exist_ok=True)
     # This machine's constraints are about what is installed here; the wheel is for another operating system.
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     platforms = [f"--platform=macosx_{major}_0_arm64" for major in (11, 12, 13, 14)]
     options = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", *platforms]
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", temporary, requirement]
-        subprocess.run(command, env=environment, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip() or f"pip exits with {done.returncode}"
+            raise FetchError(f"pip can't download the macOS wheel of {requirement}:\n{reason}")
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.startswith(members)]

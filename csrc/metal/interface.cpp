@@ -67,8 +67,9 @@ metal::JsonObject info() {
   json.add("family", device.why_not.empty() ? "apple" + std::to_string(static_cast<int>(device.family)) : "");
   json.add("system", device.system);
   std::vector<std::string> why_not;
-  for (const std::string& reason : {device.why_not, why_no_torch()})
-    if (!reason.empty()) why_not.push_back(reason);
+  if (!device.why_not.empty()) why_not.push_back(device.why_not);
+  if (device.handle)  // without a GPU it's no wonder
+    if (const std::string reason = why_no_torch(); !reason.empty()) why_not.push_back(reason);
   json.add("why_not", why_not);
   if (!why_not.empty()) return json;
 

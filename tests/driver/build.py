@@ -1,4 +1,7 @@
-"""Compiles what the driver's tests need, into .cache/driver; each part again only when what it is made of changes."""
+"""Compiles what the driver's tests need, into .cache/driver; each part again only when what it is made of changes.
+
+The driver itself is the package's.
+"""
 
 import fcntl
 import functools
@@ -8,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mfa import _library
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -66,9 +71,9 @@ def compile_all(
 def link(name: str, objects: Iterable[Path], *libraries: object, folder: Path = CACHE) -> Path:
     objects = list(objects)
     output = folder / f"lib{name}.so"
-    command = ["g++", "-shared", "-o", output, *objects, f"-L{CACHE}", *libraries]
-    # With a soname, so that a process which has loaded the package's library of that name keeps to it.
-    return make(output, objects, [*command, f"-Wl,-soname,{output.name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"])
+    package = driver().parent
+    command = ["g++", "-shared", "-o", output, *objects, f"-L{package}", *libraries]
+    return make(output, objects, [*command, f"-Wl,-rpath,{package}", "-Wl,--no-undefined"])
 
 
 def metal_cpp_object(source: Path, inputs: Iterable[Path], output: Path, *flags: object) -> Path:
@@ -77,22 +82,14 @@ def metal_cpp_object(source: Path, inputs: Iterable[Path], output: Path, *flags:
     return make(output, [source, *inputs, DRIVER / "compile.py", *DRIVER.glob("include/*/*.h")], command)
 
 
-@functools.cache
 def driver() -> Path:
-    """libmfa_driver.so, beside libmfa_simulator.so."""
-    with locked():
-        engine = [source for source in SIMULATOR.glob("*.cpp") if not source.name.endswith("launcher.cpp")]
-        objects = compile_all("engine", engine, SIMULATOR.glob("*.h"), ["-fvisibility=default", "-O2"])
-        link("mfa_simulator", objects, "-ldl", "-lpthread")
-        sources = [*DRIVER.glob("*.cpp"), DRIVER / "send.S"]
-        objects = compile_all("driver", sources, [*DRIVER.glob("*.h"), SIMULATOR / "engine.h"])
-        return link("mfa_driver", objects, "-lmfa_simulator", "-ldl")
+    """The package's libmfa_driver.so, beside libmfa_simulator.so and the kernels."""
+    return _library.path_of("mfa_driver")
 
 
 @functools.cache
 def kernels() -> Path:
     """The driver tests' own kernels."""
-    driver()
     with locked():
         source, output = HERE / "kernels.metal", CACHE / "kernels.o"
         translate = SIMULATOR / "translate.py"
@@ -104,7 +101,6 @@ def kernels() -> Path:
 @functools.cache
 def client() -> Path:
     """The scenarios of client.cpp."""
-    driver()
     with locked():
         inputs = [HERE / "client.h", DRIVER / "control.h", SIMULATOR / "engine.h"]
         output = metal_cpp_object(HERE / "client.cpp", inputs, CACHE / "client.o")
@@ -119,7 +115,6 @@ def torch_folder() -> Path:
 
 def ops(name: str, patches: dict[str, tuple[str, str]]) -> Path:
     """libmfa with csrc/metal over the driver, from sources with replaced texts: file below csrc/ -> (old, new)."""
-    driver()
     with locked():
         csrc, folder = REPOSITORY / "csrc", CACHE / "ops" / name
         include = torch_folder() / "include"
@@ -158,9 +153,7 @@ def ops(name: str, patches: dict[str, tuple[str, str]]) -> Path:
             else:
                 objects.append(make(output, [source, *headers], [*GXX, *flags, "-c", source, "-o", output]))
         lib = torch_folder() / "lib"
-        return link(
-            "mfa", objects, "-lmfa_driver", f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{CACHE}:{lib}", folder=folder
-        )
+        return link("mfa", objects, "-lmfa_driver", f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{lib}", folder=folder)
 
 
 @functools.cache
@@ -169,7 +162,6 @@ def mps_device() -> Path:
     import torch
 
     folder = torch_folder()
-    driver()
     with locked():
         device = SIMULATOR / "mps_device"
         includes = ["-isystem", folder / "include", "-isystem", folder / "include/torch/csrc/api/include"]

@@ -33,7 +33,6 @@ def test_slices_with_offsets() -> None:
     torch.testing.assert_close(mfa.attention(query, key, value).cpu(), reference(query, key, value))
 
 
-@pytest.mark.xfail(raises=NotImplementedError, reason="mfa.attention has no backward pass on mps yet")
 def test_backward_on_the_autograd_thread() -> None:
     tensors = qkv(40, requires_grad=True)
     mfa.attention(*tensors).square().sum().backward()

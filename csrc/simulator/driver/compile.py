@@ -1,10 +1,9 @@
 """Compiles C++ that uses metal-cpp, on Linux: clang for its blocks, the system's C++ library, include/ for Apple's.
 
-The object links with what g++ compiles. metal-cpp comes from MFA_METAL_CPP_DIR, or is fetched into .cache/ once.
+The object links with what g++ compiles. metal-cpp comes from cmake/find_metal_cpp.py.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +12,8 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 sys.path[:0] = [str(HERE.parent), str(REPOSITORY / "cmake")]
 
+import find_metal_cpp  # noqa: E402
 import translate  # noqa: E402
-from mac_check import inputs  # noqa: E402
-
-
-def metal_cpp() -> Path:
-    """The folder that contains Metal/Metal.hpp."""
-    if chosen := os.environ.get("MFA_METAL_CPP_DIR"):
-        return Path(chosen)
-    cache = REPOSITORY / ".cache" / "mac-check"
-    cache.mkdir(parents=True, exist_ok=True)
-    return inputs.metal_cpp(cache)
 
 
 def command(metal_cpp_directory: Path) -> list[str]:
@@ -39,16 +29,12 @@ def command(metal_cpp_directory: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, nargs="?")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--depfile", type=Path)
     parser.add_argument("--metal-cpp", type=Path)
-    parser.add_argument("--print-metal-cpp", action="store_true", help="only fetch it and say where it is")
     arguments, flags = parser.parse_known_args()
-    directory = arguments.metal_cpp or metal_cpp()
-    if arguments.print_metal_cpp:
-        sys.stdout.write(f"{directory}\n")
-        return 0
+    directory = arguments.metal_cpp or find_metal_cpp.find()
     depfile = ["-MMD", "-MF", str(arguments.depfile)] if arguments.depfile else []
     words = [*command(directory), *depfile, *flags, "-c", str(arguments.source), "-o", str(arguments.output)]
     return subprocess.run(words, check=False).returncode
