@@ -20,11 +20,12 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -n
 STAMP := .venv/stamp
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test lint format build wheel mac mac-check clean help
+.PHONY: demo test test-mps lint format build wheel mac mac-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
 	@echo "make test [ARGS=..]  pytest; ARGS go to pytest, for example ARGS='-k causal'"
+	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device"
 	@echo "make lint            ruff, mypy, clang-format, the MSL lint"
 	@echo "make format          ruff and clang-format, in place"
 	@echo "make build           the package, editable, in .venv"
@@ -38,8 +39,14 @@ build: $(STAMP)/build
 demo: build
 	$(BIN)/python -m mfa demo
 
+# With ARGS, only what they ask for.
 test: build $(STAMP)/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(if $(ARGS)$(filter Darwin,$(PLATFORM)),,$(MAKE) test-mps)
+
+# In a process of its own: torch caches whether there is an mps device.
+test-mps: build $(STAMP)/test
+	PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -p no:xdist -m mps $(ARGS)
 
 lint: build $(STAMP)/dev
 	$(BIN)/ruff check .

@@ -117,7 +117,7 @@ def test_forward_and_backward(device: Device, routed: list[Any]) -> None:
             out = torch_sdpa(query, key, value, is_causal=True)
             grads = torch.autograd.grad(out, inputs, grad_out)
         assert len(routed) == (1 if left_to_aten else 2), left_to_aten
-    wide = [tensor.detach().double().cpu().requires_grad_() for tensor in inputs]
+    wide = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
     plain = [tensor.detach().cpu().requires_grad_() for tensor in inputs]
     expected, _ = attention(*wide, is_causal=True)
     other, _ = composition(*plain, is_causal=True)

@@ -80,7 +80,7 @@ def gradients(
     inputs = [x if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
     extra = {name: x for name, x in zip(("sinks", "alibi_slopes"), inputs[3:], strict=True) if x is not None}
     generator = torch.Generator().manual_seed(1)
-    loss = sum(x.sum() * 0 for x in inputs if x is not None).double().cpu()  # so that each has a gradient
+    loss = sum(x.sum().cpu().double() * 0 for x in inputs if x is not None)  # so that each has a gradient
     for output in function((*inputs[:3], *arguments[3:]), {**terms, **extra}):
         weight = torch.randn(output.shape, generator=generator).to(arguments[0].dtype)
         loss = loss + torch.where(output.isfinite().cpu(), output.cpu().double(), 0).mul(weight.cpu()).sum()

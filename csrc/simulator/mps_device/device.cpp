@@ -33,6 +33,12 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream&) const override { synchronize(); }
   void synchronizeDevice(c10::DeviceIndex) const override { synchronize(); }
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
+  // Of events there is nothing to wait for: the one stream keeps the order.
+  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override { synchronize(); }
+  void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
 };
 
 C10_REGISTER_GUARD_IMPL(MPS, Guard)

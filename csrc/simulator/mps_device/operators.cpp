@@ -89,6 +89,16 @@ Tensor& set_nothing(Tensor& self) {
   return set_storage_offset(self, std::move(storage), 0, {0}, {});
 }
 
+// Torch sends convolutions of devices that it doesn't know here, past the fallback.
+Tensor convolution(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, IntArrayRef stride,
+                   IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+                   int64_t groups) {
+  const auto host_bias = bias && bias->defined() ? optional<Tensor>(on_host(*bias)) : std::nullopt;
+  return at::convolution(on_host(input), on_host(weight), host_bias, stride, padding, dilation, transposed,
+                         output_padding, groups)
+      .to(kDevice);
+}
+
 // A view that is not registered below would come back as a copy: refuse it.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   settle();
@@ -115,6 +125,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
+  m.impl("convolution_overrideable", TORCH_FN(convolution));
 }
 
 TORCH_LIBRARY_IMPL(_, MPS, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
