@@ -1,6 +1,7 @@
 """mfa.diffusers: tiny random models and pipelines of diffusers, against their own attention."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -222,15 +223,20 @@ def test_refuses_what_has_no_attention() -> None:
         mfa.diffusers.enable(torch.nn.Linear(1, 1))
 
 
-@torch.no_grad()
-def test_kernels(device: Device, calls: list[Tensor]) -> None:
-    """A whole model whose attention is the Metal kernels."""
-    model = dit()
-    expected = model(**inputs(model)).sample
-    model = model.to(device.type)
-    mfa.diffusers.enable(model)
-    with device.active():
-        actual = model(**inputs(model, device.type)).sample.cpu()
-    assert len(calls) == 2
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels(name: str, device: Device, calls: list[Tensor]) -> None:
+    """A whole model whose attention is the Metal kernels, forward and backward."""
+    make, layers = MODELS[name]
+    results = []
+    for on, active in (("cpu", nullcontext()), (device.type, device.active())):
+        model = make().to(on)
+        if results:
+            mfa.diffusers.enable(model)
+        with active:
+            sample = model(**inputs(model, on)).sample
+            sample.square().mean().backward()
+        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"sample": sample.detach().cpu(), **gradients})
+    assert len(calls) == layers
     assert mfa.diffusers._logged == set()
-    assert_close(actual, expected)
+    assert_close(results[1], results[0])

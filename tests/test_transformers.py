@@ -10,6 +10,7 @@ from conftest import Device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 hf = pytest.importorskip("transformers", reason="transformers isn't installed")
@@ -100,12 +101,13 @@ def logits(model: Any, padding: str = "none", run: Callable[..., Any] | None = N
     return result[counts.bool()]
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("name", CONFIGS)
+# Images have no padding.
+PADDED = [(name, padding) for name in CONFIGS for padding in ("none", "left", "right")[: 1 if name == "ViT" else 3]]
+
+
+@pytest.mark.parametrize(("name", "padding"), PADDED)
 @torch.no_grad()
 def test_logits(name: str, padding: str) -> None:
-    if name == "ViT" and padding != "none":
-        pytest.skip("images have no padding")
     reference, ours = pair(name)
     assert_close(logits(ours, padding), logits(reference, padding))
 
@@ -132,17 +134,43 @@ def test_training_step(name: str) -> None:
             assert_close(ours, reference)
 
 
+def generate(model: Any, **options: Any) -> Any:
+    """Greedily, behind a prompt that is longer than the sliding windows and padded at its left."""
+    ids, mask = tokens("left")
+    terms = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(input_ids=ids, attention_mask=mask, **terms, **options)
+
+
+def check_generated(ours: Any, reference: Any) -> None:
+    assert torch.equal(ours.sequences, reference.sequences)
+    assert_close(torch.stack(ours.logits), torch.stack(reference.logits))
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", [*DECODERS, "T5"])
 def test_generate(name: str, cache: str) -> None:
-    """Layers with a sliding window have sliding caches, in both kinds; the prompt is longer than the window."""
-    ids, mask = tokens("left")
-    terms = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    reference, ours = (
-        model.generate(input_ids=ids, attention_mask=mask, cache_implementation=cache, **terms) for model in pair(name)
-    )
-    assert torch.equal(ours.sequences, reference.sequences)
-    assert_close(torch.stack(ours.logits), torch.stack(reference.logits))
+    reference, ours = (generate(model, max_new_tokens=8, cache_implementation=cache) for model in pair(name))
+    check_generated(ours, reference)
+    if name != "T5":
+        layers = [type(layer).__name__ for layer in ours.past_key_values.layers]
+        sliding = {"Mistral": 2, "Gemma2": 1, "GptOss": 1}.get(name, 0)
+        assert sorted(layers) == sorted(
+            [f"{cache.title()}SlidingWindowLayer"] * sliding + [f"{cache.title()}Layer"] * (2 - sliding)
+        )
+
+
+@pytest.mark.parametrize("name", ["Llama", "GptOss"])
+def test_generate_compiled(name: str) -> None:
+    """Each token by one compiled graph over a static cache, as transformers does it on GPUs."""
+    torch._dynamo.reset()
+    reference, ours = pair(name)
+    options = {"max_new_tokens": 6, "cache_implementation": "static"}
+    expected = generate(reference, **options)
+    compiling = hf.CompileConfig(backend="aot_eager", fullgraph=True)
+    compiling._compile_all_devices = True  # it would leave out CPUs
+    counters.clear()
+    check_generated(generate(ours, compile_config=compiling, **options), expected)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # the sliding cache's second graph is that of a full window
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
@@ -156,13 +184,20 @@ def test_prompt_in_parts(name: str) -> None:
     assert_close(torch.cat(parts, 1), reference(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Bert"])
-@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
 def test_compiled(name: str) -> None:
+    """Logits and gradients of the whole model as one graph, for each padding."""
+    torch._dynamo.reset()
     reference, ours = pair(name)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    for padding in ("left", "right"):
-        assert_close(logits(ours, padding, compiled), logits(reference, padding))
+    for padding in [padding for model, padding in PADDED if model == name]:
+        actual, expected = logits(ours, padding, compiled), logits(reference, padding)
+        assert_close(actual, expected)
+        grads, exact = (
+            torch.autograd.grad(result.square().mean(), list(model.parameters()), allow_unused=True)
+            for model, result in ((ours, actual), (reference, expected))
+        )
+        assert_close(grads, exact)
 
 
 @torch.no_grad()
@@ -336,7 +371,7 @@ def test_another_name_and_back() -> None:
         assert_close(logits(model), expected)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss", "Bert", "T5"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_kernels(name: str, device: Device) -> None:
     """A whole model whose attention is the Metal kernels: logits, gradients, and a token more."""
     results = []
@@ -348,7 +383,8 @@ def test_kernels(name: str, device: Device) -> None:
             result = moved(**inputs).logits[counts.bool()]
             result.square().mean().backward()
             with torch.no_grad():
-                tokens = None if name == "Bert" else moved.generate(**inputs, max_new_tokens=2, do_sample=False).cpu()
+                generates = name in (*DECODERS, "T5")
+                tokens = moved.generate(**inputs, max_new_tokens=2, do_sample=False).cpu() if generates else None
         gradients = {name: p.grad.cpu() for name, p in moved.named_parameters() if p.grad is not None}
         results.append({"logits": result.detach().cpu(), "tokens": tokens, **gradients})
     assert_close(results[1], results[0])
