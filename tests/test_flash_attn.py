@@ -122,18 +122,20 @@ def test_packed_is_the_same() -> None:
     torch.testing.assert_close(gradient, torch.stack(gradients, 2), rtol=0, atol=0)
 
 
-def test_varlen_is_each_sequence() -> None:
+def test_varlen_is_each_sequence(device: Device) -> None:
     lengths_q, lengths_k = [5, 0, 9], [8, 3, 2]
     starts_q, starts_k = (
         torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32) for lengths in (lengths_q, lengths_k)
     )
     q, kv = torch.randn(14, 4, 16), torch.randn(13, 2, 2, 16)
-    layout = (starts_q, starts_k, 9, 8)
     terms: dict[str, Any] = {"causal": True, "window_size": (4, -1), "softcap": 2.0, "alibi_slopes": SLOPES[0]}
-    out, lse, _ = flash_attn.flash_attn_varlen_func(
-        q, *kv.unbind(1), *layout, **terms, deterministic=True, return_attn_probs=True
-    )
-    packed = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, *layout, **terms)
+    moved = [tensor.to(device.type) for tensor in (q, kv, starts_q, starts_k)]
+    there = {**terms, "alibi_slopes": SLOPES[0].to(device.type)}
+    with device.active():
+        out, lse, _ = flash_attn.flash_attn_varlen_func(
+            *(moved[0], *moved[1].unbind(1), *moved[2:], 9, 8), **there, deterministic=True, return_attn_probs=True
+        )
+        packed = flash_attn.flash_attn_varlen_kvpacked_func(*moved, 9, 8, **there)
     torch.testing.assert_close(packed, out, rtol=0, atol=0)
     sequences = zip(q.split(lengths_q), *(part.split(lengths_k) for part in kv.unbind(1)), strict=True)
     for n, (query, key, value) in enumerate(sequences):
@@ -141,8 +143,8 @@ def test_varlen_is_each_sequence() -> None:
         alone, alone_lse, _ = flash_attn.flash_attn_func(
             query[None], key[None], value[None], **terms, return_attn_probs=True
         )
-        torch.testing.assert_close(out[rows], alone[0])
-        torch.testing.assert_close(lse[:, rows], alone_lse[0])
+        torch.testing.assert_close(out[rows].cpu(), alone[0])
+        torch.testing.assert_close(lse[:, rows].cpu(), alone_lse[0])
 
 
 def test_varlen_qkvpacked() -> None:
@@ -154,7 +156,7 @@ def test_varlen_qkvpacked() -> None:
 
 
 @pytest.mark.parametrize("form", ["dense", "int lengths", "batch index", "paged"])
-def test_kvcache(form: str) -> None:
+def test_kvcache(form: str, device: Device) -> None:
     """New tokens land in the caches that were given, and the result is that of the live tokens; others are NaN."""
     lengths, capacity, new = (5, 5) if form == "int lengths" else (5, 3), 16, 2
     q, k, v = inputs(3, new)
@@ -175,7 +177,14 @@ def test_kvcache(form: str) -> None:
         arguments["block_table"] = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
     copies = [cache.clone() for cache in caches]
     terms: dict[str, Any] = {"causal": True, "window_size": (4, -1), "return_softmax_lse": True}
-    out, lse = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, **arguments, **terms)
+    there = {name: x.to(device.type) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    changed_caches = [cache.to(device.type) for cache in caches]
+    with device.active():
+        results = flash_attn.flash_attn_with_kvcache(
+            *(q.to(device.type), *changed_caches, k.to(device.type), v.to(device.type)), **there, **terms
+        )
+    out, lse = (result.cpu() for result in results)
+    caches = tuple(cache.cpu() for cache in changed_caches)
     for n, tokens in enumerate(live):
         keys, values = torch.cat((tokens, torch.stack((k[n], v[n]))), 1)
         expected, expected_lse, _ = flash_attn.flash_attn_func(

@@ -1,5 +1,6 @@
 """torch.nn.attention.varlen.varlen_attn by mfa: the aten ops behind it."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -50,21 +51,47 @@ def test_varlen_attn(device: Device, varlen: Any, window: tuple[int, int]) -> No
         assert largest_error(lse[None, :, start:end].cpu(), expected_lse) <= tolerance(plain_lse, expected_lse)
 
 
-def test_varlen_attn_backward(varlen: Any) -> None:
+def sequences(attend: Any, tensors: Inputs, starts: Tensor) -> Tensor:
+    """Causal attention of each sequence by the oracle, or the composition, packed again."""
+    parts = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        if start < end:
+            one = [tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in tensors]
+            parts.append(attend(*one, window=(None, 0))[0].squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_varlen_attn_backward(device: Device, varlen: Any, key_heads: int) -> None:
+    torch.manual_seed(0)
+    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    total, grad = sum(LENGTHS), random(sum(LENGTHS), 4, 16)
+    inputs = (random(total, 4, 16), random(total, key_heads, 16), random(total, key_heads, 16))
+    leaves = [tensor.to(device.type).requires_grad_() for tensor in inputs]
+    on_device = starts.to(device.type)
+    with device.active(), sdpa.enabled(cpu=device.name == "cpu"):
+        options = {"window_size": (-1, 0), "enable_gqa": key_heads != 4}
+        out = varlen.varlen_attn(*leaves, on_device, on_device, 20, 20, **options)
+        grads = torch.autograd.grad(out, leaves, grad.to(device.type))
+    wanted = []
+    for attend in (composition, attention):
+        copies = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+        theirs = sequences(attend, copies, starts)  # type: ignore[arg-type]
+        wanted.append((theirs, *torch.autograd.grad(theirs, copies, grad.to(theirs.dtype))))
+    for mine, plain, exact in zip((out, *grads), *wanted, strict=True):
+        assert largest_error(mine.detach().cpu(), exact) <= tolerance(plain, exact)
+
+
+def test_varlen_attn_compiled(varlen: Any) -> None:
     inputs, starts = packed(Device("cpu"))
-    inputs = tuple(tensor.double().requires_grad_() for tensor in inputs)  # type: ignore[assignment]
+    leaves = [tensor.requires_grad_() for tensor in inputs]
     with sdpa.enabled(cpu=True):
-        out = varlen.varlen_attn(*inputs, starts, starts, 20, 20, window_size=(-1, 0))
-        grads = torch.autograd.grad(out.square().sum(), inputs)
         compiled = torch.compile(varlen.varlen_attn, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs, starts, starts, 20, 20, window_size=(-1, 0)), out)
-    bounds = zip(starts.tolist(), starts.tolist()[1:], strict=False)
-    parts = [
-        [tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in inputs] for start, end in bounds if start < end
-    ]
-    expected = torch.cat([attention(*part, window=(None, 0))[0].squeeze(0).transpose(0, 1) for part in parts])
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), inputs))
+        results = []
+        for function in (varlen.varlen_attn, compiled):
+            out = function(*leaves, starts, starts, 20, 20, window_size=(-1, 0))
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
 
 
 def test_varlen_attn_caches(varlen: Any) -> None:
