@@ -20,11 +20,12 @@ from mfa import sdpa
 
 Check = Callable[[Tensor, list[Tensor], dict[str, Any]], None]
 
-# The calls of the seed's README, in its order; `mps` is the only device there.
+# The python snippets of the README of mps-flash-attn 0.1.14, as they stand.
 SEED = """
 ```python
 from mps_flash_attn import flash_attention
 
+# Standard attention (B, H, N, D)
 q = torch.randn(2, 8, 4096, 64, device='mps', dtype=torch.float16)
 k = torch.randn(2, 8, 4096, 64, device='mps', dtype=torch.float16)
 v = torch.randn(2, 8, 4096, 64, device='mps', dtype=torch.float16)
@@ -35,8 +36,9 @@ out = flash_attention(q, k, v)
 out = flash_attention(q, k, v, is_causal=True)
 ```
 ```python
+# Boolean mask: True = masked (don't attend), False = attend
 mask = torch.zeros(B, 1, N, N, dtype=torch.bool, device='mps')
-mask[:, :, :, 512:] = True
+mask[:, :, :, 512:] = True  # Mask out positions after 512
 
 out = flash_attention(q, k, v, attn_mask=mask)
 ```
@@ -47,64 +49,82 @@ v.requires_grad = True
 
 out = flash_attention(q, k, v, is_causal=True)
 loss = out.sum()
-loss.backward()
+loss.backward()  # Computes dQ, dK, dV
 ```
 ```python
 from mps_flash_attn import replace_sdpa
 
+# Monkey-patch F.scaled_dot_product_attention
 replace_sdpa()
+
+# Now all attention ops use Flash Attention on MPS
 ```
 """
 
-# What 0.6.3's README adds.
+# What 0.6.3's README adds; without torch.ops.mfa.flash_attention, which doesn't exist there.
 LATER = """
 ```python
+# Only attend to last 4096 tokens
+out = flash_attention(q, k, v, is_causal=True, window_size=4096)
+```
+```python
 from mps_flash_attn import flash_attention_fp8, quantize_kv_fp8
+
+# Quantize K/V to FP8
 k_quant, k_scale = quantize_kv_fp8(k)
 v_quant, v_scale = quantize_kv_fp8(v)
+
+# Run attention with quantized KV
 out = flash_attention_fp8(q, k_quant, v_quant, k_scale, v_scale)
 ```
 ```python
 from mps_flash_attn import flash_attention_chunked
-out = flash_attention_chunked(q, k, v, chunk_size=64)
+
+out = flash_attention_chunked(q, k, v, chunk_size=8192)
 ```
 ```python
 from mps_flash_attn import register_custom_op
-assert register_custom_op()
+
+register_custom_op()
 ```
 ```python
 q.requires_grad = True
-out = flash_attention(q, k, v, bf16_backward=True)
+out = flash_attention(q, k, v, bf16_backward=True)  # 2x faster backward
 loss = out.sum()
 loss.backward()
 ```
 ```python
 from mps_flash_attn.benchmark import run_suite, compare_vs_sdpa
+
 results = run_suite(seq_lengths=[64], dtypes=['float32'], batch_sizes=[1], head_dims=[32], verbose=False)
 compare_vs_sdpa(seq_lengths=[64], verbose=False)
 ```
 """
 
-SIGNATURES = {
-    "flash_attention": "query key value is_causal scale attn_mask window_size bf16_backward",
-    "flash_attention_with_bias": "query key value attn_bias is_causal scale window_size bias_repeat_count",
-    "flash_attention_chunked": "query key value chunk_size is_causal scale",
-    "quantize_kv_fp8": "key value use_e5m2",
-    "quantize_kv_int8": "key value",
-    "quantize_kv_nf4": "key value",
-    "flash_attention_fp8": "query key value k_scale v_scale is_causal attn_mask window_size use_e5m2 scale",
-    "flash_attention_int8": "query key value k_scale v_scale is_causal attn_mask window_size scale",
-    "flash_attention_nf4": "query key value k_scale v_scale is_causal attn_mask window_size scale",
-    "flash_attention_quantized": "query key value k_scale v_scale quant_type is_causal attn_mask window_size scale",
+QUANTIZED = "is_causal=False, attn_mask=None, window_size=0"
+SIGNATURES = {  # of 0.6.3
+    "flash_attention": "query, key, value, is_causal=False, scale=None, attn_mask=None, window_size=0, "
+    "bf16_backward=False",
+    "flash_attention_with_bias": "query, key, value, attn_bias, is_causal=False, scale=None, window_size=0, "
+    "bias_repeat_count=0",
+    "flash_attention_chunked": "query, key, value, chunk_size=16384, is_causal=False, scale=None",
+    "quantize_kv_fp8": "key, value=None, use_e5m2=False",  # there, value must be given
+    "quantize_kv_int8": "key, value=None",
+    "quantize_kv_nf4": "key, value=None",
+    "flash_attention_fp8": f"query, key, value, k_scale, v_scale, {QUANTIZED}, use_e5m2=False, scale=None",
+    "flash_attention_int8": f"query, key, value, k_scale, v_scale, {QUANTIZED}, scale=None",
+    "flash_attention_nf4": f"query, key, value, k_scale, v_scale, {QUANTIZED}, scale=None",
+    "flash_attention_quantized": f"query, key, value, k_scale, v_scale, quant_type, {QUANTIZED}, scale=None",
     "convert_mask": "attn_mask",
+    "replace_sdpa": "*, cpu=False",  # there, no arguments
     "precompile": "",
     "clear_cache": "",
     "register_custom_op": "",
     "is_available": "",
-    "benchmark.run_suite": "seq_lengths dtypes batch_sizes head_dims num_heads_list include_causal include_window "
-    "include_backward verbose",
-    "benchmark.compare_vs_sdpa": "seq_lengths dtype verbose",
-    "benchmark.generate_report": "results output_path title",
+    "benchmark.run_suite": "seq_lengths=None, dtypes=None, batch_sizes=None, head_dims=None, num_heads_list=None, "
+    "include_causal=True, include_window=True, include_backward=False, verbose=True",
+    "benchmark.compare_vs_sdpa": "seq_lengths=None, dtype='float16', verbose=True",
+    "benchmark.generate_report": "results, output_path, title='MPS Flash Attention Benchmark Report'",
     "benchmark.run_benchmark": "config",
 }
 
@@ -159,7 +179,9 @@ def test_signatures(name: str) -> None:
     function = flash
     for part in name.split("."):
         function = getattr(function, part)
-    assert " ".join(inspect.signature(function).parameters) == SIGNATURES[name]  # type: ignore[arg-type]
+    found = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    expected = inspect.signature(eval(f"lambda {SIGNATURES[name]}: None")).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in expected]
 
 
 def test_names() -> None:
@@ -199,7 +221,12 @@ def test_snippets_of_the_seed() -> None:
 def test_snippets_at_another_length(text: str, device: Device) -> None:
     """The same text with 4096 made smaller, for every device."""
     start = SEED.split("```python")[1]
-    code = snippets(f"```python{start}" + text, device.type).replace("4096", "96").replace("512", "48")
+    code = (
+        snippets(f"```python{start}" + text, device.type)
+        .replace("4096", "96")
+        .replace("8192", "40")
+        .replace("512", "48")
+    )
     namespace: dict[str, Any] = {"torch": torch, "B": 2, "N": 96}
     with device.active():
         try:

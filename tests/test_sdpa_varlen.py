@@ -74,8 +74,8 @@ def test_varlen_attn_backward(device: Device, varlen: Any, key_heads: int) -> No
         out = varlen.varlen_attn(*leaves, on_device, on_device, 20, 20, **options)
         grads = torch.autograd.grad(out, leaves, grad.to(device.type))
     wanted = []
-    for attend in (composition, attention):
-        copies = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+    for attend, dtype in ((composition, torch.float32), (attention, torch.float64)):
+        copies = tuple(tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs)
         theirs = sequences(attend, copies, starts)  # type: ignore[arg-type]
         wanted.append((theirs, *torch.autograd.grad(theirs, copies, grad.to(theirs.dtype))))
     for mine, plain, exact in zip((out, *grads), *wanted, strict=True):
