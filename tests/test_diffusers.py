@@ -86,7 +86,12 @@ def inputs(model: Any, device: str = "cpu") -> dict[str, Any]:
     return {"sample": random(1, 3, 8, 8)}
 
 
-MODELS = {"unet": (unet, 8), "dit": (dit, 2), "flux": (flux, 2), "vae": (vae, 2)}  # and their attention layers
+MODELS = {  # by class: the model, and how many attention layers it has
+    "UNet2DConditionModel": (unet, 8),
+    "DiTTransformer2DModel": (dit, 2),
+    "FluxTransformer2DModel": (flux, 2),
+    "AutoencoderKL": (vae, 2),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from fidelity import Problem
 from test_fidelity_mlx import BLOCKS, build, headers, run_steel  # noqa: F401 (headers is a fixture)
 
-import mfa
+import mfa.flash_attn
+import mfa.sdpa
 from mfa import support
 
 README = Path(__file__).parents[1] / "README.md"
@@ -54,13 +56,57 @@ def operations() -> str:
     return "\n".join(lines + [f"| {name} | " + " | ".join(f"{n:,}" for n in row) + " |" for name, *row in columns])
 
 
-GENERATED = {"support": support.markdown, "operations": operations}
+def pinned() -> dict[str, str]:
+    """The versions that the tests are made for: torch's from the Makefile, the others' from pyproject.toml."""
+    texts = [(README.parent / name).read_text(encoding="utf-8") for name in ("Makefile", "pyproject.toml")]
+    return dict(re.findall(r"\b(torch|transformers|diffusers)==([\d.]+)", "".join(texts)))
+
+
+def libraries() -> str:
+    """What runs of each library; the models are those that the tests have."""
+    import test_diffusers
+    import test_flash_attn
+    import test_mps_flash_attn
+    import test_transformers
+
+    models = ", ".join(test_transformers.CONFIGS)
+    denoisers = ", ".join(test_diffusers.MODELS)
+    functions = len(test_flash_attn.SIGNATURES), len(test_mps_flash_attn.SIGNATURES)
+    versions = pinned()
+    rows = {
+        f"torch {versions['torch']}": "OpInfo's samples of SDPA in four dtypes, with gradients; `varlen_attn`; "
+        "`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`; `sdpa_kernel`, autocast, `torch.func`, "
+        "`torch.compile`, `torch.export`",
+        f"transformers {versions['transformers']}": f"tiny random {models}: logits, padding left and right, a training "
+        "step, `generate` with static, dynamic and sliding caches, `torch.compile`",
+        f"diffusers {versions['diffusers']}": f"tiny random {denoisers}: outputs and gradients; DiTPipeline; "
+        "`torch.compile`",
+        "flash-attn 2.8.3": f"not itself, it needs CUDA: signatures and conventions of {functions[0]} functions, "
+        "`bert_padding`",
+        "mps-flash-attn 0.6.3": f"not itself, it needs a Mac: signatures and conventions of {functions[1]} functions, "
+        "the snippets and feature lists of its READMEs",
+    }
+    return "\n".join(
+        ["| library | what runs |", "| --- | --- |", *(f"| {name} | {what} |" for name, what in rows.items())]
+    )
+
+
+GENERATED = {"support": support.markdown, "operations": operations, "libraries": libraries}
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_section_is_current(name: str) -> None:
     sections = {section: body for _, section, body, _ in SECTION.findall(TEXT)}
     assert sections[name] == GENERATED[name](), "run `python tests/test_readme.py`"
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers", "diffusers"])
+def test_libraries_are_those_that_run(library: str) -> None:
+    pytest.importorskip(library, reason=f"{library} isn't installed; it needs Python 3.11")
+    installed = version(library).split("+")[0]
+    if library == "torch" and installed != pinned()[library]:
+        pytest.skip(f"torch is {installed} here, chosen by TORCH")
+    assert installed == pinned()[library]
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -78,14 +124,17 @@ def test_snippets_run() -> None:
     """In one namespace, top to bottom, as a reader would paste them."""
     namespace: dict[str, object] = {}
     snippets = list(re.finditer(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE))
-    assert snippets
-    for snippet in snippets:
-        if "mfa.transformers" in snippet[1] and find_spec("transformers") is None:
-            continue
-        line = TEXT[: snippet.start(1)].count("\n")
-        exec(
-            compile("\n" * line + snippet[1], str(README), "exec"), namespace
-        )  # so that a traceback names README's line
+    assert len(snippets) > 5
+    try:
+        for snippet in snippets:
+            if any(find_spec(name) is None for name in re.findall(r"\b(transformers|diffusers)\b", snippet[1])):
+                continue  # they need Python 3.11
+            line = TEXT[: snippet.start(1)].count("\n")  # so that a traceback names README's line
+            exec(compile("\n" * line + snippet[1], str(README), "exec"), namespace)
+        assert not mfa.sdpa.is_enabled()
+    finally:
+        mfa.sdpa.disable()
+        mfa.flash_attn.uninstall()
 
 
 def test_links_within_the_repository_exist() -> None:
