@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers isn't installed")
 hf = pytest.importorskip("transformers", reason="transformers isn't installed")
 
 import mfa.diffusers  # noqa: E402 (after the skips)
+from mfa import _log  # noqa: E402
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return original(query, *rest)
 
     monkeypatch.setattr(mfa.diffusers, "attention", spy)
-    monkeypatch.setattr(mfa.diffusers, "_logged", set())
+    monkeypatch.setattr(_log, "said", set())
     return queries
 
 
@@ -104,7 +105,7 @@ def test_output_is_the_native_one(name: str, calls: list[Tensor]) -> None:
     assert mfa.diffusers.enable(model) == layers
     assert_close(model(**inputs(model)).sample, expected)
     assert len(calls) == layers
-    assert mfa.diffusers._logged == set()
+    assert _log.said == set()
     assert_close(copy.deepcopy(model)(**inputs(model)).sample, expected)
     assert len(calls) == 2 * layers
 
@@ -243,5 +244,5 @@ def test_kernels(name: str, device: Device, calls: list[Tensor]) -> None:
         gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
         results.append({"sample": sample.detach().cpu(), **gradients})
     assert len(calls) == layers
-    assert mfa.diffusers._logged == set()
+    assert _log.said == set()
     assert_close(results[1], results[0])

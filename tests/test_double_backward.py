@@ -10,7 +10,7 @@ from conftest import Device
 from torch import Tensor
 
 import mfa
-from mfa import _composition
+from mfa import _log
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -163,7 +163,7 @@ def test_nothing_to_see_and_empty() -> None:
 
 
 def test_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    _composition._report.cache_clear()
+    _log.said.clear()
     query = torch.randn(1, 1, 3, 4).requires_grad_()
     with caplog.at_level(logging.WARNING, logger="mfa"):
         for _ in range(2):

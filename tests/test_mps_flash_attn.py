@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import mfa
+from mfa import _log, sdpa
 from mfa import mps_flash_attn as flash
-from mfa import sdpa
 
 Check = Callable[[Tensor, list[Tensor], dict[str, Any]], None]
 
@@ -426,10 +426,17 @@ def test_errors(call: Callable[..., Any], kind: type[Exception], text: str) -> N
 
 
 def test_bf16_backward_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
-    mfa.mps_flash_attn._attention._logged.clear()
+    _log.said.clear()
     with caplog.at_level(logging.INFO, "mfa"):
         flash.flash_attention(*qkv(), bf16_backward=True)
     assert "bf16_backward has no effect" in caplog.text
+
+
+def test_bf16_backward_compiles() -> None:
+    """Although it logs."""
+    torch._dynamo.reset()
+    compiled = torch.compile(flash.flash_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*qkv(), bf16_backward=True), flash.flash_attention(*qkv()))
 
 
 @pytest.mark.skipif(mfa.is_available(), reason="has Metal kernels")

@@ -25,7 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import mfa
-from mfa import sdpa
+from mfa import _log, sdpa
 
 MATH_FIRST = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
 
@@ -300,7 +300,7 @@ def test_goes_to_aten_and_says_why_once(name: str, routed: list[Any], caplog: py
     call, reason = REFUSED[name]
     inputs = qkv()
     expected = call(inputs)
-    sdpa._logged.clear()
+    _log.said.clear()
     with sdpa.enabled(cpu=True), caplog.at_level(logging.WARNING, "mfa"):
         for _ in range(2):
             torch.testing.assert_close(call(inputs), expected)

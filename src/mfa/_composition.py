@@ -4,16 +4,14 @@ Fused kernels give the first derivative only. `backward_vjp` differentiates this
 differentiable, so that derivatives of any order are right.
 """
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import _log
 from ._blocks import HIDDEN
 
-LOG = logging.getLogger("mfa")
 _MASKING = -1e38  # a bias of at most this hides its key
 _Scalars = tuple[float, int | None, int | None, float]  # scale, window_left, window_right, softcap
 _Inputs = Sequence[Tensor | None]  # query, key, value, bias, sinks, alibi_slopes
@@ -86,7 +84,7 @@ def backward_vjp(
     Returns:
         Gradients of grad_out, grad_lse and the six inputs; None for what isn't a floating-point tensor.
     """
-    _report()
+    _log.once("second derivatives of attention have no kernel: ATen computes them on whole Lq x Lk matrices")
     arguments = (grad_out, grad_lse, *inputs)
     places = [i for i, tensor in enumerate(arguments) if is_floating(tensor)]
     wanted = [place for place in places if place >= 2 and cotangents[place - 2] is not None]
@@ -113,8 +111,3 @@ def backward_vjp(
 
 def is_floating(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point()
-
-
-@functools.cache
-def _report() -> None:
-    LOG.warning("second derivatives of attention have no kernel: ATen computes them on whole Lq x Lk matrices")

@@ -35,6 +35,14 @@ def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
+def empty_gradients(query: Tensor, others: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of the query and other inputs; shape [0] for what isn't wanted."""
+    return tuple(
+        tensor.new_empty(tensor.shape) if asked and tensor is not None else query.new_empty(0)
+        for tensor, asked in zip((query, *others), wanted, strict=True)
+    )
+
+
 def _is_transposed(query: Tensor) -> bool:
     return query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2)
 

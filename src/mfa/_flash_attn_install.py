@@ -3,7 +3,6 @@
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -11,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-LOG = logging.getLogger("mfa")
+from ._log import LOG
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:  # noqa: A002 (as flash-attn calls it)

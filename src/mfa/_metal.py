@@ -3,16 +3,12 @@
 import ctypes
 import functools
 import json
-import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from . import _library
+from . import _library, _log
 from ._native import Launch
-
-LOG = logging.getLogger("mfa")
-_logged: set[str] = set()
 
 
 @functools.cache
@@ -48,9 +44,7 @@ def info() -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(_text(backend.mfa_metal_info) or "{}")
     for note in result.get("notes", []):
-        if note not in _logged:
-            _logged.add(note)
-            LOG.warning("%s", note)
+        _log.once(note)
     return result
 
 

@@ -193,11 +193,7 @@ def _backward_fake(
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    inputs = (query, key, value, bias, sinks, alibi_slopes)
-    return tuple(
-        tensor.new_empty(tensor.shape) if wanted and tensor is not None else query.new_empty(0)
-        for tensor, wanted in zip(inputs, output_mask, strict=True)
-    )
+    return _cpu.empty_gradients(query, (key, value, bias, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _ops, _varlen_checks, _varlen_cpu, simulator
+from . import _autograd, _checks, _cpu, _ops, _varlen_checks, _varlen_cpu, simulator
 from ._index_checks import host_values
 from ._ops import LIBRARY
 from ._ops import ops as ops
@@ -233,11 +233,7 @@ def _backward_fake(
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    inputs = (query, key, value, sinks, alibi_slopes)
-    return tuple(
-        tensor.new_empty(tensor.shape) if wanted and tensor is not None else query.new_empty(0)
-        for tensor, wanted in zip(inputs, output_mask, strict=True)
-    )
+    return _cpu.empty_gradients(query, (key, value, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,6 @@ An attention layer keeps its processor, whatever that is, but the F.scaled_dot_p
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from . import _log
 from .attention import attention
-
-LOG = logging.getLogger("mfa")
-
-_logged: set[str] = set()
 
 
 def enable(model: Any) -> int:
@@ -83,7 +79,7 @@ def _enable_text_encoder(module: Any) -> int:
 
     transformers.register()
     if not module._can_set_attn_implementation():
-        _log_once(f"{type(module).__name__} keeps its attention: it doesn't use transformers' attention interface")
+        _log.once(f"{type(module).__name__} keeps its attention: it doesn't use transformers' attention interface")
         return 0
     if not hasattr(module, "_mfa_replaced"):
         module._mfa_replaced = module.config._attn_implementation
@@ -101,7 +97,7 @@ class _Enabled:
         with route:
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if not route.used:
-            _log_once(
+            _log.once(
                 f"{type(self.processor).__name__} keeps its attention: it doesn't call F.scaled_dot_product_attention"
             )
         return result
@@ -142,13 +138,7 @@ def _sdpa(
     try:
         return attention(*arguments)
     except (NotImplementedError, TypeError, ValueError) as error:
-        _log_once(f"scaled_dot_product_attention goes to ATen: {error}")
+        _log.once(f"scaled_dot_product_attention goes to ATen: {error}")
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-
-
-def _log_once(reason: str) -> None:
-    if reason not in _logged and not torch.compiler.is_compiling():
-        _logged.add(reason)
-        LOG.warning(reason)

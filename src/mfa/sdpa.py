@@ -10,7 +10,6 @@ decomposes before any of its kernels is asked. torch.func.grad, vjp and jacrev a
 """
 
 import functools
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _sdpa_varlen, device, simulator
+from . import _log, _sdpa_varlen, device, simulator
 from .attention import attention, checked
 
 NAME = "MFA"
-LOG = logging.getLogger("mfa")
 
 _aten = torch.ops.aten.scaled_dot_product_attention.default
-_logged: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -160,12 +157,10 @@ def _route(
         if query.dim() > 1 and query.shape[-2] < options.min_query_length:
             reasons.append(f"query is shorter than {options.min_query_length}")
         if not reasons:
-            LOG.debug("scaled_dot_product_attention by mfa: %s, keys %s", tuple(query.shape), tuple(key.shape))
+            _log.LOG.debug("scaled_dot_product_attention by mfa: %s, keys %s", tuple(query.shape), tuple(key.shape))
             return attention(*arguments)
         for reason in reasons:
-            if reason not in _logged:
-                _logged.add(reason)
-                LOG.warning("scaled_dot_product_attention goes to ATen: %s", reason)
+            _log.once(f"scaled_dot_product_attention goes to ATen: {reason}")
     if grouped and not enable_gqa:
         repeats = query.shape[-3] // max(1, key.shape[-3])
         key, value = (tensor.repeat_interleave(repeats, dim=-3) for tensor in (key, value))

@@ -99,6 +99,19 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const optional<Ten
       .to(kDevice);
 }
 
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
+                                                        IntArrayRef dilation, bool transposed,
+                                                        IntArrayRef output_padding, int64_t groups,
+                                                        std::array<bool, 3> output_mask) {
+  const int64_t bias = transposed ? weight.size(1) * groups : weight.size(0);
+  const auto [of_input, of_weight, of_bias] =
+      at::convolution_backward(on_host(grad_output), on_host(input), on_host(weight), IntArrayRef(bias), stride,
+                               padding, dilation, transposed, output_padding, groups, output_mask);
+  const auto moved = [](const Tensor& grad) { return grad.defined() ? grad.to(kDevice) : grad; };
+  return {moved(of_input), moved(of_weight), moved(of_bias)};
+}
+
 // A view that is not registered below would come back as a copy: refuse it.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   settle();
@@ -126,6 +139,7 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
   m.impl("convolution_overrideable", TORCH_FN(convolution));
+  m.impl("convolution_backward_overrideable", TORCH_FN(convolution_backward));
 }
 
 TORCH_LIBRARY_IMPL(_, MPS, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }

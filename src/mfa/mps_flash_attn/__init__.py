@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import is_available, pipelines, sdpa
+from .._log import LOG
 from .._ops import ops
 from ._attention import convert_mask, flash_attention, flash_attention_chunked, flash_attention_with_bias
 from ._quantized import (
@@ -66,7 +67,6 @@ __all__ = [
     "replace_sdpa",
 ]
 
-LOG = logging.getLogger("mfa")
 if os.environ.get("MFA_DEBUG") == "1":
     LOG.setLevel(logging.DEBUG)
     if not LOG.hasHandlers():

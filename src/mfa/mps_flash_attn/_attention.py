@@ -8,12 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _log
 from ..attention import attention
 from ..merge import merge_attention
-
-LOG = logging.getLogger("mfa")
-_logged: set[str] = set()
 
 
 def flash_attention(
@@ -37,9 +34,8 @@ def flash_attention(
         window_size: query i sees key j only if j >= i - window_size; 0 = off.
         bf16_backward: there, speed for accuracy. Without effect here: there is one backward pass, and it has both.
     """
-    if bf16_backward and "bf16_backward" not in _logged:
-        _logged.add("bf16_backward")
-        LOG.info("bf16_backward has no effect: gradients always are the inputs' dtype, from sums in float32")
+    if bf16_backward:
+        _log.once("bf16_backward has no effect: gradients always come from sums in float32", logging.INFO)
     check_inputs(query, key, value)
     check_scale(scale, query.shape[3])
     return attend(query, key, value, is_causal, scale, visible(attn_mask), window_size)
