@@ -1,6 +1,8 @@
 #include "tuning.h"
 
 #include <stdexcept>
+#include <string_view>
+#include <vector>
 
 namespace mfa {
 namespace {
@@ -80,9 +82,15 @@ static_assert(every_row_has_an_instance(), "tuning.def names an instance that in
 
 constexpr bool fits(int dim, int bucket) { return dim == 0 || dim == bucket; }  // 0: the kernel takes any
 
+std::vector<const Instance*> preferred;  // before the rows of tuning.def, newest first
+
 }  // namespace
 
 const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
+  for (const Instance* instance : preferred)
+    if (instance->kind == kind && instance->dtype == problem.dtype && fits(instance->head_dim, bucket.head_dim) &&
+        fits(instance->value_dim, bucket.value_dim) && (instance->path == staged || takes_direct))
+      return instance;
   for (const Tuning& row : kTuning)
     if (row.kind == kind && row.family <= problem.family && row.dtype == problem.dtype &&
         fits(row.head_dim, bucket.head_dim) && fits(row.value_dim, bucket.value_dim) &&
@@ -128,3 +136,16 @@ const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_
 }
 
 }  // namespace mfa
+
+int mfa_prefer_instance(const char* name) {
+  if (!name) {
+    mfa::preferred.clear();
+    return 1;
+  }
+  for (const mfa::Instance& instance : mfa::kInstances)
+    if (std::string_view(name) == instance.name) {
+      mfa::preferred.insert(mfa::preferred.begin(), &instance);
+      return 1;
+    }
+  return 0;
+}

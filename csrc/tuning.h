@@ -25,3 +25,8 @@ BackwardMode default_mode(Family family, Bucket bucket);
 bool classifies_mask(const Problem& problem);
 
 }  // namespace mfa
+
+// For the benchmark, which compares what instances.def has: from now on this instance runs wherever it can, whatever
+// tuning.def says; null forgets all of them. Returns 0 for a name that isn't there. Not thread-safe against running
+// ops.
+extern "C" __attribute__((visibility("default"))) int mfa_prefer_instance(const char* name);

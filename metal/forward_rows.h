@@ -68,17 +68,22 @@ struct Forward {
     for (short r = 0; r < kRowTiles; ++r) {
       const float maximum = row[r].maximum;
       // The fma does not round its product, but the maximum is rounded: of huge scores the difference alone overflows
-      // exp2.
-      const bool rounds = fabs(maximum) > kExactProduct;
+      // exp2. A branch, since computing both would cost three operations per score.
+      if (fabs(maximum) > kExactProduct) {
+#pragma unroll
+        for (short n = 0; n < kKeyTiles; ++n) {
+          const float2 rounded = elements(score[r][n]) * scale;  // within one expression the compiler may make an fma
+          elements(score[r][n]) = rounded - maximum;
+        }
+      } else {
+#pragma unroll
+        for (short n = 0; n < kKeyTiles; ++n) {
+          elements(score[r][n]) = fma(elements(score[r][n]), float2(scale), float2(-maximum));
+        }
+      }
 #pragma unroll
       for (short n = 0; n < kKeyTiles; ++n) {
-        const float2 s = elements(score[r][n]);
-        float2 exponent = fma(s, float2(scale), float2(-maximum));
-        if (rounds) {
-          const float2 rounded = s * scale;  // by itself: within one expression the compiler may make an fma
-          exponent = rounded - maximum;
-        }
-        const float2 p = fast::exp2(exponent);
+        const float2 p = fast::exp2(elements(score[r][n]));
         row[r].sum += p.x + p.y;
         elements(score[r][n]) = p;
         if (has_dropout) {

@@ -90,12 +90,12 @@ def vector(request: pytest.FixtureRequest, headers: list[Path]) -> Library:
     return build(headers, "vector", request.param, "sdpa_vector.h", instances)
 
 
-def steel_params(problem: Problem, tensors: list[np.ndarray]) -> bytes:
-    block_q, block_k = BLOCKS[problem.dim]
+def steel_params(problem: Problem, tensors: list[np.ndarray], blocks: tuple[int, int] | None = None) -> bytes:
+    block_q, block_k = blocks or BLOCKS[problem.dim]
     length_q, length_k = problem.length_q, problem.length_k
     head = [problem.batch, problem.heads, problem.dim, length_q, length_k, problem.group]
-    blocks = [-(-length_q // block_q), -(-length_k // block_k), length_q // block_q, length_k // block_k]
-    tail = [*blocks, length_q % block_q, length_k % block_k, length_k - length_q]
+    counts = [-(-length_q // block_q), -(-length_k // block_k), length_q // block_q, length_k // block_k]
+    tail = [*counts, length_q % block_q, length_k % block_k, length_k - length_q]
     scale = np.array([1 / np.sqrt(problem.dim)], np.float32).tobytes()
     numbers = np.array([n for x in tensors for n in strides(x)], np.int64).tobytes()
     return np.array(head, np.int32).tobytes() + scale + np.array(tail, np.int32).tobytes() + numbers

@@ -28,10 +28,10 @@ def demo() -> None:
 
 
 def bench() -> None:
-    """Times CPU tensors against torch; everything behind `bench` goes to it."""
-    from .bench import cpu
+    """Benchmarks; everything behind `bench` goes to them."""
+    from .bench.__main__ import main
 
-    cpu.main()
+    main(sys.argv[1:])
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         description="Computes attention with the real kernels on the best device there is, an Apple GPU or else the "
         "simulator, and compares it with float64. Exits with 1 if a result is wrong.",
     )
-    commands.add_parser("bench", help="CPU tensors against torch; see bench --help", add_help=False)
+    commands.add_parser("bench", help="timings, and what a model predicts; see bench --help", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command != "bench" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -57,3 +57,12 @@ def address_of(symbol: str) -> int:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
     return address
+
+
+def prefer_instance(name: str | None) -> None:
+    """Runs this kernel instance (a name of `_native.catalogue()`) wherever it can run, whatever tuning.def says.
+
+    None forgets all that were preferred. Not while ops run. Raises ValueError for a name that isn't there.
+    """
+    if not ctypes.CDLL(str(path_of("mfa"))).mfa_prefer_instance(None if name is None else name.encode()):
+        raise ValueError(f"name is {name!r}; it must be that of a kernel instance, see metal/instances.def")

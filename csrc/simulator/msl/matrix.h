@@ -95,12 +95,20 @@ MFA_SIM_UNCHECKED void multiply_lanes(void* const* arguments) {
 template <typename D, typename A, typename B, typename C>
 MFA_SIM_OUTLINED Elements<D> multiply(Elements<A> a, Elements<B> b, Elements<C> c, const char* name, const char* file,
                                       int line) {
+#ifdef MFA_SIM_STATIC
+  Elements<D> d;
+  __asm__("mma %0"
+          : "=x"(d.at[0]), "=x"(d.at[1])
+          : "x"(a.at[0]), "x"(a.at[1]), "x"(b.at[0]), "x"(b.at[1]), "x"(c.at[0]), "x"(c.at[1]));
+  return d;
+#else
   Multiply<D, A, B, C> argument;
   argument.a = a;
   argument.b = b;
   argument.c = c;
   mfa_sim_collective(&multiply_lanes<D, A, B, C>, &argument, MFA_SIM_MMA, 0, name, file, line);
   return argument.d;
+#endif
 }
 
 // Loads, stores and diagonals only meet: each lane then moves its own two elements, in the kernel's own accesses.

@@ -69,12 +69,22 @@ MFA_SIM_UNCHECKED void fill_lanes(void* const* arguments) {
 template <typename T>
 MFA_SIM_OUTLINED T exchange(mfa_sim_operation operation, T value, T fill, int operand, int cls, uint64_t key,
                             const char* name, const char* file, int line) {
+#ifdef MFA_SIM_STATIC
+  T result;
+  if (cls == MFA_SIM_SHUFFLE) {
+    __asm__("shuffle %0" : "=x"(result) : "x"(value));
+  } else {
+    __asm__("reduce %0" : "=x"(result) : "x"(value));
+  }
+  return result;
+#else
   Exchange<T> e;
   e.value = value;
   e.fill = fill;
   e.operand = operand;
   mfa_sim_collective(operation, &e, cls, key, name, file, line);
   return e.result;
+#endif
 }
 
 template <int kGroupSize>

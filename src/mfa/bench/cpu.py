@@ -86,15 +86,15 @@ def measure(name: str, case: _Case, goal: float, rounds: int, seconds: float, th
     return Row(name, theirs, ours, goal)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mfa.bench.cpu", description=__doc__)
+def main(command_line: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mfa bench --cpu", description=__doc__)
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name has TEXT in it")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], metavar="L")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each side of a case (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often the sides alternate (default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", action="store_true", help="comma-separated values")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     line = "{},{:.4g},{:.4g},{:.4g},{}" if arguments.csv else "{:36}{:>12.3f}{:>12.3f}{:>9.3f}{:>8}"
     header = "case,torch_ms,mfa_ms,ratio,goal" if arguments.csv else f"{'case':36}{'torch ms':>12}{'mfa ms':>12}"
     print(header if arguments.csv else f"{header}{'ratio':>9}{'goal':>8}")

@@ -1,0 +1,43 @@
+"""`python -m mfa.bench`, the same as `python -m mfa bench`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .chips import CHIPS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mfa bench",
+        description="Times attention on the best device there is, beside every other backend that is installed.",
+        epilog="Further options belong to the mode: add --help to it.",
+        add_help=False,
+    )
+    parser.add_argument("--help", "-h", action="store_true", help="this, and the options of the mode")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--cpu", action="store_true", help="CPU tensors against torch: ratios of medians, and goals")
+    modes.add_argument("--model", choices=CHIPS, metavar="CHIP", help=f"what a model predicts for {', '.join(CHIPS)}")
+    options, rest = parser.parse_known_args(arguments)
+    if options.help:
+        parser.print_help()
+        rest = ["--help"]
+    if options.model:
+        _model(options.model, rest)
+    else:
+        from . import cpu
+
+        cpu.main(rest)
+
+
+def _model(chip: str, arguments: Sequence[str]) -> None:
+    from . import report
+
+    parser = argparse.ArgumentParser(prog=f"python -m mfa bench --model {chip}", description=report.__doc__)
+    parser.add_argument("--tiles", action="store_true", help="also all tiles, chosen by tuning.def or not")
+    for line in report.lines(CHIPS[chip], parser.parse_args(arguments).tiles):
+        print(line)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,241 @@
+"""A model of what attention costs on an Apple GPU: clocks per pipe of a core, from counted instructions and bytes.
+
+    step    each pipe's clocks for one step of a threadgroup; a p-norm combines them, since pipes overlap, but not quite
+    tile    a threadgroup's steps: those that some row sees
+    launch  tiles dealt to cores, longest first; no faster than device memory delivers what must be read once
+    pass    its launches, one after another
+
+It was fitted to published timings of other projects' kernels on M3 and never checked on M1 or M2: see `PUBLISHED`. It
+ranks designs. Nothing here was measured by us on a GPU.
+
+Sources of the constants: metal-benchmarks (instruction costs, registers, caches); MLX's published timings (NORM).
+"""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .. import _native
+from .chips import Chip
+from .kernels import Kernel
+
+SCHEDULERS = 4  # of a core; each issues one instruction of 32 lanes per clock
+MMA, WIDE_MMA, SHUFFLE, REDUCE, EXP = 17, 18, 2, 14.5, 4  # slots
+THREADGROUP_BYTES, L1_BYTES, L2_BYTES = 64, 64, 32  # per clock and core
+REGISTER_BYTES, CORE_THREADGROUP_BYTES, MOST_THREADS = 208 << 10, 60 << 10, 1024  # of a core
+# Of a step, in clocks, where nothing else runs: data from device memory, a barrier, an MMA whose result is waited for
+# (at the end of each product, and wherever a SIMD-group barrier keeps the compiler from interleaving).
+DEVICE_LATENCY, BARRIER_LATENCY, MMA_LATENCY = 300, 30, 35
+LAUNCH_SECONDS = 5e-6
+NORM = 8
+
+
+class Problem(NamedTuple):
+    """float16 attention of as many keys as queries, as many key heads as heads, and D = Dv."""
+
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    causal: bool = False
+
+    @property
+    def scores(self) -> int:
+        rows = self.length * (self.length + 1) // 2 if self.causal else self.length**2
+        return self.batch * self.heads * rows
+
+    def operations(self, products: int) -> int:
+        """Floating-point operations of so many matrix products: 2 forward, 5 backward, 7 if two are recomputed."""
+        return 2 * products * self.scores * self.head_dim
+
+
+class Prediction(NamedTuple):
+    """Of one launch."""
+
+    kernel: str
+    seconds: float
+    pipes: dict[str, float]  # seconds of each pipe alone
+    tail: float  # seconds for which some core has nothing to do
+    resident: int  # threadgroups per core
+    bound: str
+
+
+def slots(kernel: Kernel, chip: Chip, mixed_mma: float = MMA) -> tuple[float, float]:
+    """Issue slots of a SIMD-group's step: on the pipe of float32, and on the one beside it."""
+    wide = WIDE_MMA if not chip.has_side_pipe else MMA
+    main = MMA * kernel.mma + mixed_mma * kernel.mixed_mma + wide * kernel.wide_mma
+    main += kernel.arithmetic + kernel.exp + SHUFFLE * kernel.shuffle + REDUCE * kernel.reduce
+    side = kernel.integer + kernel.conversion + kernel.load + kernel.store + kernel.barrier
+    return (main, side) if chip.has_side_pipe else (main + side, 0)
+
+
+def resident_groups(kernel: Kernel) -> int:
+    """Threadgroups that a core holds at a time, by registers and by threadgroup memory."""
+    threads = min(MOST_THREADS, REGISTER_BYTES // (4 * kernel.registers) // 64 * 64)
+    by_registers = threads // (32 * kernel.simdgroups)
+    by_memory = CORE_THREADGROUP_BYTES // kernel.threadgroup_memory if kernel.threadgroup_memory else by_registers
+    return max(1, min(by_registers, by_memory))
+
+
+def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA) -> dict[str, float]:
+    """A core's clocks per pipe for one step of one threadgroup, while it holds as many as it can."""
+    main, side = slots(kernel, chip, mixed_mma)
+    conflict = 1.0 if chip.has_side_pipe else kernel.store_conflict  # fitted as free on M3
+    moved = kernel.device_read + kernel.device_write
+    # SIMD-groups of a direct kernel read the same rows, at about the same time: L1 serves them. (metal-flash-attention
+    # reaches 91% at D 128 on M3 that way, which L2 alone could not feed.)
+    from_l2 = moved / kernel.simdgroups if kernel.path == "direct" else moved
+    per_scheduler = kernel.simdgroups / SCHEDULERS
+    exposed = BARRIER_LATENCY * kernel.barrier + MMA_LATENCY * (2 + kernel.fence) + DEVICE_LATENCY
+    return {
+        "issue": main * per_scheduler,
+        "side": side * per_scheduler,
+        "exp": EXP * kernel.exp * per_scheduler,
+        "threadgroup": (kernel.threadgroup_read + kernel.threadgroup_write * conflict) / THREADGROUP_BYTES,
+        "l1": moved / L1_BYTES,
+        "l2": from_l2 / L2_BYTES,
+        "latency": (main * math.ceil(per_scheduler) + exposed) / resident_groups(kernel),
+    }
+
+
+def combined(pipes: dict[str, float]) -> float:
+    """What pipes that overlap take together: at least the longest of them, at most their sum."""
+    longest = max(pipes.values())
+    if longest == 0:
+        return 0.0
+    powers = math.fsum((clocks / longest) ** NORM for clocks in pipes.values())
+    return longest * math.pow(powers, 1 / NORM)
+
+
+def tiles(kernel: Kernel, problem: Problem) -> Iterator[tuple[float, int]]:
+    """Of each threadgroup of a head: its steps, in steps of all of its SIMD-groups, and how many are masked partly."""
+    own = kernel.rows // kernel.simdgroups
+    steps = math.ceil(problem.length / kernel.block)
+    for first in range(0, problem.length, kernel.rows):
+        if not problem.causal:
+            yield steps, 0
+            continue
+        starts = range(first, min(first + kernel.rows, problem.length), own)
+        if kernel.kind == "backward_dkdv":  # owns keys, walks over the queries from the diagonal on
+            seen = [steps - start // kernel.block for start in starts]
+        else:
+            seen = [math.ceil(min(start + own, problem.length) / kernel.block) for start in starts]
+        masked = math.ceil(own / kernel.block) * len(starts)
+        yield sum(seen) / kernel.simdgroups, masked
+
+
+def makespan(lengths: Sequence[float], machines: int) -> float:
+    """Longest first, each to the machine that is free first."""
+    free = [0.0] * machines
+    for length in sorted(lengths, reverse=True):
+        heapq.heapreplace(free, free[0] + length)
+    return max(free)
+
+
+def predict(
+    kernel: Kernel, problem: Problem, chip: Chip, compulsory_bytes: float, mixed_mma: float = MMA
+) -> Prediction:
+    """One launch over all heads."""
+    pipes = step_pipes(kernel, chip, mixed_mma)
+    step = combined(pipes)
+    heads = problem.batch * problem.heads
+    of_one_head = list(tiles(kernel, problem))
+    exception = kernel.exceptions / SCHEDULERS
+    lengths = [count * step + masked * exception for count, masked in of_one_head]
+    # The last threadgroup of a core has it for itself: nothing hides its latencies.
+    main, _ = slots(kernel, chip, mixed_mma)
+    alone = main * math.ceil(kernel.simdgroups / SCHEDULERS) + pipes["latency"] * resident_groups(kernel) - main
+    last = max(0.0, alone - step) * min(count for count, _ in of_one_head)
+    clocks = makespan(lengths * heads, chip.cores) + last
+    even = sum(lengths) * heads / chip.cores
+    hertz = chip.ghz * 1e9
+    steps = sum(count for count, _ in of_one_head) * heads / chip.cores
+    times = {name: steps * value / hertz for name, value in pipes.items()}
+    times["device"] = compulsory_bytes / (chip.bandwidth * 1e9)
+    seconds = max(clocks / hertz, times["device"]) + LAUNCH_SECONDS
+    bound = max(times, key=lambda name: times[name])
+    return Prediction(kernel.name, seconds, times, (clocks - even) / hertz, resident_groups(kernel), bound)
+
+
+def tensor_bytes(problem: Problem, count: int) -> int:
+    """Of so many tensors [B,H,L,D] of float16."""
+    return 2 * count * problem.batch * problem.heads * problem.length * problem.head_dim
+
+
+def plan_forward(problem: Problem, chip: Chip) -> list[str]:
+    """Names of the kernels that the plan launches."""
+    return [launch.kernel for launch in _native.plan(**_fields(problem, chip)).launches]
+
+
+def plan_backward(problem: Problem, chip: Chip, mode: str = "automatic") -> list[str]:
+    """As `plan_forward`; in five_gemm mode, chunks of heads repeat kernels."""
+    plan = _native.plan_backward(**_fields(problem, chip), mode=mode, scratch_limit=2**62)
+    return [launch.kernel for launch in plan.launches]
+
+
+def _fields(problem: Problem, chip: Chip) -> dict[str, object]:
+    return {
+        "family": chip.family,
+        "dtype": "f16",
+        "batch": problem.batch,
+        "query_heads": problem.heads,
+        "key_heads": problem.heads,
+        "query_length": problem.length,
+        "key_length": problem.length,
+        "head_dim": problem.head_dim,
+        "value_dim": problem.head_dim,
+        "scale": problem.head_dim**-0.5,
+        "window_right": 0 if problem.causal else None,
+    }
+
+
+def forward(kernels: dict[str, Kernel], problem: Problem, chip: Chip, mixed_mma: float = MMA) -> list[Prediction]:
+    """The forward pass with the kernels of the plan."""
+    names = plan_forward(problem, chip)
+    return [predict(kernels[name], problem, chip, tensor_bytes(problem, 4), mixed_mma) for name in names]
+
+
+def backward(
+    kernels: dict[str, Kernel], problem: Problem, chip: Chip, mode: str = "automatic", mixed_mma: float = MMA
+) -> list[Prediction]:
+    """The backward pass with the kernels of the plan. five_gemm writes dS once, and reads it."""
+    predictions = []
+    names = plan_backward(problem, chip, mode)
+    scratch = 2.0 * problem.scores if any("from_ds" in name for name in names) else 0.0
+    for name in names:
+        if name.startswith("backward_delta"):
+            moved = tensor_bytes(problem, 2) / (chip.bandwidth * 1e9)
+            predictions.append(Prediction(name, moved + LAUNCH_SECONDS, {"device": moved}, 0.0, 1, "device"))
+        else:
+            moved = tensor_bytes(problem, 6) + scratch
+            predictions.append(predict(kernels[name], problem, chip, moved, mixed_mma))
+    return predictions
+
+
+def seconds(predictions: Sequence[Prediction]) -> float:
+    return math.fsum(prediction.seconds for prediction in predictions)
+
+
+class Published(NamedTuple):
+    """Somebody else's timing of a kernel that the table has."""
+
+    kernel: str
+    chip: str
+    problem: Problem
+    teraflops: float
+    source: str
+
+
+PUBLISHED = (
+    Published("steel_f16_d64", "m3-max", Problem(1, 32, 4096, 64), 11.7, "MLX PR #1610"),
+    Published("steel_f16_d128", "m3-max", Problem(1, 24, 8192, 128), 10.97, "attention-mps-torch, 75.2 ms"),
+    Published("steel_bf16_d128", "m3-max", Problem(1, 24, 8192, 128), 10.39, "attention-mps-torch, 79.4 ms"),
+    Published("steel_f32_d128", "m3-max", Problem(1, 24, 8192, 128), 7.64, "attention-mps-torch, 108 ms"),
+    Published("steel_bf16_d72", "m3-ultra", Problem(1, 32, 4096, 72), 21.6, "MLX PR #4330"),
+)
+
+
+def predicted_teraflops(kernels: dict[str, Kernel], published: Published, chip: Chip) -> float:
+    prediction = predict(kernels[published.kernel], published.problem, chip, tensor_bytes(published.problem, 4))
+    return published.problem.operations(2) / prediction.seconds / 1e12

@@ -1,0 +1,118 @@
+"""`python -m mfa bench --model CHIP`: what the cost model predicts, beside MLX's kernels, and how it errs."""
+
+from collections.abc import Iterator
+
+from . import kernels, model
+from .chips import CHIPS, Chip
+from .model import Problem
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+SEED = Problem(4, 8, 2048, 64)  # the problem that mps-flash-attn published timings of, on M1 Max
+SEED_FORWARD_MS, SEED_TRAINING_MS = 5.3, 55
+
+
+def shape(head_dim: int, causal: bool = False) -> Problem:
+    """The problem of the tables."""
+    return Problem(1, 32, 4096, head_dim, causal)
+
+
+def steel(table: dict[str, kernels.Kernel], problem: Problem, chip: Chip) -> model.Prediction:
+    """MLX's forward kernel."""
+    kernel = table[f"steel_f16_d{problem.head_dim}"]
+    return model.predict(kernel, problem, chip, model.tensor_bytes(problem, 4))
+
+
+def utilisation(problem: Problem, products: int, seconds: float, chip: Chip) -> float:
+    """The share of the float32 peak that goes into the products of scores that are seen."""
+    return problem.operations(products) / seconds / chip.peak
+
+
+def forward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
+    heading = f"{'D':>4} {'kernel':38}{'dense':>8}{'if *':>7}{'causal':>8}{'bound':>12}"
+    yield f"{heading}{'MLX':>7}{'bound':>12}  pipes worse than MLX's"
+    for dim in HEAD_DIMS:
+        dense, causal = shape(dim), shape(dim, causal=True)
+        (ours,) = model.forward(table, dense, chip)
+        shares = [
+            utilisation(dense, 2, ours.seconds, chip),
+            utilisation(dense, 2, model.seconds(model.forward(table, dense, chip, model.WIDE_MMA)), chip),
+            utilisation(causal, 2, model.seconds(model.forward(table, causal, chip)), chip),
+        ]
+        theirs = steel(table, dense, chip)
+        worse = [name for name, value in ours.pipes.items() if value > theirs.pipes[name] * 1.0001]
+        yield (
+            f"{dim:>4} {ours.kernel:38}{shares[0]:>8.1%}{shares[1]:>7.1%}{shares[2]:>8.1%}{ours.bound:>12}"
+            f"{utilisation(dense, 2, theirs.seconds, chip):>7.1%}{theirs.bound:>12}  {', '.join(worse) or 'none'}"
+        )
+
+
+def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
+    yield f"{'D':>4} {'mode':12}{'dense':>8}{'causal':>8}{'as of 5 GEMMs':>15}"
+    for dim in (64, 96, 128):
+        for mode, products in (("seven_gemm", 7), ("five_gemm", 5)):
+            dense, causal = shape(dim), shape(dim, causal=True)
+            times = [model.seconds(model.backward(table, problem, chip, mode)) for problem in (dense, causal)]
+            yield (
+                f"{dim:>4} {mode:12}{utilisation(dense, products, times[0], chip):>8.1%}"
+                f"{utilisation(causal, products, times[1], chip):>8.1%}{utilisation(dense, 5, times[0], chip):>15.1%}"
+            )
+
+
+def tile_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
+    """Every tile there is, also those that tuning.def does not choose."""
+    yield f"{'tile':46}{'registers':>10}{'KiB':>6}{'groups':>8}{'alone':>8}"
+    products = {"forward": 2, "backward_dkdv": 4, "backward_dq": 3, "backward_dq_from_ds": 1}
+    for kernel in table.values():
+        if kernel.name.startswith("steel") or "_d192_v128" in kernel.name:
+            continue
+        if kernel.path == "direct" and not chip.has_side_pipe:
+            continue
+        problem = shape(kernel.head_dim)
+        prediction = model.predict(kernel, problem, chip, 0)
+        yield (
+            f"{kernel.name:46}{kernel.registers:>10}{kernel.threadgroup_memory / 1024:>6.1f}{prediction.resident:>8}"
+            f"{utilisation(problem, products[kernel.kind], prediction.seconds, chip):>8.1%}"
+        )
+
+
+def published_rows(table: dict[str, kernels.Kernel]) -> Iterator[str]:
+    yield f"{'kernel':18}{'chip':10}{'N':>6}{'published':>11}{'model':>7}{'error':>8}  source"
+    for point in model.PUBLISHED:
+        predicted = model.predicted_teraflops(table, point, CHIPS[point.chip])
+        yield (
+            f"{point.kernel:18}{CHIPS[point.chip].name:10}{point.problem.length:>6}{point.teraflops:>8.1f} TF"
+            f"{predicted:>7.1f}{predicted / point.teraflops - 1:>+8.0%}  {point.source}"
+        )
+
+
+def seed_row(table: dict[str, kernels.Kernel], chip: Chip) -> str:
+    forward = model.seconds(model.forward(table, SEED, chip))
+    seven, five = (model.seconds(model.backward(table, SEED, chip, mode)) for mode in ("seven_gemm", "five_gemm"))
+    return (
+        f"B4 H8 N2048 D64 on {chip.name}, predicted: forward {1e3 * forward:.1f} ms, with backward "
+        f"{1e3 * (forward + seven):.1f} ms (seven GEMMs) or {1e3 * (forward + five):.1f} ms (five); "
+        f"mps-flash-attn's own on M1 Max: {SEED_FORWARD_MS} and {SEED_TRAINING_MS} ms"
+    )
+
+
+def lines(chip: Chip, tiles: bool = False) -> Iterator[str]:
+    """The report. The last line is about the seed's problem."""
+    table = kernels.load()
+    peak = f"{chip.peak / 1e12:.1f} TFLOP/s float32"
+    yield f"{chip.name}: {chip.cores} cores at {chip.ghz} GHz, {peak}, {chip.bandwidth} GB/s."
+    yield "A model, fitted to others' timings on M3 and not checked on M1 or M2; nothing here was measured on a Mac."
+    yield ""
+    yield "Forward, float16, 32 heads, N 4096, share of the float32 peak. *: if a mixed MMA costs what a wide one does."
+    yield from forward_rows(table, chip)
+    yield ""
+    yield "Backward, of the products that it makes."
+    yield from backward_rows(table, chip)
+    yield ""
+    if tiles:
+        yield "Tiles, each as the only launch. Registers are an estimate from optimised IR; M1 has 128 per thread."
+        yield from tile_rows(table, chip)
+        yield ""
+    yield "Published timings of MLX's kernels, predicted."
+    yield from published_rows(table)
+    yield ""
+    yield seed_row(table, chip)

@@ -1,0 +1,247 @@
+"""Counts what kernels do per step: `python tests/count_kernels.py` rewrites the cost model's src/mfa/bench/kernels.csv.
+
+Our kernels and MLX's, alike: instructions and registers from optimised IR (csrc/simulator/instructions.py), bytes from
+the simulator. Inputs are zeros, so that no maximum moves and every step is like the next.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import re
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from fidelity import TYPES, Problem
+from simulator_engine import ROOT
+from test_fidelity_mlx import PREFIX, STUBS, build, steel_params, wheel
+
+import mfa
+from mfa import _library, _native
+from mfa.bench.kernels import PATH, Kernel
+
+sys.path.insert(0, str(ROOT / "csrc" / "simulator"))
+import instructions
+
+TRUE = ["is_aligned", "is_exact_head", "writes_lse", "wants_grad_key", "wants_grad_value", "align_Q", "align_K"]
+HEADERS = {
+    "forward": "forward.h",
+    "backward_dkdv": "backward_dkdv.h",
+    "backward_dq": "backward_dq.h",
+    "backward_dq_from_ds": "backward_dq_from_ds.h",
+}
+LENGTHS = (128, 256)
+COUNTED = (
+    "mma",
+    "mixed_mma",
+    "wide_mma",
+    "arithmetic",
+    "integer",
+    "conversion",
+    "load",
+    "store",
+    "exp",
+    "shuffle",
+    "reduce",
+)
+# MLX 0.32.4's tiles, (rows, block, SIMD-groups over rows, over D), by D; and the factors by which bank conflicts slow
+# its stores to threadgroup memory, from an address trace of K's transposed staging on 16 banks of 4 bytes.
+STEEL = {64: (32, 32, 4, 1), 72: (32, 32, 4, 1), 80: (32, 32, 4, 1), 96: (32, 32, 4, 1), 128: (32, 16, 4, 1)}
+STEEL[256] = (32, 16, 4, 2)
+STEEL_DTYPES = {64: ("f16",), 72: ("bf16",), 80: ("f16",), 96: ("f16",), 128: ("f16", "bf16", "f32"), 256: ("f16",)}
+CONFLICTS = {64: 6.2, 72: 6.2, 80: 6.2, 96: 6.2, 128: 8.0, 256: 8.0}
+
+
+def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
+    """A row of instances.def, and the catalogue's; those of f16 that the model knows."""
+    text = (ROOT / "metal" / "instances.def").read_text()
+    catalogue = {instance.name: instance for instance in _native.catalogue()}
+    for row in re.findall(r"^(?:FORWARD|BACKWARD_D\w+)\(f16, .*\)$", text, re.MULTILINE):
+        name = host_name(row)
+        if name in catalogue and catalogue[name].kind in HEADERS:
+            instance = catalogue[name]
+            # Above, dV and dK come from two launches that differ.
+            if instance.kind != "backward_dkdv" or instance.head_dim + instance.value_dim <= 256:
+                yield row, instance
+
+
+def host_name(row: str) -> str:
+    macro, arguments = row.rstrip(")").split("(")
+    words = arguments.split(", ")
+    forms = {
+        "FORWARD": "forward_{0}_d{3}_v{4}_{1}_s{5}_r{6}_k{7}",
+        "BACKWARD_DKDV": "backward_dkdv_{0}_d{1}_v{2}_s{3}_r{4}_q{5}",
+        "BACKWARD_DQ": "backward_dq_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
+        "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",
+    }
+    return forms[macro].format(*words) if macro in forms else ""
+
+
+def bytes_of_ours(instance: _native.Instance) -> list[dict[str, int]]:
+    """Counters of the kernel's launches at LENGTHS."""
+    set_mode = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
+    before = set_mode(5 if instance.kind == "backward_dq_from_ds" else 7)
+    _library.prefer_instance(instance.name)
+    try:
+        return [launch_counters(instance, length) for length in LENGTHS]
+    finally:
+        set_mode(before)
+        _library.prefer_instance(None)
+
+
+def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
+    query, key, value = (
+        torch.zeros(1, 1, length, dim, dtype=torch.float16, requires_grad=instance.kind != "forward")
+        for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
+    )
+    with mfa.simulate("apple9" if instance.path == "direct" else "apple7") as sim:
+        out = mfa.attention(query, key, value)
+        if instance.kind != "forward":
+            torch.autograd.grad(out, (query, key, value), torch.zeros_like(out))
+    found = [launch for launch in sim.launches if launch.kernel == instance.name]
+    assert found, f"{instance.name} didn't run, but {[launch.kernel for launch in sim.launches]}"
+    total = sum((launch.counters for launch in found), mfa.Counters())
+    return vars(total)
+
+
+def kernel_of(
+    name: str,
+    kind: str,
+    dtype: str,
+    dim: int,
+    path: str,
+    tile: tuple[int, int, int],
+    memory: int,
+    ir: str,
+    counters: list[dict[str, int]],
+    conflict: float = 1.0,
+) -> Kernel:
+    rows, block, simdgroups = tile
+    step = instructions.step_of(instructions.kernel_of(ir))
+    groups = [length // rows for length in LENGTHS]
+    steps = [length // block for length in LENGTHS]
+
+    def line(counter: str) -> tuple[int, int]:
+        """(per step of a threadgroup, per threadgroup)"""
+        first, second = (c[counter] / g for c, g in zip(counters, groups, strict=True))
+        slope = (second - first) / (steps[1] - steps[0])
+        assert slope == int(slope), (name, counter, slope)
+        return int(slope), round(first - slope * steps[0])
+
+    products = sum(step.counts.get(kind, 0) for kind in instructions.PRODUCTS)
+    assert line("mma")[0] == products * simdgroups, (name, line("mma"), products)
+    device_read, device_write = line("device_read_bytes"), line("device_write_bytes")
+    return Kernel(
+        name=name,
+        kind=kind,
+        dtype=dtype,
+        head_dim=dim,
+        path=path,
+        simdgroups=simdgroups,
+        rows=rows,
+        block=block,
+        threadgroup_memory=memory,
+        registers=step.registers,
+        exceptions=step.exceptions,
+        **{kind: step.counts.get(kind, 0) for kind in COUNTED},
+        barrier=line("threadgroup_barriers")[0] // simdgroups,
+        fence=line("simdgroup_barriers")[0] // simdgroups,
+        threadgroup_read=line("threadgroup_read_bytes")[0],
+        threadgroup_write=line("threadgroup_write_bytes")[0],
+        device_read=device_read[0],
+        device_write=device_write[0],
+        tile_device_read=device_read[1],
+        tile_device_write=device_write[1],
+        store_conflict=conflict,
+    )
+
+
+def ours() -> Iterator[Kernel]:
+    for row, instance in rows_of_instances():
+        source = f'#include "{HEADERS[instance.kind]}"\nnamespace mfa {{\n{row}\n}}\n'
+        ir = instructions.emit(source, [ROOT / "metal"], TRUE)
+        yield kernel_of(
+            instance.name,
+            instance.kind,
+            "f16",
+            instance.head_dim,
+            instance.path,
+            (instance.rows, instance.block, instance.simdgroups),
+            instance.threadgroup_memory,
+            ir,
+            bytes_of_ours(instance),
+        )
+
+
+def mlx(directory: Path) -> Iterator[Kernel]:
+    """MLX's kernels, with headers unpacked into `directory`."""
+    with zipfile.ZipFile(wheel()) as archive:
+        kernels = PREFIX + "mlx/backend/metal/kernels/"
+        archive.extractall(directory, [name for name in archive.namelist() if name.startswith(kernels)])
+    stubs = directory / "stubs/mlx/backend/metal/kernels"
+    stubs.mkdir(parents=True)
+    for name, text in STUBS.items():
+        (stubs / name).write_text(text)
+    includes = [directory / "stubs", directory / PREFIX]
+    for dim, dtypes in STEEL_DTYPES.items():
+        for dtype in dtypes:
+            rows, block, over_rows, over_dim = STEEL[dim]
+            name = f"steel_{dtype}_d{dim}"
+            instance = (
+                f'instantiate_kernel("{name}", attention, {TYPES[dtype][0]}, {rows}, {block}, {dim}, {dim}, '
+                f"{over_rows}, {over_dim}, float, float)"
+            )
+            header = "steel/attn/kernels/steel_attention.h"
+            library = build(includes, name, "count", header, [instance])
+            ir = instructions.emit((includes[0].parent / f"{name}.metal").read_text(), includes, TRUE)
+            counters, memory = [], 0
+            for length in LENGTHS:
+                problem = Problem(dtype, dim, length, length)
+                q, k, v = (np.zeros_like(x) for x in problem.tensors())
+                out, lse = np.zeros_like(q), np.zeros(q.shape[:3], np.float32)
+                constants = dict.fromkeys(["has_mask", "do_causal", "has_sinks"], False)
+                arguments = dict(enumerate([q, k, v, out, steel_params(problem, [q, k, v, out], (rows, block))]))
+                counters.append(
+                    library.dispatch(
+                        name,
+                        grid=(length // rows, 1, 1),
+                        group=(32, over_rows, over_dim),
+                        arguments={**arguments, 8: lse},
+                        constants=constants | dict.fromkeys(["align_Q", "align_K", "save_lse"], True),
+                        checks=0,
+                    )
+                )
+                memory = library.threadgroup_memory_used
+            yield kernel_of(
+                name,
+                "forward",
+                dtype,
+                dim,
+                "staged",
+                (rows, block, over_rows * over_dim),
+                memory,
+                ir,
+                counters,
+                CONFLICTS[dim],
+            )
+
+
+def count() -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as directory:
+        return [*ours(), *mlx(Path(directory))]
+
+
+def write(kernels: list[Kernel]) -> None:
+    with PATH.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Kernel._fields)
+        writer.writerows(kernels)
+
+
+if __name__ == "__main__":
+    write(count())

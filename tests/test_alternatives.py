@@ -1,0 +1,62 @@
+"""Kernels that tuning.def doesn't choose, for the benchmark to choose among: as right as the others."""
+
+import re
+from collections.abc import Callable, Iterator
+
+import oracle
+import pytest
+import torch
+from plan_problems import CATALOGUE, METAL
+from torch import Tensor
+
+import mfa
+from mfa import _library, _native, simulator
+
+pytestmark = pytest.mark.skipif(simulator.why_not() is not None, reason=str(simulator.why_not()))
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def alternatives() -> Iterator[_native.Instance]:
+    """By the rows that tuning.def has."""
+    tuned = (METAL.parent / "csrc" / "tuning.def").read_text()
+    for row in CATALOGUE.values():
+        tile = f"{row.simdgroups}, {row.rows // 8 // row.simdgroups}, {row.block}"
+        own = f"{row.own}, " if row.kind == "backward_dq" else ""
+        path = f"{row.path}, " if row.kind == "forward" else ""
+        macro = {"forward": "FORWARD", "backward_dkdv": "DKDV", "backward_dq": "DQ"}.get(row.kind)
+        pattern = rf"TUNE_{macro}\(\w+, {row.dtype}, {own}{row.head_dim}, {row.value_dim}, {path}{tile}\)"
+        if macro and not re.search(pattern, tuned):
+            yield row
+
+
+@pytest.fixture(params=list(alternatives()), ids=lambda row: row.name)
+def preferred(request: pytest.FixtureRequest) -> Iterator[_native.Instance]:
+    _library.prefer_instance(request.param.name)
+    yield request.param
+    _library.prefer_instance(None)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
+def test_out_and_gradients_are_right(preferred: _native.Instance, is_causal: bool) -> None:
+    dtype, generator = DTYPES[preferred.dtype], torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 77, preferred.head_dim), (2, 2, 100, preferred.head_dim), (2, 2, 100, preferred.value_dim)]
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    grad = torch.randn(2, 4, 77, preferred.value_dim, generator=generator).to(dtype)
+
+    def results(attention: Callable[..., Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        out = attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    with mfa.simulate("apple9", checks=("races", "bounds"), seed=3) as sim:
+        found = results(lambda q, k, v: mfa.attention(q, k, v, is_causal=is_causal, enable_gqa=True))
+    assert preferred.name in {launch.kernel for launch in sim.launches}
+    exact = results(lambda q, k, v: oracle.attention(q, k, v, is_causal=is_causal)[0], torch.float64)
+    plain = results(lambda q, k, v: oracle.composition(q, k, v, is_causal=is_causal)[0])
+    for actual, expected, reference in zip(found, exact, plain, strict=True):
+        assert oracle.largest_error(actual, expected) <= oracle.tolerance(reference, expected)
+
+
+def test_a_kernel_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="name is 'forward_f16_d48'; it must be that of a kernel instance"):
+        _library.prefer_instance("forward_f16_d48")
