@@ -89,9 +89,14 @@ def test_enabled_gives_back_what_was_active(routed: list[Any]) -> None:
     assert len(routed) == 2
 
 
-def test_without_restore_in_torch(routed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in torch 2.10, whose registry can't undo an activation."""
-    monkeypatch.delattr(torch_attention, "restore_flash_attention_impl")
+REGISTRY = [name for name in dir(torch_attention) if name.endswith(("_flash_attention_impl", "_flash_attention_impls"))]
+
+
+@pytest.mark.parametrize("missing", [["restore_flash_attention_impl"], REGISTRY], ids=["as in 2.10", "no registry"])
+def test_without_torchs_registry(missing: list[str], routed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it can't undo an activation, or isn't there, torch.library does the same."""
+    for name in missing:
+        monkeypatch.delattr(torch_attention, name)
     query, key, value = qkv()
     for count in (1, 2):
         with sdpa.enabled(cpu=True):
