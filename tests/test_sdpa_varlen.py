@@ -1,6 +1,8 @@
 """torch.nn.attention.varlen.varlen_attn by mfa: the aten ops behind it."""
 
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +25,17 @@ def varlen() -> Any:
 LENGTHS = [3, 0, 7, 20]
 
 
+def options(function: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
+    """Keyword arguments as this torch's function has them; skips what it doesn't have."""
+    known = inspect.signature(function).parameters
+    if "window_size" not in known and wanted.get("window_size") in ((-1, -1), (-1, 0)):  # torch 2.10
+        wanted["is_causal"] = wanted.pop("window_size")[1] == 0
+    missing = sorted(wanted.keys() - known.keys())
+    if missing:
+        pytest.skip(f"varlen_attn of torch {torch.__version__} has no {missing}")
+    return wanted
+
+
 def packed(device: Device, heads: int = 2) -> tuple[Inputs, Tensor]:
     torch.manual_seed(0)
     starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -33,12 +46,13 @@ def packed(device: Device, heads: int = 2) -> tuple[Inputs, Tensor]:
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (2, 1)])
 def test_varlen_attn(device: Device, varlen: Any, window: tuple[int, int]) -> None:
     inputs, starts = packed(device)
+    terms = options(varlen.varlen_attn, return_aux=varlen.AuxRequest(lse=True), window_size=window)
     with device.active(), torch.no_grad(), sdpa.enabled(cpu=device.name == "cpu"):
-        aux = varlen.AuxRequest(lse=True)
-        out, lse = varlen.varlen_attn(*inputs, starts, starts, 20, 20, return_aux=aux, window_size=window)
-        again = torch.empty_like(out)
-        varlen.varlen_attn_out(again, *inputs, starts, starts, 20, 20, window_size=window)
-    assert torch.equal(out, again)
+        out, lse = varlen.varlen_attn(*inputs, starts, starts, 20, 20, **terms)
+        if hasattr(varlen, "varlen_attn_out"):  # torch 2.12 on
+            again = torch.empty_like(out)
+            varlen.varlen_attn_out(again, *inputs, starts, starts, 20, 20, window_size=window)
+            assert torch.equal(out, again)
     bounds = tuple(None if bound < 0 else bound for bound in window)
     for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
         one = [tensor[start:end].transpose(0, 1).unsqueeze(0).cpu() for tensor in inputs]
@@ -69,9 +83,10 @@ def test_varlen_attn_backward(device: Device, varlen: Any, key_heads: int) -> No
     inputs = (random(total, 4, 16), random(total, key_heads, 16), random(total, key_heads, 16))
     leaves = [tensor.to(device.type).requires_grad_() for tensor in inputs]
     on_device = starts.to(device.type)
+    grouped = {"enable_gqa": True} if key_heads != 4 else {}
+    terms = options(varlen.varlen_attn, window_size=(-1, 0), **grouped)
     with device.active(), sdpa.enabled(cpu=device.name == "cpu"):
-        options = {"window_size": (-1, 0), "enable_gqa": key_heads != 4}
-        out = varlen.varlen_attn(*leaves, on_device, on_device, 20, 20, **options)
+        out = varlen.varlen_attn(*leaves, on_device, on_device, 20, 20, **terms)
         grads = torch.autograd.grad(out, leaves, grad.to(device.type))
     wanted = []
     for attend, dtype in ((composition, torch.float32), (attention, torch.float64)):
@@ -85,11 +100,12 @@ def test_varlen_attn_backward(device: Device, varlen: Any, key_heads: int) -> No
 def test_varlen_attn_compiled(varlen: Any) -> None:
     inputs, starts = packed(Device("cpu"))
     leaves = [tensor.requires_grad_() for tensor in inputs]
+    terms = options(varlen.varlen_attn, window_size=(-1, 0))
     with sdpa.enabled(cpu=True):
         compiled = torch.compile(varlen.varlen_attn, fullgraph=True, backend="aot_eager")
         results = []
         for function in (varlen.varlen_attn, compiled):
-            out = function(*leaves, starts, starts, 20, 20, window_size=(-1, 0))
+            out = function(*leaves, starts, starts, 20, 20, **terms)
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(*results)
 
@@ -104,12 +120,13 @@ def test_varlen_attn_caches(varlen: Any) -> None:
     pools = [torch.empty(6, page, 2, 16) for _ in range(2)]
     for pool, tensor in zip(pools, (key, value), strict=True):
         pool[pages.flatten().long()] = tensor.view(6, page, 2, 16)
-    options = {"enable_gqa": True, "seqused_k": used}
+    terms = options(varlen.varlen_attn, enable_gqa=True, seqused_k=used)
+    options(varlen.varlen_attn, block_table=pages)
     with torch.no_grad(), sdpa.enabled(cpu=True):
-        slots = varlen.varlen_attn(query, key, value, query_starts, starts, 1, slot, **options)
-        paged = varlen.varlen_attn(query, *pools, query_starts, None, 1, slot, block_table=pages, **options)
+        slots = varlen.varlen_attn(query, key, value, query_starts, starts, 1, slot, **terms)
+        paged = varlen.varlen_attn(query, *pools, query_starts, None, 1, slot, block_table=pages, **terms)
         with pytest.raises(NotImplementedError, match="queries of one length"):
-            varlen.varlen_attn(query, key, value, query_starts, starts, 2, slot, **options)
+            varlen.varlen_attn(query, key, value, query_starts, starts, 2, slot, **terms)
     for row, length in enumerate(used.tolist()):
         one = [
             tensor[None, :, row * slot : row * slot + length] for tensor in (key.transpose(0, 1), value.transpose(0, 1))
