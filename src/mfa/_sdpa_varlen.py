@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._varlen_ops import ops
+from .kv_cache import attention_with_kv_cache
 
 _Bound = int | None
 
@@ -140,8 +141,6 @@ def _forward_cached(
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys in slots, or in pages, that are longer than what is used of them: a cache."""
-    from .kv_cache import attention_with_kv_cache
-
     if seqused_k is None or cum_seq_q is None:
         raise NotImplementedError("block_table needs seqused_k and cu_seq_q")
     sequences = seqused_k.shape[0]
