@@ -20,12 +20,13 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -n
 STAMP := .venv/stamp
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test test-mps lint format build wheel mac mac-check clean help
+.PHONY: demo test test-mps host-cost lint format build wheel mac mac-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
 	@echo "make test [ARGS=..]  pytest; ARGS go to pytest, for example ARGS='-k causal'"
 	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device"
+	@echo "make host-cost       on Linux: what a call costs the host, on the stand-in mps device"
 	@echo "make lint            ruff, mypy, clang-format, the MSL lint"
 	@echo "make format          ruff and clang-format, in place"
 	@echo "make build           the package, editable, in .venv"
@@ -47,6 +48,9 @@ test: build $(STAMP)/test
 # In a process of its own: torch caches whether there is an mps device.
 test-mps: build $(STAMP)/test
 	PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -p no:xdist -m mps $(ARGS)
+
+host-cost: build $(STAMP)/test
+	PYTHONPATH=tests $(BIN)/python -m driver.host_cost
 
 lint: build $(STAMP)/dev
 	$(BIN)/ruff check .

@@ -86,9 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     operands.read_contiguous(kGradLse, *grad_lse);
   }
 
-  const auto none = [&](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  const auto floats = [&](std::vector<std::int64_t> sizes) {
-    return torch::stable::new_empty(query, sizes, ScalarType::Float);
+  const auto none = [&](const Tensor& like) { return allocate(like, {0}, like.scalar_type()); };
+  const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
+    return allocate(query, sizes, ScalarType::Float);
   };
   const std::int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
   Tensor grad_query = none(query), grad_key = none(key), grad_value = none(value);

@@ -77,19 +77,14 @@ std::tuple<Tensor, Tensor> attention_decode(
     refuse_unless(key_cache.size(0) == query.size(0), "key_cache has batch size ", key_cache.size(0),
                   "; it must be that of query, ", query.size(0));
   }
-  // What check_inputs says of the query, heads, features and values, for keys of the cache's shape.
   const std::optional<Tensor> none;
-  const Tensor key_like = torch::stable::new_empty(query, {query.size(0), key_cache.size(1), 0, key_cache.size(3)});
-  const Tensor value_like = torch::stable::new_empty(query, {query.size(0), key_cache.size(1), 0, value_cache.size(3)});
-  const Inputs shape{query, key_like,    value_like,   none,    sinks, alibi_slopes,
-                     scale, window_left, window_right, softcap, 0,     none};
-  check_inputs(shape);
+  const Inputs inputs{query, key_cache,   value_cache,  none,    sinks, alibi_slopes,
+                      scale, window_left, window_right, softcap, 0,     none};
+  check_features(inputs);
 
-  Operands operands(shape);
+  Operands operands(inputs);
   Problem& problem = operands.problem;
   problem.key_length = capacity;
-  problem.key_strides = operands.read_rows(kKey, key_cache);
-  problem.value_strides = operands.read_rows(kValue, value_cache);
   // A page starts at a multiple of 16 bytes too.
   const std::int64_t unit = is_quantized ? 16 : 16 / element_size(problem.dtype);
   for (const Strides& strides : {problem.key_strides, problem.value_strides})
@@ -103,15 +98,15 @@ std::tuple<Tensor, Tensor> attention_decode(
     cache.value_scale_strides = strides_of(*value_scale);
   }
   const Tensor out = allocate_rows(query, value_cache.size(3));
-  const Tensor lse = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   problem.out_strides = operands.write_rows(kOut, out);
   operands.write(kLse, lse);
   const Plan plan = plan_decode(problem, cache);
   std::optional<Tensor> partial_lse, partial_out;
   if (plan.params.splits > 1) {
     const std::int64_t parts = plan.params.splits, batch = query.size(0), heads = query.size(1), rows = query.size(2);
-    partial_lse = torch::stable::new_empty(query, {parts, batch, heads, rows}, ScalarType::Float);
-    partial_out = torch::stable::new_empty(query, {parts, batch, heads, rows, value_cache.size(3)}, ScalarType::Float);
+    partial_lse = allocate(query, {parts, batch, heads, rows}, ScalarType::Float);
+    partial_out = allocate(query, {parts, batch, heads, rows, value_cache.size(3)}, ScalarType::Float);
     operands.write(kPartialLse, *partial_lse);
     operands.write(kPartialOut, *partial_out);
   }

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
   check_inputs(inputs);
   Operands operands(inputs);
   const Tensor out = allocate_rows(query, value.size(3));
-  const Tensor lse = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   operands.problem.out_strides = operands.write_rows(kOut, out);
   operands.write(kLse, lse);
   operands.run(plan_forward(operands.problem));

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& query, const T
   bind(operands, call, packed);
   // Rows of no sequence see nothing, and no kernel visits them.
   const Tensor out = torch::stable::new_zeros(query, {query.size(0), query.size(1), value.size(2)});
-  Tensor lse = torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float);
+  Tensor lse = allocate(query, {query.size(1), query.size(0)}, ScalarType::Float);
   torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   operands.problem.out_strides = unbatched(operands.write_rows(kOut, packed_view("out", out)));
   operands.write(kLse, lse);
@@ -146,11 +146,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   const auto like = [](const Tensor& tensor) {
     return torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
   };
-  const auto floats = [&](std::vector<std::int64_t> sizes) {
-    return torch::stable::new_empty(query, sizes, ScalarType::Float);
+  const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
+    return allocate(query, sizes, ScalarType::Float);
   };
   const bool writes_query = gradients.query || gradients.alibi;
-  const Tensor nothing = torch::stable::new_empty(query, {0});
+  const Tensor nothing = allocate(query, {0}, query.scalar_type());
   Tensor grad_query = writes_query ? like(query) : nothing, grad_key = gradients.key ? like(key) : nothing,
          grad_value = gradients.value ? like(value) : nothing;
   if (writes_query)

@@ -49,25 +49,26 @@ std::string text(const Shape& shape) {
 }
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
-  refuse_unless(tensor.device() == query.device(), name, " is on ", device_name(tensor),
-                "; it must be on the device of query, ", device_name(query));
+  if (tensor.device() != query.device())
+    refuse(name, " is on ", device_name(tensor), "; it must be on the device of query, ", device_name(query));
 }
 
 void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
-  refuse_unless(tensor.scalar_type() == dtype, name, " has dtype ", dtype_name(tensor.scalar_type()), "; it must be ",
-                dtype_name(dtype));
+  if (tensor.scalar_type() != dtype)
+    refuse(name, " has dtype ", dtype_name(tensor.scalar_type()), "; it must be ", dtype_name(dtype));
 }
 
 void check_shape(const char* name, const Tensor& tensor, const Shape& shape) {
-  refuse_unless(shape_of(tensor) == shape, name, " has shape ", text(shape_of(tensor)), "; it must have shape ",
-                text(shape));
+  if (const Shape found = shape_of(tensor); found != shape)
+    refuse(name, " has shape ", text(found), "; it must have shape ", text(shape));
 }
 
 void check_like_query(const char* name, const Tensor& tensor, const Tensor& query) {
   refuse_unless(tensor.dim() == 4, name, " has ", tensor.dim(), " dimensions; it must have 4");
   check_device(name, tensor, query);
-  refuse_unless(tensor.scalar_type() == query.scalar_type(), name, " has dtype ", dtype_name(tensor.scalar_type()),
-                "; it must have that of query, ", dtype_name(query.scalar_type()));
+  if (tensor.scalar_type() != query.scalar_type())
+    refuse(name, " has dtype ", dtype_name(tensor.scalar_type()), "; it must have that of query, ",
+           dtype_name(query.scalar_type()));
   refuse_unless(tensor.size(0) == query.size(0), name, " has batch size ", tensor.size(0),
                 "; it must be that of query, ", query.size(0));
 }
@@ -101,14 +102,14 @@ void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value) {
 void check_bias(const Tensor& bias, const Tensor& query, const Tensor& key) {
   check_device("bias", bias, query);
   const ScalarType dtype = bias.scalar_type();
-  refuse_unless(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type(),
-                "bias has dtype ", dtype_name(dtype), "; it must be bool",
-                query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
+  if (dtype != ScalarType::Bool && dtype != ScalarType::Float && dtype != query.scalar_type())
+    refuse("bias has dtype ", dtype_name(dtype), "; it must be bool",
+           query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
   refuse_unless(bias.dim() == 4, "bias has ", bias.dim(), " dimensions; it must have 4");
   const Shape full = {query.size(0), query.size(1), query.size(2), key.size(2)};
   for (int i = 0; i < 4; ++i)
-    refuse_unless(bias.size(i) == 1 || bias.size(i) == full[i], "bias has shape ", text(shape_of(bias)),
-                  "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
+    if (bias.size(i) != 1 && bias.size(i) != full[i])
+      refuse("bias has shape ", text(shape_of(bias)), "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
 }
 
 void check_per_head(const char* name, const Tensor& tensor, const Tensor& query, bool per_batch) {
@@ -116,8 +117,9 @@ void check_per_head(const char* name, const Tensor& tensor, const Tensor& query,
   check_dtype(name, tensor, ScalarType::Float);
   const Shape heads = {query.size(1)}, all = {query.size(0), query.size(1)};
   const Shape shape = shape_of(tensor);
-  refuse_unless(shape == heads || (per_batch && shape == all), name, " has shape ", text(shape),
-                "; it must have shape [Hq] = ", text(heads), per_batch ? " or [B,Hq] = " + text(all) : "");
+  if (shape != heads && !(per_batch && shape == all))
+    refuse(name, " has shape ", text(shape), "; it must have shape [Hq] = ", text(heads),
+           per_batch ? " or [B,Hq] = " + text(all) : "");
 }
 
 void check_values(double scale, double softcap) {
@@ -150,12 +152,16 @@ DType dtype_of(const Tensor& query) {
 }
 
 void check_inputs(const Inputs& inputs) {
+  check_like_query("query", inputs.query, inputs.query);
+  check_like_query("key", inputs.key, inputs.query);
+  check_like_query("value", inputs.value, inputs.query);
+  check_features(inputs);
+}
+
+void check_features(const Inputs& inputs) {
   const auto& [query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state] =
       inputs;
   dtype_of(query);
-  check_like_query("query", query, query);
-  check_like_query("key", key, query);
-  check_like_query("value", value, query);
   check_shapes(query, key, value);
   if (bias) check_bias(*bias, query, key);
   if (sinks) check_per_head("sinks", *sinks, query, false);

@@ -15,11 +15,16 @@ namespace mfa {
 
 // Throws the sentence that the parts make. Plain runtime errors: STD_TORCH_CHECK would put file and line before it.
 template <typename... Parts>
-void refuse_unless(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
   throw std::runtime_error(sentence.str());
+}
+
+// The parts are made in any case: where that takes time, `if` and refuse().
+template <typename... Parts>
+void refuse_unless(bool condition, const Parts&... parts) {
+  if (!condition) refuse(parts...);
 }
 
 // The arguments that forward and backward share.
@@ -44,8 +49,10 @@ struct Results {
   const torch::stable::Tensor& lse;
 };
 
-// Both throw std::runtime_error.
+// All throw std::runtime_error.
 void check_inputs(const Inputs& inputs);
+// The part that is true of a cache as well: nothing about the dtype, device and batch size of key and value.
+void check_features(const Inputs& inputs);
 void check_results(const Results& results, const Inputs& inputs);
 
 DType dtype_of(const torch::stable::Tensor& query);  // throws as well

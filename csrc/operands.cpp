@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace mfa {
@@ -55,6 +56,7 @@ Bias bias_of(const Tensor& bias, const Tensor& query) {
 
 Operands::Operands(const Inputs& inputs)
     : launcher_(launcher_for(inputs.query)), query_(inputs.query), is_cpu_(inputs.query.is_cpu()) {
+  alive_.reserve(8);
   problem.family = launcher_.family();
   problem.dtype = dtype_of(inputs.query);
   problem.batch = inputs.query.size(0);
@@ -123,7 +125,7 @@ void Operands::run(const Plan& plan) {
   if (plan.launches.empty()) return;
   const auto allocate = [&](Argument argument, std::uint64_t bytes) {
     if (bytes == 0) return;
-    alive_.push_back(torch::stable::new_empty(query_, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte));
+    alive_.push_back(mfa::allocate(query_, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte));
     write(argument, alive_.back());
   };
   allocate(kScoreGradient, plan.scratch_bytes);
@@ -140,11 +142,24 @@ void Operands::run(const Plan& plan) {
   launcher_.run(plan, arguments_);
 }
 
+Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
+  std::vector<std::int64_t> strides(sizes.size(), 1);
+  for (std::size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<std::int64_t>(sizes.begin()[i], 1);
+  AtenTensorHandle tensor = nullptr;
+  const auto code = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
+  std::int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), code, device, like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
+
 Tensor allocate_rows(const Tensor& tensor, std::int64_t last_size) {
   const std::int64_t batch = tensor.size(0), heads = tensor.size(1), length = tensor.size(2);
   if (heads > 1 && length > 1 && tensor.stride(1) < tensor.stride(2))
-    return torch::stable::transpose(torch::stable::new_empty(tensor, {batch, length, heads, last_size}), 1, 2);
-  return torch::stable::new_empty(tensor, {batch, heads, length, last_size});
+    return torch::stable::transpose(allocate(tensor, {batch, length, heads, last_size}, tensor.scalar_type()), 1, 2);
+  return allocate(tensor, {batch, heads, length, last_size}, tensor.scalar_type());
 }
 
 }  // namespace mfa

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <vector>
 
 #include "checks.h"
@@ -40,7 +41,12 @@ class Operands {
   std::vector<torch::stable::Tensor> alive_;  // copies must outlast the launches
 };
 
-// Contiguous, with the sizes of `tensor` but for the last one; B,L,H,D in memory if `tensor` is: a model whose query is
+// Contiguous, on the device of `like`. Several times cheaper than torch::stable::new_empty, which calls the dispatcher
+// by the op's name.
+torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<std::int64_t> sizes,
+                               torch::headeronly::ScalarType dtype);
+
+// With the sizes and dtype of `tensor` but for the last size; B,L,H,D in memory if `tensor` is: a model whose query is
 // so goes on with out as [B,L,H*D], which then costs no copy.
 torch::stable::Tensor allocate_rows(const torch::stable::Tensor& tensor, std::int64_t last_size);
 

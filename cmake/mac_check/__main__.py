@@ -40,7 +40,10 @@ class Check:
 
     def step(self, title: str, work: Callable[[], list[str]]) -> None:
         start = time.monotonic()
-        faults = work()
+        try:
+            faults = work()
+        except inputs.FetchError as error:
+            faults = [str(error)]
         self.failed |= bool(faults)
         print(f"{'FAIL' if faults else 'ok  '} {title} ({time.monotonic() - start:.1f} s)", flush=True)
         for fault in faults:
@@ -127,6 +130,8 @@ class Check:
 
     def run(self) -> bool:
         self.step("the inputs, and an SDK of stubs", self.tools)
+        if self.failed:
+            return False
         self.step(f"the wheel builds, with the headers of torch {inputs.OLDEST}", self.build_wheel)
         if self.failed:
             return False

@@ -14,6 +14,13 @@ import lief
 lief.logging.disable()  # it complains of export tries that zig leaves empty
 CLASS = "_OBJC_CLASS_$_"
 METACLASS = "_OBJC_METACLASS_$_"
+# Every libc++ instantiates this (the first list of its header __string/extern_template_lists.h), but Apple's compiler
+# calls it rarely, and none of the binaries that we look into does.
+INSTANTIATED = {
+    "/usr/lib/libc++.1.dylib": {
+        "__ZNSt3__112basic_stringIcNS_11char_traitsIcEENS_9allocatorIcEEE21__grow_by_and_replaceEmmmmmmPKc"
+    }
+}
 STUB = """--- !tapi-tbd
 tbd-version: 4
 targets: [ arm64-macos ]
@@ -62,7 +69,7 @@ def stub_path(sdk: Path, install_name: str) -> Path:
 
 
 def build(sdk: Path, known_good: Iterable[Path], python_symbols: Path) -> None:
-    known: dict[str, set[str]] = defaultdict(set)
+    known: dict[str, set[str]] = defaultdict(set, INSTANTIATED)
     for path in known_good:
         for library, names in imports_by_library(arm64(path)).items():
             if library.startswith(("/System/", "/usr/lib/")) and "libSystem" not in library:  # zig has that one whole

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <memory>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -58,12 +59,12 @@ MetalLauncher::MetalLauncher(metal::Device device, metal::TorchQueue& queue,
 
 void MetalLauncher::run(const Plan& plan, const Arguments& arguments) {
   // Pipelines come before the block: while it runs, every op on this stream waits.
-  std::vector<std::pair<const Launch*, Pipeline>> steps;
+  std::vector<std::pair<const Launch*, std::shared_ptr<const Pipeline>>> steps;
   for (const Launch& launch : plan.launches) steps.emplace_back(&launch, pipelines_.get(launch));
   if (steps.empty()) return;
   // Dispatches that depend on one another need no barrier: torch's encoder is a serial one.
   queue_.run([&](MTL::ComputeCommandEncoder& encoder) {
-    for (const auto& [launch, pipeline] : steps) encode(encoder, pipeline, *launch, plan.params, arguments);
+    for (const auto& [launch, pipeline] : steps) encode(encoder, *pipeline, *launch, plan.params, arguments);
   });
 }
 

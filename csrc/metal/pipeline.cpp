@@ -40,7 +40,7 @@ Pipelines::Key Pipelines::key_of(const Launch& launch) {
   return key;
 }
 
-Pipeline Pipelines::get(const Launch& launch) {
+std::shared_ptr<const Pipeline> Pipelines::get(const Launch& launch) {
   std::shared_ptr<Entry> entry;
   {
     const std::lock_guard lock(mutex_);
@@ -51,7 +51,7 @@ Pipeline Pipelines::get(const Launch& launch) {
   // An entry without a pipeline is being compiled, or its compilation failed and is tried again.
   const std::lock_guard lock(entry->mutex);
   if (!entry->pipeline.state) entry->pipeline = compile(launch);
-  return entry->pipeline;
+  return {entry, &entry->pipeline};
 }
 
 Pipeline Pipelines::compile(const Launch& launch) {

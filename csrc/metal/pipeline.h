@@ -22,8 +22,9 @@ class Pipelines {
  public:
   Pipelines(const Device& device, Library& library, Archive& archive);
 
-  // Callers that want the same pipeline wait for the first of them; others are not held up. Throws std::runtime_error.
-  Pipeline get(const Launch& launch);
+  // Callers that want the same pipeline wait for the first of them; others are not held up. Never null; throws
+  // std::runtime_error.
+  std::shared_ptr<const Pipeline> get(const Launch& launch);
 
   // Forgets all. Work that is under way keeps its own references.
   void clear();

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from . import _checks, _dropout, _sharding, simulator
+from ._checks import LARGEST_HEAD_DIM, METAL_DTYPES
 from ._ops import LIBRARY, autocast, ops
 
 _Bound = int | None
+_NUMBERS = (int, float)
+_forward = ops.attention_forward.default
 # Defaults are written 0, not 0.0: torch.compile(dynamic=True) makes a symbol of a float default, then compiles again.
 
 
@@ -102,34 +105,68 @@ def attention(
         TypeError: dtypes that differ or aren't supported.
         NotImplementedError: a legal request that isn't supported: a device, a head dimension.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _checks.check_is_tensor(name, tensor)
-    _sharding.ready(query)
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
-        _checks.check_flag(name, flag)
-    for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        _checks.check_number(name, number)
-    left, right = _checks.check_window(window)
-    device = query.device.type
-    if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-        query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
-
-    has_batch = max(query.dim(), key.dim(), value.dim()) == 4
-    query, key, value, bias, sinks = checked(
-        query, key, value, attn_mask, sinks, alibi_slopes, scale, softcap, dropout_p, enable_gqa
+    left, right, bias, has_batch = None, None, None, True
+    usual = (
+        attn_mask is alibi_slopes is sinks is None
+        and (window == (None, None) and type(window) is tuple)
+        and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
+        and (scale is None or (type(scale) is float and scale == scale))
+        and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+        and _is_plain(query, key, value)
     )
+    if not usual:  # which takes longer than the rest of a decoding step
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            _checks.check_is_tensor(name, tensor)
+        _sharding.ready(query)
+        for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+            _checks.check_flag(name, flag)
+        for name, number in (
+            ("dropout_p", dropout_p),
+            ("softcap", softcap),
+            ("scale", 1.0 if scale is None else scale),
+        ):
+            _checks.check_number(name, number)
+        left, right = _checks.check_window(window)
+        device = query.device.type
+        if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
+            query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
+
+        has_batch = max(query.dim(), key.dim(), value.dim()) == 4
+        query, key, value, bias, sinks = checked(
+            query, key, value, attn_mask, sinks, alibi_slopes, scale, softcap, dropout_p, enable_gqa
+        )
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     if is_causal:  # aligned to the upper left; windows are relative to the lower right
         diagonal = query.shape[2] - key.shape[2]
         right = diagonal if right is None else torch.sym_min(right, diagonal)
     rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
-    out, lse = ops.attention_forward(
-        query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state
-    )
+    out, lse = _forward(query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
     if not has_batch:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether these are mps tensors with nothing to refuse, to cast or to broadcast."""
+    if not (
+        type(query) is type(key) is type(value) is Tensor
+        and (query.is_mps and key.is_mps and value.is_mps)
+        and query.layout is key.layout is value.layout is torch.strided
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype in METAL_DTYPES
+        and query.dim() == key.dim() == value.dim() == 4
+        and not torch.is_autocast_enabled("mps")
+    ):
+        return False
+    batch, heads, _, dim = query.shape
+    key_batch, key_heads, length, key_dim = key.shape
+    value_batch, value_heads, value_length, value_dim = value.shape
+    return (
+        (batch == key_batch == value_batch and heads == key_heads == value_heads)
+        and (length == value_length and dim == key_dim)
+        and (0 < dim <= LARGEST_HEAD_DIM and 0 < value_dim <= LARGEST_HEAD_DIM)
+    )
 
 
 def checked(

@@ -125,7 +125,7 @@ void mfa_driver_release(void* object) {
 }
 
 void* mfa_driver_stream() { return &default_stream(); }
-int mfa_driver_stream_is_lazy() { return settings().execution == Execution::lazy; }
+int mfa_driver_stream_is_lazy() { return execution() == Execution::lazy; }
 void* mfa_driver_stream_encoder(void* stream) { return static_cast<Stream*>(stream)->encoder(); }
 int mfa_driver_stream_run(void* stream, void (*work)(void*), void* context, char** error) {
   return caught(error, [&] { static_cast<Stream*>(stream)->run(context, work); });

@@ -109,7 +109,6 @@ bool validate(const Bindings& b, const Size& groups, const Size& threads, std::u
 
 std::optional<std::string> execute(const Bindings& b, const Size& groups, const Size& threads) {
   const Settings s = settings();
-  if (s.execution == Execution::nothing) return std::nullopt;
   const Function& function = *b.pipeline->function;
   std::vector<mfa_sim_constant_value> constants;
   for (const auto& [index, bytes] : function.constants) constants.push_back({index, bytes.data(), bytes.size()});

@@ -51,7 +51,7 @@ void commit(CommandBuffer* self) {
     self->queue->committed.emplace_back(self);
   }
   for (const HeldBlock& handler : self->scheduled_handlers) handler(self->handle());
-  if (settings().execution != Execution::lazy) self->queue->run_until(self);
+  if (execution() != Execution::lazy) self->queue->run_until(self);
 }
 void enqueue(CommandBuffer* self) {
   if (self->status == CommandBuffer::not_enqueued) self->status = CommandBuffer::enqueued;
@@ -106,7 +106,9 @@ void CommandQueue::run_until(const CommandBuffer* last) {
 }
 
 void CommandBuffer::add(const Bindings& bindings, const Size& groups, const Size& threads) {
-  if (settings().execution == Execution::lazy) {
+  const Execution execution = driver::execution();
+  if (execution == Execution::nothing) return;
+  if (execution == Execution::lazy) {
     dispatches.push_back({bindings, groups, threads});
   } else if (const auto failure = execute(bindings, groups, threads)) {
     if (!raises()) error = *failure;

@@ -33,6 +33,11 @@ Settings settings() {
   return current();
 }
 
+Execution execution() {
+  const std::lock_guard guard(lock);
+  return current().execution;
+}
+
 void change_settings(const Settings& value) {
   const std::lock_guard guard(lock);
   current() = value;

@@ -24,6 +24,7 @@ struct Settings {
 };
 
 Settings settings();
+Execution execution();  // of the settings, without a copy of the rest
 void change_settings(const Settings& value);
 
 }  // namespace mfa::driver

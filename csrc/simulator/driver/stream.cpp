@@ -71,7 +71,7 @@ void Stream::synchronize() {
 }
 
 void Stream::settle() {
-  if (settings().execution == Execution::lazy) return synchronize();
+  if (execution() == Execution::lazy) return synchronize();
   auto nothing = [] {};
   sync(*queue_, nothing);
 }
