@@ -74,9 +74,9 @@ def libraries() -> str:
     functions = len(test_flash_attn.SIGNATURES), len(test_mps_flash_attn.SIGNATURES)
     versions = pinned()
     rows = {
-        f"torch {versions['torch']}": "OpInfo's samples of SDPA in four dtypes, with gradients; `varlen_attn`; "
-        "`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`; `sdpa_kernel`, autocast, `torch.func`, "
-        "`torch.compile`, `torch.export`",
+        f"torch {versions['torch']}, and 2.10.0 without what it lacks": "OpInfo's samples of SDPA in four dtypes, with "
+        "gradients; `varlen_attn`; `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`; `sdpa_kernel`, autocast, "
+        "`torch.func`, `torch.compile`, `torch.export`",
         f"transformers {versions['transformers']}": f"tiny random {models}: logits, padding left and right, a training "
         "step, `generate` with static, dynamic and sliding caches, `torch.compile`",
         f"diffusers {versions['diffusers']}": f"tiny random {denoisers}: outputs and gradients; DiTPipeline; "

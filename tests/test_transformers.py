@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -190,6 +191,8 @@ def test_compiled(name: str) -> None:
     torch._dynamo.reset()
     reference, ours = pair(name)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    if name == "T5":  # it makes a cache within forward, which torch 2.10 can't trace
+        compiled = partial(compiled, use_cache=False)
     for padding in [padding for model, padding in PADDED if model == name]:
         actual, expected = logits(ours, padding, compiled), logits(reference, padding)
         assert_close(actual, expected)
