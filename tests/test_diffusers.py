@@ -183,7 +183,7 @@ def test_compiled() -> None:
 
     assert_close(torch.compile(model, backend=backend, fullgraph=True)(**inputs(model)).sample, expected)
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert targets.count("mfa.attention_forward") == 2
+    assert sum(target.startswith("mfa.attention_forward") for target in targets) == 2
 
 
 def pipeline() -> Any:
