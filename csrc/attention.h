@@ -23,6 +23,14 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward(
     std::optional<std::int64_t> window_right, double softcap, double dropout_p,
     const std::optional<torch::stable::Tensor>& rng_state);
 
+// Also returns what rounding took from out, in its shape; of size 0 in float32 (metal/correction.h).
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> attention_forward_with_correction(
+    const torch::stable::Tensor& query, const torch::stable::Tensor& key, const torch::stable::Tensor& value,
+    const std::optional<torch::stable::Tensor>& bias, const std::optional<torch::stable::Tensor>& sinks,
+    const std::optional<torch::stable::Tensor>& alibi_slopes, double scale, std::optional<std::int64_t> window_left,
+    std::optional<std::int64_t> window_right, double softcap, double dropout_p,
+    const std::optional<torch::stable::Tensor>& rng_state);
+
 // Returns the gradients of query, key, value, bias, sinks and alibi_slopes, with the shape and dtype of each; the first
 // three are B,L,H,D in memory if their tensor is. One that `output_mask` (in this order) doesn't ask for, or whose
 // tensor is not there, has size 0.
@@ -36,7 +44,7 @@ attention_backward(const torch::stable::Tensor& grad_out, const std::optional<to
                    const std::optional<torch::stable::Tensor>& alibi_slopes, double scale,
                    std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap,
                    double dropout_p, const std::optional<torch::stable::Tensor>& rng_state,
-                   const std::vector<bool>& output_mask);
+                   const std::vector<bool>& output_mask, const std::optional<torch::stable::Tensor>& correction);
 
 // Sequences packed one behind the other: query [Tq,Hq,D], key [Tk,Hkv,D], value [Tk,Hkv,Dv]; sequence n has rows
 // starts[n] ... starts[n+1] - 1, int32 [N+1]; alibi_slopes [Hq] or [N,Hq]. The contents of the starts are not read
@@ -64,6 +72,16 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_varlen_forwar
     std::optional<std::int64_t> window_right, double softcap, double dropout_p,
     const std::optional<torch::stable::Tensor>& rng_state);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
+attention_varlen_forward_with_correction(const torch::stable::Tensor& query, const torch::stable::Tensor& key,
+                                         const torch::stable::Tensor& value, const torch::stable::Tensor& cu_seqlens_q,
+                                         const torch::stable::Tensor& cu_seqlens_k, std::int64_t max_seqlen_q,
+                                         std::int64_t max_seqlen_k, const std::optional<torch::stable::Tensor>& sinks,
+                                         const std::optional<torch::stable::Tensor>& alibi_slopes, double scale,
+                                         std::optional<std::int64_t> window_left,
+                                         std::optional<std::int64_t> window_right, double softcap, double dropout_p,
+                                         const std::optional<torch::stable::Tensor>& rng_state);
+
 // Returns the gradients of query, key, value, sinks and alibi_slopes; `output_mask` is in this order.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
            torch::stable::Tensor>
@@ -76,7 +94,7 @@ attention_varlen_backward(const torch::stable::Tensor& grad_out, const std::opti
                           const std::optional<torch::stable::Tensor>& alibi_slopes, double scale,
                           std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right,
                           double softcap, double dropout_p, const std::optional<torch::stable::Tensor>& rng_state,
-                          const std::vector<bool>& output_mask);
+                          const std::vector<bool>& output_mask, const std::optional<torch::stable::Tensor>& correction);
 
 // query [B,Hq,Lq,D] over caches [B,Hkv,capacity,D|Dv], or [pages,Hkv,page,D|Dv] with block_table int32
 // [B,pages_per_sequence]; cache_lengths int32 [B]: live keys. int8 and float8_e4m3fn caches have scales, float32 [B or
@@ -97,7 +115,7 @@ torch::stable::Tensor gradient_of_sinks(const torch::stable::Tensor& sinks, cons
 // Knobs of the process, for Python (ctypes), tests and benchmarks. Each returns the value that it replaces.
 
 // Scratch that one backward pass may take, in bytes: 64 MiB, until set. A smaller limit costs more launches; below what
-// one key head's group needs (2 bytes per score, per query head), dQ is computed without scratch. Negative: as 0.
+// one key head's group needs (4 bytes per score, per query head), dQ is computed without scratch. Negative: as 0.
 extern "C" __attribute__((visibility("default"))) std::int64_t mfa_set_scratch_limit(std::int64_t bytes);
 
 // The backward pass's mode, see BackwardMode in plan.h: 5 or 7 GEMMs; anything else, as until set: as tuning.def says.

@@ -70,15 +70,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes, double scale,
     std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::vector<bool>& output_mask) {
+    const std::optional<Tensor>& rng_state, const std::vector<bool>& output_mask,
+    const std::optional<Tensor>& correction) {
   const Inputs inputs{query, key,         value,        bias,    sinks,     alibi_slopes,
                       scale, window_left, window_right, softcap, dropout_p, rng_state};
   check_inputs(inputs);
-  check_results({grad_out, grad_lse, out, lse}, inputs);
+  check_results({grad_out, grad_lse, out, lse, correction}, inputs);
   Gradients gradients = wanted(inputs, output_mask);
 
   Operands operands(inputs);
-  operands.problem.out_strides = operands.read_rows(kOut, out);
+  operands.problem.out_strides = operands.read_out(out, correction);
   operands.read_contiguous(kLse, lse);
   gradients.grad_out_strides = operands.read_rows(kGradOut, grad_out);
   if (grad_lse) {
@@ -96,15 +97,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   // The kernel that sums up ALiBi's gradient writes that of query too, wanted or not.
   const bool writes_query = gradients.query || gradients.alibi;
   if (writes_query) {
-    grad_query = allocate_rows(query, query.size(3));
+    grad_query = allocate_rows(query, query.size(3), query.scalar_type());
     gradients.query_strides = operands.write_rows(kGradQuery, grad_query);
   }
   if (gradients.key) {
-    grad_key = allocate_rows(key, key.size(3));
+    grad_key = allocate_rows(key, key.size(3), key.scalar_type());
     gradients.key_strides = operands.write_rows(kGradKey, grad_key);
   }
   if (gradients.value) {
-    grad_value = allocate_rows(value, value.size(3));
+    grad_value = allocate_rows(value, value.size(3), value.scalar_type());
     gradients.value_strides = operands.write_rows(kGradValue, grad_value);
   }
   if (gradients.bias) {

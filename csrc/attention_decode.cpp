@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> attention_decode(
     cache.key_scale_strides = strides_of(*key_scale);
     cache.value_scale_strides = strides_of(*value_scale);
   }
-  const Tensor out = allocate_rows(query, value_cache.size(3));
+  const Tensor out = allocate_rows(query, value_cache.size(3), query.scalar_type());
   const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   problem.out_strides = operands.write_rows(kOut, out);
   operands.write(kLse, lse);

@@ -87,6 +87,32 @@ void bind(Operands& operands, const Varlen& call, const Packed& packed) {
   }
 }
 
+// `correction`: where to leave it, or null.
+std::tuple<Tensor, Tensor> forward(const Varlen& call, std::optional<Tensor>* correction) {
+  const Tensor &query = call.query, &value = call.value;
+  const Packed packed(call);
+  check(call, packed);
+  Operands operands(packed.inputs(call));
+  bind(operands, call, packed);
+  // Rows of no sequence see nothing, and no kernel visits them.
+  const auto rows = [&](ScalarType dtype) {
+    return torch::stable::new_zeros(query, {query.size(0), query.size(1), value.size(2)}, dtype);
+  };
+  const Tensor out = rows(query.scalar_type());
+  Tensor lse = allocate(query, {query.size(1), query.size(0)}, ScalarType::Float);
+  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  operands.problem.out_strides = unbatched(operands.write_rows(kOut, packed_view("out", out)));
+  operands.write(kLse, lse);
+  if (correction && operands.problem.dtype == DType::f32) {
+    *correction = allocate(query, {0}, ScalarType::Half);
+  } else if (correction) {
+    *correction = rows(ScalarType::Half);
+    operands.write_correction(packed_view("correction", **correction));
+  }
+  if (packed.sequences > 0) operands.run(plan_forward(operands.problem));
+  return {out, lse};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -96,20 +122,21 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& query, const T
                                                     std::optional<std::int64_t> window_left,
                                                     std::optional<std::int64_t> window_right, double softcap,
                                                     double dropout_p, const std::optional<Tensor>& rng_state) {
-  const Varlen call{query, key,         value,        cu_seqlens_q, cu_seqlens_k, sinks,    alibi_slopes,
-                    scale, window_left, window_right, softcap,      dropout_p,    rng_state};
-  const Packed packed(call);
-  check(call, packed);
-  Operands operands(packed.inputs(call));
-  bind(operands, call, packed);
-  // Rows of no sequence see nothing, and no kernel visits them.
-  const Tensor out = torch::stable::new_zeros(query, {query.size(0), query.size(1), value.size(2)});
-  Tensor lse = allocate(query, {query.size(1), query.size(0)}, ScalarType::Float);
-  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  operands.problem.out_strides = unbatched(operands.write_rows(kOut, packed_view("out", out)));
-  operands.write(kLse, lse);
-  if (packed.sequences > 0) operands.run(plan_forward(operands.problem));
-  return {out, lse};
+  return forward({query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, scale, window_left, window_right,
+                  softcap, dropout_p, rng_state},
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_forward_with_correction(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    std::int64_t, std::int64_t, const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes,
+    double scale, std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap,
+    double dropout_p, const std::optional<Tensor>& rng_state) {
+  std::optional<Tensor> correction;
+  const auto [out, lse] = forward({query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, scale,
+                                   window_left, window_right, softcap, dropout_p, rng_state},
+                                  &correction);
+  return {out, lse, *correction};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
@@ -117,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
     const Tensor& value, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
     std::int64_t, std::int64_t, const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes,
     double scale, std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap,
-    double dropout_p, const std::optional<Tensor>& rng_state, const std::vector<bool>& output_mask) {
+    double dropout_p, const std::optional<Tensor>& rng_state, const std::vector<bool>& output_mask,
+    const std::optional<Tensor>& correction) {
   const Varlen call{query, key,         value,        cu_seqlens_q, cu_seqlens_k, sinks,    alibi_slopes,
                     scale, window_left, window_right, softcap,      dropout_p,    rng_state};
   const Packed packed(call);
@@ -127,7 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   const Tensor lse_view = torch::stable::unsqueeze(lse, 0);
   std::optional<Tensor> grad_lse_view;
   if (grad_lse) grad_lse_view = torch::stable::unsqueeze(*grad_lse, 0);
-  check_results({grad_view, grad_lse_view, out_view, lse_view}, packed.inputs(call));
+  std::optional<Tensor> correction_view;
+  if (correction) correction_view = packed_view("correction", *correction);
+  check_results({grad_view, grad_lse_view, out_view, lse_view, correction_view}, packed.inputs(call));
 
   Gradients gradients;
   gradients.query = output_mask[0];
@@ -138,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   gradients.has_grad_lse = grad_lse.has_value();
   Operands operands(packed.inputs(call));
   bind(operands, call, packed);
-  operands.problem.out_strides = unbatched(operands.read_rows(kOut, out_view));
+  operands.problem.out_strides = unbatched(operands.read_out(out_view, correction_view));
   gradients.grad_out_strides = unbatched(operands.read_rows(kGradOut, grad_view));
   operands.read_contiguous(kLse, lse);
   if (grad_lse) operands.read_contiguous(kGradLse, *grad_lse);

@@ -183,6 +183,9 @@ void check_results(const Results& results, const Inputs& inputs) {
   check("out", results.out, out, query.scalar_type());
   check("lse", results.lse, rows, ScalarType::Float);
   if (results.grad_lse) check("grad_lse", *results.grad_lse, rows, ScalarType::Float);
+  if (!results.correction) return;
+  refuse_unless(query.scalar_type() != ScalarType::Float, "correction must be None with dtype float32");
+  check("correction", *results.correction, out, ScalarType::Half);
 }
 
 }  // namespace mfa

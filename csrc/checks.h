@@ -47,6 +47,7 @@ struct Results {
   const std::optional<torch::stable::Tensor>& grad_lse;
   const torch::stable::Tensor& out;
   const torch::stable::Tensor& lse;
+  const std::optional<torch::stable::Tensor>& correction;
 };
 
 // All throw std::runtime_error.

@@ -39,6 +39,7 @@ constexpr NamedConstant kConstants[] = {
     {kIsInt8, "is_int8"},
     {kIsSplit, "is_split"},
     {kHasMaskBlocks, "has_mask_blocks"},
+    {kHasCorrection, "has_correction"},
 };
 
 constexpr bool in_order_of_index() {

@@ -18,10 +18,17 @@ constexpr const char* kSchemas[] = {
     "float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) "
     "-> (Tensor out, Tensor lse)",
 
+    // What training calls: correction is what rounding took from out, for attention_backward. float16, with the shape
+    // and layout of out where that has 16 bits, and size 0 elsewhere.
+    "attention_forward_with_correction(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, "
+    "Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, "
+    "Tensor? rng_state) -> (Tensor out, Tensor lse, Tensor correction)",
+
     // output_mask says which gradients are wanted, in the order of the results; one that is not is of size 0.
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
-    "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state, bool[6] output_mask) "
+    "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state, bool[6] output_mask, "
+    "Tensor? correction=None) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks, "
     "Tensor grad_alibi)",
 
@@ -29,10 +36,16 @@ constexpr const char* kSchemas[] = {
     "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
     "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) -> (Tensor out, Tensor lse)",
 
+    "attention_varlen_forward_with_correction(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float scale, "
+    "SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) "
+    "-> (Tensor out, Tensor lse, Tensor correction)",
+
     "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, "
     "Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, "
-    "Tensor? rng_state, bool[5] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    "Tensor? rng_state, bool[5] output_mask, Tensor? correction=None) -> (Tensor grad_query, Tensor grad_key, Tensor "
+    "grad_value, "
     "Tensor grad_sinks, Tensor grad_alibi)",
 
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, Tensor? block_table, "
@@ -77,8 +90,10 @@ struct Definitions {
 
 STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) {
   m.impl("attention_forward", TORCH_BOX(&mfa::attention_forward));
+  m.impl("attention_forward_with_correction", TORCH_BOX(&mfa::attention_forward_with_correction));
   m.impl("attention_backward", TORCH_BOX(&mfa::attention_backward));
   m.impl("attention_varlen_forward", TORCH_BOX(&mfa::attention_varlen_forward));
+  m.impl("attention_varlen_forward_with_correction", TORCH_BOX(&mfa::attention_varlen_forward_with_correction));
   m.impl("attention_varlen_backward", TORCH_BOX(&mfa::attention_varlen_backward));
   m.impl("attention_decode", TORCH_BOX(&mfa::attention_decode));
 }

@@ -121,6 +121,20 @@ void Operands::read_contiguous(Argument argument, const Tensor& tensor) {
 
 void Operands::write(Argument argument, const Tensor& tensor) { bind(argument, tensor, tensor.mutable_data_ptr()); }
 
+Strides Operands::read_out(const Tensor& out, const std::optional<Tensor>& correction) {
+  if (!correction) return read_rows(kOut, out);
+  problem.has_correction = true;
+  bool alike = true;
+  for (int i = 0; i < 4; ++i) alike = alike && (out.size(i) <= 1 || out.stride(i) == correction->stride(i));
+  read_rows(kCorrection, alike ? *correction : torch::stable::contiguous(*correction));
+  return read_rows(kOut, alike ? out : torch::stable::contiguous(out));
+}
+
+void Operands::write_correction(const Tensor& correction) {
+  problem.has_correction = true;
+  write_rows(kCorrection, correction);
+}
+
 void Operands::run(const Plan& plan) {
   if (plan.launches.empty()) return;
   const auto allocate = [&](Argument argument, std::uint64_t bytes) {
@@ -155,11 +169,11 @@ Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes, S
   return Tensor(tensor);
 }
 
-Tensor allocate_rows(const Tensor& tensor, std::int64_t last_size) {
+Tensor allocate_rows(const Tensor& tensor, std::int64_t last_size, ScalarType dtype) {
   const std::int64_t batch = tensor.size(0), heads = tensor.size(1), length = tensor.size(2);
   if (heads > 1 && length > 1 && tensor.stride(1) < tensor.stride(2))
-    return torch::stable::transpose(allocate(tensor, {batch, length, heads, last_size}, tensor.scalar_type()), 1, 2);
-  return allocate(tensor, {batch, heads, length, last_size}, tensor.scalar_type());
+    return torch::stable::transpose(allocate(tensor, {batch, length, heads, last_size}, dtype), 1, 2);
+  return allocate(tensor, {batch, heads, length, last_size}, dtype);
 }
 
 }  // namespace mfa

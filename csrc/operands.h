@@ -27,6 +27,10 @@ class Operands {
   void read_contiguous(Argument argument, const torch::stable::Tensor& tensor);
   void write(Argument argument, const torch::stable::Tensor& tensor);
 
+  // Bind out and its correction, which have the same strides.
+  Strides read_out(const torch::stable::Tensor& out, const std::optional<torch::stable::Tensor>& correction);
+  void write_correction(const torch::stable::Tensor& correction);
+
   void run(const Plan& plan);  // allocates what the plan needs besides
 
  private:
@@ -46,8 +50,9 @@ class Operands {
 torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<std::int64_t> sizes,
                                torch::headeronly::ScalarType dtype);
 
-// With the sizes and dtype of `tensor` but for the last size; B,L,H,D in memory if `tensor` is: a model whose query is
-// so goes on with out as [B,L,H*D], which then costs no copy.
-torch::stable::Tensor allocate_rows(const torch::stable::Tensor& tensor, std::int64_t last_size);
+// With the sizes of `tensor` but for the last one; B,L,H,D in memory if `tensor` is: a model whose query is so goes on
+// with out as [B,L,H*D], which then costs no copy.
+torch::stable::Tensor allocate_rows(const torch::stable::Tensor& tensor, std::int64_t last_size,
+                                    torch::headeronly::ScalarType dtype);
 
 }  // namespace mfa

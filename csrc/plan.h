@@ -49,7 +49,8 @@ struct Problem {
   bool has_sinks = false;
   Alibi alibi = Alibi::none;
   double dropout_p = 0;
-  bool wants_lse = true;  // forward only
+  bool wants_lse = true;        // forward only
+  bool has_correction = false;  // of out: forward writes it, backward reads it (metal/correction.h)
   // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are
   // 0, and windows are relative to each sequence's own lower-right diagonal. 0: not packed.
   std::int64_t sequences = 0;

@@ -27,7 +27,10 @@ struct Backward {
 
   void add_delta() {
     const Instance& delta = instance(Kind::backward_delta);
-    add_launch(plan, delta, constants({{kAligned, start.aligned}, {kHasGradLse, gradients.has_grad_lse}}),
+    add_launch(plan, delta,
+               constants({{kAligned, start.aligned},
+                          {kHasGradLse, gradients.has_grad_lse},
+                          {kHasCorrection, problem.has_correction}}),
                {problem.query_heads, tiles(problem.query_length, delta.rows), problem.batch});
   }
 
@@ -69,9 +72,9 @@ struct Backward {
                {tiles(columns, dbias.block), tiles(rows, dbias.rows), batch * heads});
   }
 
-  // dS of one query head: a blob of 8x8 elements per 8 keys x 8 queries that exist.
+  // dS of one query head: a blob of 8x8 float32 per 8 keys x 8 queries that exist.
   std::int64_t score_gradient_bytes() const {
-    return tiles(problem.query_length, 8) * tiles(problem.key_length, 8) * 64 * element_size(problem.dtype);
+    return tiles(problem.query_length, 8) * tiles(problem.key_length, 8) * 64 * 4;
   }
 
   // How many units a chunk of the five-GEMM mode has; 0 for the seven-GEMM mode.

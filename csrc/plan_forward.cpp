@@ -11,11 +11,13 @@ Plan plan_forward(const Problem& problem) {
   const bool has_classes = add_mask_blocks(plan, problem, start);
   add_tile_map(plan, problem, false, instance.rows);
   // The heads of a group are adjacent, so that they find each other's K and V in the cache.
-  add_launch(
-      plan, instance,
-      score_constants(problem, start, instance,
-                      {{kWritesLse, problem.wants_lse}, {kHasSinks, problem.has_sinks}, {kHasMaskBlocks, has_classes}}),
-      {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
+  add_launch(plan, instance,
+             score_constants(problem, start, instance,
+                             {{kWritesLse, problem.wants_lse},
+                              {kHasSinks, problem.has_sinks},
+                              {kHasMaskBlocks, has_classes},
+                              {kHasCorrection, problem.has_correction}}),
+             {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
   return plan;
 }
 

@@ -11,6 +11,7 @@ template <typename T, int kSimdgroups>
     const device T* out [[buffer(kOut)]], const device T* grad_out [[buffer(kGradOut)]],
     const device float* lse [[buffer(kLse)]],
     const device float* grad_lse [[buffer(kGradLse), function_constant(has_grad_lse)]],
+    const device half* correction [[buffer(kCorrection), function_constant(has_correction)]],
     device float2* statistics [[buffer(kStatistics)]], constant AttentionParams& params [[buffer(kParams)]],
     uint3 position [[threadgroup_position_in_grid]], ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kLanesPerRow = 8;
@@ -19,9 +20,9 @@ template <typename T, int kSimdgroups>
   const int row = position.y * (kSimdgroups * 32 / kLanesPerRow) + thread_index / kLanesPerRow;
   const short part = thread_index % kLanesPerRow;
   const int valid = params.query_length - row;
-  const GuardedRows<T> outs = {
-      out + batch * params.out_strides[0] + head * params.out_strides[1] + row * params.out_strides[2], 0, valid,
-      params.value_dim};
+  const long offset = batch * params.out_strides[0] + head * params.out_strides[1] + row * params.out_strides[2];
+  const GuardedRows<T> outs = {out + offset, 0, valid, params.value_dim};
+  const GuardedRows<half> roundings = {correction + offset, 0, valid, params.value_dim};
   const GuardedRows<T> grads = {grad_out + batch * params.grad_out_strides[0] + head * params.grad_out_strides[1] +
                                     row * params.grad_out_strides[2],
                                 0, valid, params.value_dim};
@@ -29,7 +30,13 @@ template <typename T, int kSimdgroups>
   for (int d = part * 8; d < params.value_dim; d += kLanesPerRow * 8) {
     const Octet<T> x = outs.octet(0, 0, d);
     const Octet<T> y = grads.octet(0, 0, d);
-    sum += dot(float4(x.low), float4(y.low)) + dot(float4(x.high), float4(y.high));
+    float4 low = float4(x.low), high = float4(x.high);
+    if (has_correction) {
+      const Octet<half> rounding = roundings.octet(0, 0, d);
+      low += float4(rounding.low);
+      high += float4(rounding.high);
+    }
+    sum += dot(low, float4(y.low)) + dot(high, float4(y.high));
   }
   sum += simd_shuffle_xor(sum, 1);
   sum += simd_shuffle_xor(sum, 2);

@@ -44,7 +44,7 @@ struct BackwardKeys {
   template <typename Queries, typename GradOuts>
   void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Queries queries,
                  GradOuts grad_outs, const threadgroup float2* statistics, int first_query,
-                 ScoreGradient<T> score_gradient) {
+                 ScoreGradient score_gradient) {
     Fragment<float> p[kRowTiles][kQueryTiles];
     float2 derivative[kRowTiles][kQueryTiles];
     multiply_transposed<T, kHeadSets>(p, key, queries, lane);
@@ -126,7 +126,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     const device float2* statistics [[buffer(kStatistics)]],
     device T* grad_key [[buffer(kGradKey), function_constant(wants_grad_key)]],
     device T* grad_value [[buffer(kGradValue), function_constant(wants_grad_value)]],
-    device T* score_gradient [[buffer(kScoreGradient), function_constant(writes_score_gradient)]],
+    device float* score_gradient [[buffer(kScoreGradient), function_constant(writes_score_gradient)]],
     const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
     const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
@@ -169,7 +169,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     const HeadRows<T> head_grad_outs(grad_out, params.grad_out_strides, sequence.index, head, sequence.first_query,
                                      sequence.query_length, value_dim);
     const device float2* head_statistics = statistics + first_row_index(params, sequence, head);
-    const ScoreGradient<T> blobs = {score_gradient, params, position.x * params.group_size + member, lane_index};
+    const ScoreGradient blobs = {score_gradient, params, position.x * params.group_size + member, lane_index};
     const Scores<T> scores(params, sequence, bias, head);
     const MaskBlocks blocks(params, mask_classes, sequence.index, head);
     const float slope_log2 = slope_of(params, sequence, alibi_slopes, head);

@@ -14,7 +14,7 @@ namespace mfa {
 
 template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_from_ds(
-    const device T* key [[buffer(kKey)]], device T* score_gradient [[buffer(kScoreGradient)]],
+    const device T* key [[buffer(kKey)]], device float* score_gradient [[buffer(kScoreGradient)]],
     device T* grad_query [[buffer(kGradQuery)]],
     const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
     constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
@@ -40,7 +40,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
   const HeadRows<T> head_keys(key, params.key_strides, batch, key_head, 0, params.key_length, head_dim);
   const MaskBlocks blocks(params, mask_classes, batch, head);
-  const ScoreGradient<T> blobs(score_gradient, params, position.x, lane_index);
+  const ScoreGradient blobs(score_gradient, params, position.x, lane_index);
 
   Fragment<float> result[kQueryTiles][kSets * kSetFragments];  // [q][4s + j]: row 4 * lane.row + j of set s, transposed
   clear(result);
@@ -61,11 +61,11 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (short k = 0; k < kBlockKeys / kFragment; ++k) {
-      Fragment<T> ds[kQueryTiles];
+      Fragment<float> ds[kQueryTiles];
 #pragma unroll
       for (short q = 0; q < kQueryTiles; ++q) {
         const int row = first_row + q * kFragment;
-        elements(ds[q]) = vec<T, 2>(0);
+        elements(ds[q]) = float2(0);
         const int tile_key = first_key + k * kFragment;
         if (view_of_queries(params, sequence, row, row + kFragment).sees(tile_key, kFragment) &&
             blocks.classify<kFragment, kFragment>(row, tile_key) != kHidden) {

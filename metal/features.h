@@ -27,3 +27,4 @@ constant bool is_quantized [[function_constant(mfa::kIsQuantized)]];
 constant bool is_int8 [[function_constant(mfa::kIsInt8)]];
 constant bool is_split [[function_constant(mfa::kIsSplit)]];
 constant bool has_mask_blocks [[function_constant(mfa::kHasMaskBlocks)]];
+constant bool has_correction [[function_constant(mfa::kHasCorrection)]];

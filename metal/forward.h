@@ -67,7 +67,8 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     const device float* sinks [[buffer(kSinks), function_constant(has_sinks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* lse [[buffer(kLse), function_constant(writes_lse)]], MFA_LAYOUT_ARGUMENTS,
+    device float* lse [[buffer(kLse), function_constant(writes_lse)]],
+    device half* correction [[buffer(kCorrection), function_constant(has_correction)]], MFA_LAYOUT_ARGUMENTS,
     constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
     uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
@@ -130,7 +131,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       rows.add_values(Values{values});
     }
   }
-  rows.store(params, out, lse, tile.head);
+  rows.store(params, out, lse, correction, tile.head);
 }
 
 // Fragments come straight from device memory: no barrier, and each SIMD-group walks its own key blocks.
@@ -143,7 +144,8 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     const device float* sinks [[buffer(kSinks), function_constant(has_sinks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* lse [[buffer(kLse), function_constant(writes_lse)]], MFA_LAYOUT_ARGUMENTS,
+    device float* lse [[buffer(kLse), function_constant(writes_lse)]],
+    device half* correction [[buffer(kCorrection), function_constant(has_correction)]], MFA_LAYOUT_ARGUMENTS,
     constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
     uint3 grid [[threadgroups_per_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane_index [[thread_index_in_simdgroup]]) {
@@ -171,7 +173,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     rows.softmax(params, scores.in_block(mask_class), dropout, first_key);
     rows.add_values(DeviceRows<T>{values.base, values.stride, values.valid});
   }
-  rows.store(params, out, lse, tile.head);
+  rows.store(params, out, lse, correction, tile.head);
 }
 
 #define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                       \

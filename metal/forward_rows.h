@@ -1,6 +1,7 @@
 // The inner steps of the forward pass, on the rows of one SIMD-group: S = Q K', scores, online softmax, O += P V.
 #pragma once
 
+#include "correction.h"
 #include "dropout.h"
 #include "mask.h"
 #include "score.h"
@@ -142,7 +143,8 @@ struct Forward {
     }
   }
 
-  void store(constant AttentionParams& params, device T* out_tensor, device float* lse, int head) {
+  void store(constant AttentionParams& params, device T* out_tensor, device float* lse, device half* correction,
+             int head) {
     const int valid = sequence.query_length - first_row;
     float inverse[kRowTiles];
 #pragma unroll
@@ -154,10 +156,14 @@ struct Forward {
         lse[first_row_index(params, sequence, head) + first_row + i] = log_sum_exp(row[r].maximum, sum);
       }
     }
-    store_rows<T, kValueSets>(out_tensor + (sequence.index * params.out_strides[0] + head * params.out_strides[1] +
-                                            (sequence.first_query + first_row) * params.out_strides[2]),
-                              params.out_strides[2], valid, is_exact_head ? kValueDim : params.value_dim, out, inverse,
-                              lane);
+    const long offset = sequence.index * params.out_strides[0] + head * params.out_strides[1] +
+                        (sequence.first_query + first_row) * params.out_strides[2];
+    const int dim = is_exact_head ? kValueDim : params.value_dim;
+    store_rows<T, kValueSets>(out_tensor + offset, params.out_strides[2], valid, dim, out, inverse, lane);
+    if (has_correction) {
+      keep_rounding<T>(out, inverse);
+      store_rows<half, kValueSets>(correction + offset, params.out_strides[2], valid, dim, out, inverse, lane);
+    }
   }
 };
 

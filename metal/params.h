@@ -44,6 +44,7 @@ enum Argument : unsigned {
   kPartialOut = 27,   // float32 [splits, batch, query_heads, query_length, Dv]
   kPartialLse = 28,   // float32 [splits, batch, query_heads, query_length], natural logarithm
   kMaskClasses = 29,  // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_blocks.h
+  kCorrection = 30,   // half: what rounding took from out, see correction.h
   kArgumentCount = 31,
 };
 
@@ -72,6 +73,7 @@ enum FunctionConstant : unsigned {
   kIsInt8 = 20,
   kIsSplit = 21,        // decode: this launch writes partial results, which combine merges
   kHasMaskBlocks = 22,  // the classes of the mask's blocks are bound
+  kHasCorrection = 23,  // forward writes the correction, backward_delta reads it
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.

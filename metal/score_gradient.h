@@ -1,5 +1,6 @@
 // dS' between backward_dkdv and backward_dq_from_ds: one blob per 8 keys x 8 queries, in the fragment layout, so that
-// the lane that wrote two elements reads the same two. Tiles in which no query sees a key are never written.
+// the lane that wrote two elements reads the same two. In float32: 16 bits would round each dS, which dQ would show.
+// Tiles in which no query sees a key are never written.
 #pragma once
 
 #include "fragment.h"
@@ -7,31 +8,30 @@
 
 namespace mfa {
 
-template <typename T>
 struct ScoreGradient {
-  device T* head;  // first blob of a head
+  device float* head;  // first blob of a head
   int query_tiles, key_tiles;
   ushort lane_index;
 
   // `head_index` counts the heads that the scratch holds.
-  ScoreGradient(device T* scratch, constant AttentionParams& params, int head_index, ushort lane)
+  ScoreGradient(device float* scratch, constant AttentionParams& params, int head_index, ushort lane)
       : query_tiles((params.query_length + kFragment - 1) / kFragment),
         key_tiles((params.key_length + kFragment - 1) / kFragment),
         lane_index(lane) {
     head = scratch + (long(head_index) * query_tiles * key_tiles) * (kFragment * kFragment);
   }
 
-  device vec<T, 2>* blob(int key_tile, int query_tile) const {
-    return (device vec<T, 2>*)(head + (long(query_tile) * key_tiles + key_tile) * (kFragment * kFragment)) + lane_index;
+  device float2* blob(int key_tile, int query_tile) const {
+    return (device float2*)(head + (long(query_tile) * key_tiles + key_tile) * (kFragment * kFragment)) + lane_index;
   }
 
   void store(thread Fragment<float>& fragment, int key_tile, int query_tile) const {
     if (key_tile < key_tiles && query_tile < query_tiles) {
-      *blob(key_tile, query_tile) = vec<T, 2>(elements(fragment));
+      *blob(key_tile, query_tile) = elements(fragment);
     }
   }
 
-  void load(thread Fragment<T>& fragment, int key_tile, int query_tile) const {
+  void load(thread Fragment<float>& fragment, int key_tile, int query_tile) const {
     MFA_COUNT_FRAGMENT_LOAD();
     elements(fragment) = *blob(key_tile, query_tile);
   }

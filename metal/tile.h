@@ -53,6 +53,24 @@ inline void clear(thread Fragment<float> (&tile)[kRowTiles][kColumnTiles]) {
   }
 }
 
+// In float32 a long sum is made of parts, each summed by itself first: one chain would lose more than PyTorch's own
+// matrix products do. In 16-bit types the rounding of the inputs hides that.
+template <typename T>
+constant constexpr bool kSumsInParts = sizeof(T) == 4;
+
+// Adds to the columns `first` ... of the result.
+template <int kRowTiles, int kColumnTiles, int kPartTiles>
+inline void add_part(thread Fragment<float> (&result)[kRowTiles][kColumnTiles],
+                     thread Fragment<float> (&part)[kRowTiles][kPartTiles], short first) {
+#pragma unroll
+  for (short r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (short c = 0; c < kPartTiles; ++c) {
+      elements(result[r][first + c]) += elements(part[r][c]);
+    }
+  }
+}
+
 // S = A B': kSets * 32 values of the head dimension, kColumnTiles * 8 rows of B.
 template <typename T, int kSets, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
 inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kColumnTiles], thread const Left& left,
@@ -75,15 +93,21 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
       for (short c = 0; c < kTogether; ++c) {
         fill_right_transposed(b[c], rows.quad(first + c, lane.column, d), rows.quad(first + c, lane.column + 1, d));
       }
+      Fragment<float> part[kRowTiles][kTogether];
+      clear(part);
 #pragma unroll
       for (short j = 0; j < kSetFragments; ++j) {
 #pragma unroll
         for (short c = 0; c < kTogether; ++c) {
 #pragma unroll
           for (short r = 0; r < kRowTiles; ++r) {
-            simdgroup_multiply_accumulate(result[r][first + c], a[r][j], b[c][j], result[r][first + c]);
+            thread Fragment<float>& sum = kSumsInParts<T> ? part[r][c] : result[r][first + c];
+            simdgroup_multiply_accumulate(sum, a[r][j], b[c][j], sum);
           }
         }
+      }
+      if (kSumsInParts<T>) {
+        add_part(result, part, first);
       }
     }
   }
@@ -94,19 +118,25 @@ template <typename T, int kSets, int kRowTiles, int kInnerTiles, typename Rows>
 inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kSets * kSetFragments],
                                 thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane) {
 #pragma unroll
-  for (short k = 0; k < kInnerTiles; ++k) {
+  for (short s = 0; s < kSets; ++s) {
+    const short first = s * kSetFragments;
+    Fragment<float> part[kRowTiles][kSetFragments];
+    clear(part);
 #pragma unroll
-    for (short s = 0; s < kSets; ++s) {
+    for (short k = 0; k < kInnerTiles; ++k) {
       Fragment<T> b[kSetFragments];
       fill_right(b, rows.octet(k, lane.row, s * kSetWidth + 4 * lane.column));
 #pragma unroll
       for (short j = 0; j < kSetFragments; ++j) {
 #pragma unroll
         for (short r = 0; r < kRowTiles; ++r) {
-          thread Fragment<float>& c = result[r][s * kSetFragments + j];
-          simdgroup_multiply_accumulate(c, left[r][k], b[j], c);
+          thread Fragment<float>& sum = kSumsInParts<T> ? part[r][j] : result[r][first + j];
+          simdgroup_multiply_accumulate(sum, left[r][k], b[j], sum);
         }
       }
+    }
+    if (kSumsInParts<T>) {
+      add_part(result, part, first);
     }
   }
 }

@@ -65,8 +65,9 @@ def weights(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> tuple[Tensor,
         extra = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], dim=-1)
     lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-    shift = lse.masked_fill(lse == -math.inf, 0)
-    return torch.exp(scores - shift[..., None])[..., : seen.shape[-1]], lse
+    unseen = (lse == -math.inf)[..., None]
+    probability = torch.softmax(scores.masked_fill(unseen, 0), dim=-1).masked_fill(unseen, 0)
+    return probability[..., : seen.shape[-1]], lse
 
 
 def attention(

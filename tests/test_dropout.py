@@ -11,10 +11,10 @@ import oracle
 import pytest
 import torch
 import torch._dynamo.testing
+from gradient_rule import differentiate, float32_roundings, tolerance
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, Problem, problems
-from test_backward import absolute_sums, differentiate
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional
@@ -191,20 +191,18 @@ def check(problem: Problem, dropout_p: float, place: str) -> None:
         out, lse = function(**given)
         return {"out": out, "lse": lse, **differentiate(lambda **_: (out, lse), given, grads)}
 
-    expected, plain = run(reference, torch.float64), run(reference, problem.dtype)
+    wide = torch.promote_types(problem.dtype, torch.float32)
+    expected, plain = run(reference, torch.float64), run(reference, wide)
     with active(place):
         actual = run(ours, None)
         without = mfa.attention(**tensors, **terms, enable_gqa=problem.group > 1, return_lse=True)[1]
     torch.testing.assert_close(actual["lse"], without, rtol=1e-5, atol=1e-5)
-    scaled = (grads[0].double() / (1 - dropout_p), grads[1])
-    sums = absolute_sums(tensors, terms, scaled, problem.group)
-    sums["out"] = float(value.detach().abs().double().max()) / (1 - dropout_p) if value.numel() else 0.0
+    # Dropout scales what it keeps of dP, and of out.
+    roundings = float32_roundings(tensors, terms, (grads[0].double() / (1 - dropout_p), grads[1]), problem.group)
+    roundings["out"] = torch.finfo(wide).eps * float(value.abs().max()) / (1 - dropout_p) if value.numel() else 0.0
     for name in set(actual) - {"lse"}:
-        result, exact = actual[name], expected[name]
-        floor = float(torch.finfo(result.dtype).eps / 2 * exact.detach().abs().max()) if result.numel() else 0.0
-        rounding = torch.finfo(problem.dtype if name == "out" else torch.float32).eps
-        floor = max(floor, 2 * rounding * sums.get(name, 0.0))
-        bound = 2 * max(oracle.largest_error(plain[name], exact), floor) + 1e-6
+        result, exact = actual[name], expected[name].detach()
+        bound = tolerance(plain[name].detach().to(result.dtype), exact, roundings.get(name, 0))
         assert oracle.largest_error(result, exact) <= bound, name
 
 

@@ -205,7 +205,7 @@ def test_flops() -> None:
         mfa.attention(query, key, value[..., :8]).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     pairs = 2 * 2 * 4 * 9 * 7  # 2 operations per multiply-accumulate; B, Hq, Lq, Lk
-    assert counts[torch.ops.mfa.attention_forward] == pairs * (16 + 8)
+    assert counts[torch.ops.mfa.attention_forward_with_correction] == pairs * (16 + 8)
     assert counts[torch.ops.mfa.attention_backward] == pairs * (3 * 16 + 2 * 8)
 
 

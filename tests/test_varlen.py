@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import Device
+from gradient_rule import float32_roundings, tolerance
 from hypothesis import assume, given, seed, settings
 from serving import (
     DTYPES,
@@ -52,9 +53,9 @@ def check(problem: Packed, device: Device) -> None:
         sequences.append((tuple(dense), dense_terms(terms, n)))
     scale = 1 / math.sqrt(problem.dims[0]) if problem.scale is None else problem.scale
     allowed = tolerances(scale, problem.dtype, sequences, plain, expected)
-    for actual, reference, tolerance in zip((out, lse), expected, allowed, strict=True):
+    for actual, reference, most in zip((out, lse), expected, allowed, strict=True):
         assert actual.shape == reference.shape
-        assert oracle.largest_error(actual, reference) <= tolerance
+        assert oracle.largest_error(actual, reference) <= most
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
 
@@ -89,6 +90,23 @@ def gradients(
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
 
 
+def gradient_roundings(problem: Packed, arguments: tuple[Any, ...], terms: dict[str, Any]) -> dict[str, float]:
+    """Of the sequence with the largest ones; those of sinks and slopes add up."""
+    squares: dict[str, float] = {}
+    for n in range(len(problem.lengths)):
+        rows = [slice(int(s[n]), int(s[n + 1])) for s in arguments[3:5]]
+        dense = (x[r].transpose(0, 1)[None] for x, r in zip(arguments, (rows[0], rows[1], rows[1]), strict=False))
+        tensors = dict(zip(("query", "key", "value"), dense, strict=True))
+        others = dense_terms(terms, n)
+        tensors |= {name: others.pop(name) for name in ("sinks", "alibi_slopes") if name in others}
+        shape = tensors["query"].shape[:3]
+        ones = torch.ones(*shape, problem.dims[1]), torch.ones(shape)  # the weights of gradients() are about 1
+        for name, rounding in float32_roundings(tensors, {"is_causal": False, **others}, ones, problem.group).items():
+            before = squares.get(name, 0)
+            squares[name] = before + rounding**2 if name in terms else max(before, rounding**2)
+    return {name: square**0.5 for name, square in squares.items()}
+
+
 @pytest.mark.parametrize("shard", range(4))
 def test_gradients(device: Device, shard: int) -> None:
     """The numerics rule for the gradients of query, key, value, sinks and slopes, through out and lse."""
@@ -104,26 +122,17 @@ def test_gradients(device: Device, shard: int) -> None:
         assume(not (device.has_kernels and problem.alibi == "sequences"))  # refused, see below
         arguments, terms = problem.arguments()
         expected = gradients(lambda a, t: by_sequence(oracle.attention, a, t), arguments, terms, torch.float64)
-        plain = gradients(lambda a, t: by_sequence(oracle.composition, a, t), arguments, terms)
+        wide = torch.promote_types(problem.dtype, torch.float32)
+        plain = gradients(lambda a, t: by_sequence(oracle.composition, a, t), arguments, terms, wide)
         with device.active():
             there = tuple(moved(x, device) for x in arguments)
             ours = gradients(product, there, {name: moved(term, device) for name, term in terms.items()})
-        # As in test_cpu.py: dS may cancel to nothing, and a slope's gradient sums dS * distance. In the kernels, dS
-        # feels the rounding of out.
-        longest = sum(a + b for a, b in problem.lengths)
-        scores_dtype = problem.dtype if device.has_kernels else torch.float32
-        for i, (actual, reference, torchs) in enumerate(zip(ours, expected, plain, strict=True)):
+        names = ["query", "key", "value", *(name for name in ("sinks", "alibi_slopes") if name in terms)]
+        roundings = gradient_roundings(problem, arguments, terms)
+        for name, actual, reference, torchs in zip(names, ours, expected, plain, strict=True):
             assert actual.shape == reference.shape
-            largest = float(reference.abs().amax()) if reference.numel() else 0.0
-            rounding = torch.finfo(actual.dtype).eps * (problem.dims[1] + 1 + largest)
-            # The kernels' dS takes rowsum(dO * O) of an out rounded to its dtype; of many numbers that is no more than
-            # the rounding of the result, but of some hundreds plain PyTorch may be luckier.
-            few = reference.numel() < 1024 or sum(a * b for a, b in problem.lengths) < 1024
-            allowed = oracle.tolerance(torchs, reference) + (4 * rounding if few else 0)
-            if i > 2:  # sums over the rows
-                distances = longest if i == len(ours) - 1 and "alibi_slopes" in terms else 1
-                allowed += torch.finfo(scores_dtype).eps * (1 + largest) * math.sqrt(longest) * distances
-            assert oracle.largest_error(actual.cpu(), reference) <= allowed
+            allowed = tolerance(torchs.to(actual.dtype), reference, roundings.get(name, 0))
+            assert oracle.largest_error(actual.cpu(), reference) <= allowed, name
 
     holds()
 

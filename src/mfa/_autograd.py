@@ -51,11 +51,7 @@ def register(
             return found[1:] if attribute == "needs_input_grad" else found
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
-            raise NotImplementedError(
-                f"{name} has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad): use reverse "
-                "mode, for a Hessian torch.func.jacrev twice"
-            )
+        _refuse_tangents(name, arguments)
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if not needed or not torch._C._are_functorch_transforms_active():
             return outside(keyset, *arguments)
@@ -64,6 +60,34 @@ def register(
             return apply(keyset, *arguments)
 
     lib.impl(name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def register_through(name: str, through: str, *, lib: torch.library.Library) -> None:
+    """Autograd of an op that another one does as well, with further results that backward needs.
+
+    Args:
+        name: the op; what it returns are the first results of `through`.
+        through: takes the same arguments, and has autograd.
+    """
+    op, other = (torch._library.utils.lookup_op(each) for each in (name, through))
+    results = len(op._schema.returns)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        _refuse_tangents(name, arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return other.redispatch(keyset, *arguments)[:results]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    lib.impl(name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad): use reverse "
+            "mode, for a Hessian torch.func.jacrev twice"
+        )
 
 
 def _has_tangent(argument: Any) -> bool:

@@ -229,13 +229,21 @@ def check_forward(
 
 
 def check_results(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, value: Tensor
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    correction: Tensor | None,
+    query: Tensor,
+    value: Tensor,
 ) -> None:
     """The arguments that `mfa::attention_backward` has besides those of the forward pass."""
     rows = query.shape[:3]
+    results = (*rows, value.shape[3])
     for name, tensor, shape, dtype in (
-        ("grad_out", grad_out, (*rows, value.shape[3]), query.dtype),
-        ("out", out, (*rows, value.shape[3]), query.dtype),
+        ("grad_out", grad_out, results, query.dtype),
+        ("out", out, results, query.dtype),
+        ("correction", correction, results, torch.float16),
         ("grad_lse", grad_lse, rows, torch.float32),
         ("lse", lse, rows, torch.float32),
     ):

@@ -9,8 +9,10 @@ import torch
 OPS = (
     "attention",
     "attention_forward",
+    "attention_forward_with_correction",
     "attention_backward",
     "attention_varlen_forward",
+    "attention_varlen_forward_with_correction",
     "attention_varlen_backward",
     "attention_decode",
 )

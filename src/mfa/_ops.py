@@ -3,6 +3,7 @@
 Schemas and the kernels on MPS are in csrc/library.cpp. `mfa::attention` decomposes in attention.py.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,31 @@ LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops 
 _Dims = tuple[int | None, ...]
 _Shape = Sequence[int]
 _FORWARD, _BACKWARD = "mfa::attention_forward", "mfa::attention_backward"
+_CORRECTED = "mfa::attention_forward_with_correction"
 
 
 # -- attention_forward ----------------------------------------------------------------------------------------------
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    _left: int | None,
+    _right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    *,
+    metal: bool,
+) -> None:
+    tensors = (query, key, value, bias, sinks, alibi_slopes)
+    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=metal)
+    _checks.check_has_state(dropout_p, rng_state)
 
 
 @_checks.as_runtime_errors
@@ -41,15 +64,13 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     simulation = simulator.active()
     tensors = (query, key, value, bias, sinks, alibi_slopes)
-    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
-    _checks.check_has_state(dropout_p, rng_state)
-    window = (window_left, window_right)
+    arguments = (*tensors, scale, window_left, window_right, softcap, dropout_p, rng_state)
+    _check(*arguments, metal=simulation is not None)
     if simulation is not None:  # what an MPS tensor reaches
-        arguments = (*tensors, scale, *window, softcap, dropout_p, rng_state)
         outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_forward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
-        return _cpu.attention_forward(*tensors, scale, *window, softcap, dropout_p, rng_state)
+        return _cpu.attention_forward(*arguments)
 
 
 @_checks.as_runtime_errors
@@ -68,27 +89,9 @@ def _forward_fake(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value, bias, sinks, alibi_slopes)
-    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=query.device.type == "mps")
-    _checks.check_has_state(dropout_p, rng_state)
+    arguments = (*tensors, scale, window_left, window_right, softcap, dropout_p, rng_state)
+    _check(*arguments, metal=query.device.type == "mps")
     return _cpu.empty_outputs(query, value.shape[3])
-
-
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, sinks, alibi_slopes, *ctx.scalars, rng_state = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, bias, sinks, alibi_slopes, rng_state)
-
-
-def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, bias, sinks, alibi_slopes, rng_state = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    tensors = (query, key, value, out, lse, bias, sinks, alibi_slopes)
-    grads = ops.attention_backward(
-        grad_out, grad_lse, *tensors, *ctx.scalars, rng_state, list(ctx.needs_input_grad[:6])
-    )
-    grads = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-    return (*grads, *(None for _ in ctx.scalars), None)
 
 
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -120,16 +123,65 @@ def autocast(
     return (*(cast(tensor, wide[1:]) for tensor in (query, key, value)), cast(bias, wide), cast(sinks, wide))
 
 
-def _forward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
+def _forward_vmap(op: Any, info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
     if in_dims[4] is not None or args[10] > 0:  # sinks are per head, not per batch; dropout counts batches
-        return _one_by_one(ops.attention_forward, info.batch_size, in_dims, args)
+        return _one_by_one(op, info.batch_size, in_dims, args)
     tensors = _fold(info.batch_size, in_dims[:6], args[:6], query=0)
-    return _unfold(ops.attention_forward(*tensors, *args[6:]), info.batch_size)
+    return _unfold(op(*tensors, *args[6:]), info.batch_size)
 
 
 def _forward_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
     batch, heads, length, dim = query
     return 2 * batch * heads * length * key[2] * (dim + value[3])
+
+
+# -- attention_forward_with_correction: attention_forward, where something requires grad -----------------------------
+
+
+@_checks.as_runtime_errors
+def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    simulation = simulator.active()
+    if simulation is not None:
+        _check(*arguments, metal=True)
+        op = ops.attention_forward_with_correction.default
+        outputs: tuple[Tensor, Tensor, Tensor] = simulation.call(op, *arguments)
+        return outputs
+    return with_correction(*_forward_cpu(*arguments))
+
+
+def with_correction(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU's backward pass computes the results again, and needs no correction."""
+    half = torch.float16
+    return out, lse, torch.zeros_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
+
+
+def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return with_correction(*_forward_fake(*arguments, **keywords))
+
+
+def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, bias, sinks, alibi_slopes, *ctx.scalars, rng_state = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *saved_results(ctx, output), bias, sinks, alibi_slopes, rng_state)
+
+
+def saved_results(ctx: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    out, lse, correction = output
+    ctx.mark_non_differentiable(correction)
+    return out, lse, correction if out.dtype.itemsize == 2 else None
+
+
+def _corrected_backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, correction, bias, sinks, alibi_slopes, rng_state = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    tensors = (query, key, value, out, lse, bias, sinks, alibi_slopes)
+    needed = list(ctx.needs_input_grad[:6])
+    grads = ops.attention_backward(grad_out, grad_lse, *tensors, *ctx.scalars, rng_state, needed, correction)
+    grads = [grad if needs else None for grad, needs in zip(grads, needed, strict=True)]
+    return (*grads, *(None for _ in ctx.scalars), None)
 
 
 # -- attention_backward ---------------------------------------------------------------------------------------------
@@ -154,16 +206,16 @@ def _backward_cpu(
     dropout_p: float,
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     simulation = simulator.active()
     tensors = (query, key, value, bias, sinks, alibi_slopes)
-    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=simulation is not None)
-    _checks.check_has_state(dropout_p, rng_state)
-    _checks.check_results(grad_out, grad_lse, out, lse, query, value)
     window = (window_left, window_right)
+    _check(*tensors, scale, *window, softcap, dropout_p, rng_state, metal=simulation is not None)
+    _checks.check_results(grad_out, grad_lse, out, lse, correction, query, value)
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
-        arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask)
+        arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask, correction)
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_backward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
@@ -192,17 +244,18 @@ def _backward_fake(
     dropout_p: float,
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _cpu.empty_gradients(query, (key, value, bias, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, grad_lse, query, key, value, _out, _lse, bias, sinks, alibi_slopes, *ctx.scalars, _, ctx.mask = inputs
+    grad_out, grad_lse, query, key, value, _out, _lse, bias, sinks, alibi_slopes, *ctx.scalars, _, ctx.mask, _ = inputs
     ctx.save_for_backward(grad_out, grad_lse, query, key, value, bias, sinks, alibi_slopes)
 
 
 def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The results are functions of all arguments but out and lse, which are results of the others themselves."""
+    """The results are functions of all arguments but out, lse and correction, which are results of the others."""
     grad_out, grad_lse, *inputs = ctx.saved_tensors
     *scalars, dropout_p = ctx.scalars
     if dropout_p != 0:
@@ -215,18 +268,16 @@ def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     found = _composition.backward_vjp(grad_out, grad_lse, inputs, tuple(scalars), cotangents)
     needed = zip(found, [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[7:10]], strict=True)
     results = [grad if needs else None for grad, needs in needed]
-    return (*results[:5], None, None, *results[5:], *(None for _ in ctx.scalars), None, None)
+    return (*results[:5], None, None, *results[5:], *(None for _ in ctx.scalars), None, None, None)
 
 
 def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
     # What is summed over the batch, and sinks, are not per batch; dropout counts batches as the forward pass did.
     if any(args[16][3:]) or in_dims[8] is not None or args[14] > 0:
         return _one_by_one(ops.attention_backward, info.batch_size, in_dims, args)
-    tensors = _fold(info.batch_size, in_dims[:10], args[:10], query=2)
-    *grads, empty_bias, empty_sinks, empty_slopes = ops.attention_backward(*tensors, *args[10:])
-    unfolded, dims = _unfold(grads, info.batch_size)
-    empty = [tensor.expand(info.batch_size, 0) for tensor in (empty_bias, empty_sinks, empty_slopes)]
-    return (*unfolded, *empty), (*dims, 0, 0, 0)
+    mapped = (*in_dims[:10], *in_dims[17:]), (*args[:10], *args[17:])  # the last one may not have been given
+    tensors = _fold(info.batch_size, *mapped, query=2)
+    return _unfold(ops.attention_backward(*tensors[:10], *args[10:17], *tensors[10:]), info.batch_size)
 
 
 def _backward_flops(_out: object, _lse: object, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
@@ -258,7 +309,9 @@ def _fold_one(size: int, batch: int, dim: int | None, tensor: Tensor | None) -> 
 
 
 def _unfold(tensors: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], _Dims]:
-    return tuple(tensor.unflatten(0, (size, -1)) for tensor in tensors), (0,) * len(tensors)
+    return tuple(
+        tensor.expand(size, 0) if tensor.shape == (0,) else tensor.unflatten(0, (size, -1)) for tensor in tensors
+    ), (0,) * len(tensors)
 
 
 def _one_by_one(op: Any, size: int, in_dims: _Dims, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], _Dims]:
@@ -273,11 +326,19 @@ def _one_by_one(op: Any, size: int, in_dims: _Dims, args: Sequence[Any]) -> tupl
 
 LIBRARY.impl("attention_forward", _forward_cpu, "CPU")
 torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-_autograd.register(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+_autograd.register_through(_FORWARD, _CORRECTED, lib=LIBRARY)
 LIBRARY.impl("attention_forward", _forward_autocast, "AutocastCPU")
 LIBRARY.impl("attention_forward", _forward_autocast, "AutocastMPS")
-torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
+torch.library.register_vmap(_FORWARD, functools.partial(_forward_vmap, ops.attention_forward), lib=LIBRARY)
 register_flop_formula(ops.attention_forward)(_forward_flops)
+
+LIBRARY.impl("attention_forward_with_correction", _corrected_cpu, "CPU")
+torch.library.register_fake(_CORRECTED, _corrected_fake, lib=LIBRARY)
+_autograd.register(_CORRECTED, _corrected_backward, setup_context=_corrected_setup, lib=LIBRARY)
+torch.library.register_vmap(
+    _CORRECTED, functools.partial(_forward_vmap, ops.attention_forward_with_correction), lib=LIBRARY
+)
+register_flop_formula(ops.attention_forward_with_correction)(_forward_flops)
 
 LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)

@@ -18,6 +18,8 @@ from ._ops import ops
 _SUM = -1
 _Places = list[int | None]
 _Way = tuple[_Places, _Places]  # of the outputs, and of the tensors among the first arguments
+# What stands between the slopes and the correction of a backward pass.
+_NO_TENSORS: _Places = [None] * 7
 _registered = False
 
 
@@ -124,7 +126,10 @@ def _backward(*args: Any) -> list[_Way]:
     if args[14] != 0:
         return []
     return [
-        (_gradients(places, args[16]), [places[0], places[0], *places[:3], places[0], places[0], *places[3:]])
+        (
+            _gradients(places, args[16]),
+            [places[0], places[0], *places[:3], places[0], places[0], *places[3:], *_NO_TENSORS, places[0]],
+        )
         for places in _dense(query, key, bias, slopes)
     ]
 
@@ -145,7 +150,7 @@ def _varlen_backward(*args: Any) -> list[_Way]:
     if args[17] != 0:
         return []
     return [
-        (_gradients([*places[:3], *places[7:]], args[19]), [1, 0, *places[:3], 1, 0, *places[3:]])
+        (_gradients([*places[:3], *places[7:]], args[19]), [1, 0, *places[:3], 1, 0, *places[3:], *_NO_TENSORS, 1])
         for places in _packed(args[2], args[3], args[12])
     ]
 
@@ -161,10 +166,22 @@ def _decode(*args: Any) -> list[_Way]:
     return ways
 
 
+def _with_correction(forward: Callable[..., list[_Way]]) -> Callable[..., list[_Way]]:
+    """The correction is laid out as out, or empty."""
+
+    def ways(*args: Any) -> list[_Way]:
+        is_empty = args[0].tensor_meta.dtype.itemsize > 2
+        return [([*results, None if is_empty else results[0]], inputs) for results, inputs in forward(*args)]
+
+    return ways
+
+
 _WAYS: dict[str, Callable[..., list[_Way]]] = {
     "attention_forward": _forward,
+    "attention_forward_with_correction": _with_correction(_forward),
     "attention_backward": _backward,
     "attention_varlen_forward": _varlen_forward,
+    "attention_varlen_forward_with_correction": _with_correction(_varlen_forward),
     "attention_varlen_backward": _varlen_backward,
     "attention_decode": _decode,
 }

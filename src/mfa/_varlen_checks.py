@@ -88,13 +88,21 @@ def check_starts(
 
 
 def check_results(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, value: Tensor
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    correction: Tensor | None,
+    query: Tensor,
+    value: Tensor,
 ) -> None:
     """The arguments that `mfa::attention_varlen_backward` has besides those of the forward pass."""
     tokens, heads = query.shape[:2]
+    results = (tokens, heads, value.shape[2])
     for name, tensor, shape, dtype in (
-        ("grad_out", grad_out, (tokens, heads, value.shape[2]), query.dtype),
-        ("out", out, (tokens, heads, value.shape[2]), query.dtype),
+        ("grad_out", grad_out, results, query.dtype),
+        ("out", out, results, query.dtype),
+        ("correction", correction, results, torch.float16),
         ("grad_lse", grad_lse, (heads, tokens), torch.float32),
         ("lse", lse, (heads, tokens), torch.float32),
     ):

@@ -1,5 +1,6 @@
 """Ops of packed sequences: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,34 @@ from ._ops import ops as ops
 
 _Dims = tuple[int | None, ...]
 _FORWARD, _BACKWARD = "mfa::attention_varlen_forward", "mfa::attention_varlen_backward"
+_CORRECTED = "mfa::attention_varlen_forward_with_correction"
 
 
 # -- attention_varlen_forward ---------------------------------------------------------------------------------------
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    _left: int | None,
+    _right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    *,
+    metal: bool,
+) -> None:
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes)
+    _varlen_checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=metal)
+    _checks.check_has_state(dropout_p, rng_state)
 
 
 @_checks.as_runtime_errors
@@ -42,14 +68,10 @@ def _forward_cpu(
     starts = (cu_seqlens_q, cu_seqlens_k)
     layout = (*starts, max_seqlen_q, max_seqlen_k)
     terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
-    _varlen_checks.check_forward(
-        *(query, key, value, *layout, sinks, alibi_slopes, scale, softcap, dropout_p, rng_state),
-        metal=simulation is not None,
-    )
-    _checks.check_has_state(dropout_p, rng_state)
+    arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
+    _check(*arguments, metal=simulation is not None)
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
-        arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
         outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_varlen_forward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
@@ -74,33 +96,13 @@ def _forward_fake(
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _varlen_checks.check_forward(
-        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes),
-        *(scale, softcap, dropout_p, rng_state),
+    layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    bounds = (window_left, window_right)
+    _check(
+        *(query, key, value, *layout, sinks, alibi_slopes, scale, *bounds, softcap, dropout_p, rng_state),
         metal=query.device.type == "mps",
     )
-    _checks.check_has_state(dropout_p, rng_state)
     return _varlen_cpu.empty_outputs(query, value.shape[2])
-
-
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *starts, ctx.max_seqlen_q, ctx.max_seqlen_k, sinks, slopes = inputs[:9]
-    *ctx.scalars, rng_state = inputs[9:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, *starts, sinks, slopes, rng_state)
-
-
-def _forward_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, rng_state = ctx.saved_tensors
-    layout = (cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k)
-    if grad_out is None:
-        grad_out = torch.zeros_like(tensors[3])
-    needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 7, 8)]
-    grads = ops.attention_varlen_backward(
-        grad_out, grad_lse, *tensors, *layout, sinks, alibi_slopes, *ctx.scalars, rng_state, needed
-    )
-    query, key, value, of_sinks, of_slopes = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return (query, key, value, *(None for _ in layout), of_sinks, of_slopes, *(None for _ in ctx.scalars), None)
 
 
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -137,14 +139,23 @@ def _folded(size: int, in_dims: _Dims, args: Sequence[Any], places: dict[int, in
     ]
 
 
-def _forward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
+def _forward_vmap(op: Any, info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
     size = info.batch_size
     places = {0: _TOKENS, 1: _TOKENS, 2: _TOKENS, 7: _HEADS, 8: _HEADS}
     folded = _folded(size, in_dims, args, places, starts=3)
     if folded is None:
-        return _ops._one_by_one(ops.attention_varlen_forward, size, in_dims, args)
-    out, lse = ops.attention_varlen_forward(*folded)
-    return (out.unflatten(1, (size, -1)), lse.unflatten(0, (size, -1))), (1, 0)
+        return _ops._one_by_one(op, size, in_dims, args)
+    out, lse, *correction = op(*folded)
+    return _unfold([out, lse, *correction], (_TOKENS, _ROWS, _TOKENS), size)
+
+
+def _unfold(tensors: Sequence[Tensor], places: Sequence[int], size: int) -> tuple[tuple[Tensor, ...], _Dims]:
+    """Of results that were folded at `places`; one that isn't wanted has size 0."""
+    dims = [0 if tensor.shape == (0,) else place % tensor.dim() for tensor, place in zip(tensors, places, strict=False)]
+    return tuple(
+        tensor.expand(size, 0) if tensor.shape == (0,) else tensor.unflatten(dim, (size, -1))
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ), tuple(dims)
 
 
 def _pairs(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest: tuple[int, int]) -> int:
@@ -160,6 +171,48 @@ def _pairs(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tenso
 def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
     pairs = _pairs(query, key, rest[0], rest[1], (rest[2], rest[3]))
     return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[2])
+
+
+# -- attention_varlen_forward_with_correction: attention_varlen_forward, where something requires grad ---------------
+
+
+@_checks.as_runtime_errors
+def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    simulation = simulator.active()
+    if simulation is not None:
+        _check(*arguments, metal=True)
+        query, key, _value, *layout = arguments[:7]
+        _varlen_checks.check_starts(query, key, *layout)
+        op = ops.attention_varlen_forward_with_correction.default
+        outputs: tuple[Tensor, Tensor, Tensor] = simulation.call(op, *arguments)
+        return outputs
+    return _ops.with_correction(*_forward_cpu(*arguments))
+
+
+def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _ops.with_correction(*_forward_fake(*arguments, **keywords))
+
+
+def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, *starts, ctx.max_seqlen_q, ctx.max_seqlen_k, sinks, slopes = inputs[:9]
+    *ctx.scalars, rng_state = inputs[9:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *_ops.saved_results(ctx, output), *starts, sinks, slopes, rng_state)
+
+
+def _corrected_backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, correction, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, rng_state = ctx.saved_tensors
+    layout = (cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k)
+    if grad_out is None:
+        grad_out = torch.zeros_like(tensors[3])
+    needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 7, 8)]
+    grads = ops.attention_varlen_backward(
+        grad_out, grad_lse, *tensors, *layout, sinks, alibi_slopes, *ctx.scalars, rng_state, needed, correction
+    )
+    query, key, value, of_sinks, of_slopes = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return (query, key, value, *(None for _ in layout), of_sinks, of_slopes, *(None for _ in ctx.scalars), None)
 
 
 # -- attention_varlen_backward --------------------------------------------------------------------------------------
@@ -187,21 +240,18 @@ def _backward_cpu(
     dropout_p: float,
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     simulation = simulator.active()
     starts = (cu_seqlens_q, cu_seqlens_k)
     layout = (*starts, max_seqlen_q, max_seqlen_k)
     terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
-    _varlen_checks.check_forward(
-        *(query, key, value, *layout, sinks, alibi_slopes, scale, softcap, dropout_p, rng_state),
-        metal=simulation is not None,
-    )
-    _varlen_checks.check_results(grad_out, grad_lse, out, lse, query, value)
-    _checks.check_has_state(dropout_p, rng_state)
+    _check(*(query, key, value, *layout, *terms, dropout_p, rng_state), metal=simulation is not None)
+    _varlen_checks.check_results(grad_out, grad_lse, out, lse, correction, query, value)
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse)
-        arguments = (*results, *layout, *terms, dropout_p, rng_state, output_mask)
+        arguments = (*results, *layout, *terms, dropout_p, rng_state, output_mask, correction)
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_varlen_backward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
@@ -232,6 +282,7 @@ def _backward_fake(
     dropout_p: float,
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _cpu.empty_gradients(query, (key, value, sinks, alibi_slopes), output_mask)
 
@@ -249,16 +300,12 @@ def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
     size = info.batch_size
     places = {0: _TOKENS, 1: _ROWS, **dict.fromkeys((2, 3, 4, 5), _TOKENS), 6: _ROWS, 11: _HEADS, 12: _HEADS}
+    if args[20:] not in ((), (None,)):
+        places[20] = _TOKENS
     folded = _folded(size, in_dims, args, places, starts=7)
     if folded is None:
         return _ops._one_by_one(ops.attention_varlen_backward, size, in_dims, args)
-    results, dims = [], []
-    for i, grad in enumerate(ops.attention_varlen_backward(*folded)):
-        is_none = grad.shape == (0,)
-        dim = 0 if is_none else 1 if i < 3 else grad.dim() - 1
-        results.append(grad.expand(size, 0) if is_none else grad.unflatten(dim, (size, -1)))
-        dims.append(dim)
-    return tuple(results), tuple(dims)
+    return _unfold(ops.attention_varlen_backward(*folded), (_TOKENS, _TOKENS, _TOKENS, _HEADS, _HEADS), size)
 
 
 def _backward_flops(_out: object, _lse: object, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> int:
@@ -270,11 +317,19 @@ def _backward_flops(_out: object, _lse: object, query: Tensor, key: Tensor, valu
 
 LIBRARY.impl("attention_varlen_forward", _forward_cpu, "CPU")
 torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-_autograd.register(_FORWARD, _forward_backward, setup_context=_forward_setup, lib=LIBRARY)
+_autograd.register_through(_FORWARD, _CORRECTED, lib=LIBRARY)
 LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastCPU")
 LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastMPS")
-torch.library.register_vmap(_FORWARD, _forward_vmap, lib=LIBRARY)
+torch.library.register_vmap(_FORWARD, functools.partial(_forward_vmap, ops.attention_varlen_forward), lib=LIBRARY)
 register_flop_formula(ops.attention_varlen_forward, get_raw=True)(_forward_flops)
+
+LIBRARY.impl("attention_varlen_forward_with_correction", _corrected_cpu, "CPU")
+torch.library.register_fake(_CORRECTED, _corrected_fake, lib=LIBRARY)
+_autograd.register(_CORRECTED, _corrected_backward, setup_context=_corrected_setup, lib=LIBRARY)
+torch.library.register_vmap(
+    _CORRECTED, functools.partial(_forward_vmap, ops.attention_varlen_forward_with_correction), lib=LIBRARY
+)
+register_flop_formula(ops.attention_varlen_forward_with_correction, get_raw=True)(_forward_flops)
 
 LIBRARY.impl("attention_varlen_backward", _backward_cpu, "CPU")
 torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
