@@ -60,6 +60,13 @@ def test_opcheck_gradients(kind: str) -> None:
     opcheck(FORWARD, requiring_grad(forward_arguments(kind)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_opcheck_forward_with_correction(device: Device, dtype: torch.dtype) -> None:
+    arguments = [a.to(device.type, dtype) if isinstance(a, Tensor) else a for a in forward_arguments("B,L,H,D")]
+    with device.active():
+        opcheck(torch.ops.mfa.attention_forward_with_correction.default, tuple(arguments))
+
+
 @pytest.mark.parametrize("mask", [[True] * 6, [False, True, True, False, False, True]])
 def test_opcheck_backward(mask: list[bool]) -> None:
     tensors = forward_arguments("every feature")

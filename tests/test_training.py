@@ -220,17 +220,21 @@ def test_memory(family: str, mode: str) -> None:
     query, key, value = (
         torch.empty(1, heads, length, dim, dtype=torch.float16, device="meta").requires_grad_() for _ in range(3)
     )
-    out, lse = mfa.attention(query, key, value, return_lse=True)
+    scale, *others = dim**-0.5, None, None, 0.0, 0.0, None
+    op = torch.ops.mfa.attention_forward_with_correction  # what training calls
+    out, lse, correction = op(query, key, value, None, None, None, scale, *others)
+    assert correction.nbytes == out.nbytes
     grad_out = torch.empty_like(out)
     grads = torch.autograd.grad(out, (query, key, value), grad_out)
     delta = torch.empty_like(lse)
 
     sizes = {"query_heads": heads, "key_heads": heads, "query_length": length, "key_length": length}
-    problem = {**sizes, "head_dim": dim, "value_dim": dim, "family": family, "dtype": "f16"}
+    problem = {**sizes, "head_dim": dim, "value_dim": dim, "family": family, "dtype": "f16", "has_correction": True}
     forward, backward = native.plan(**problem), native.plan_backward(**problem, mode=mode)
     assert backward.scratch_bytes <= 64 << 20
     statistics = 2 * lse.nbytes  # what the backward pass keeps of a row: its lse and delta
     scratch = forward.mask_class_bytes + forward.scratch_bytes + backward.scratch_bytes
-    peak = sum(tensor.nbytes for tensor in (query, key, value, out, lse, grad_out, *grads)) + statistics + scratch
+    tensors = (query, key, value, out, lse, correction, grad_out, *grads)
+    peak = sum(tensor.nbytes for tensor in tensors) + statistics + scratch
     essential = sum(tensor.nbytes for tensor in (query, key, value, out, *grads, lse, delta))
     assert peak <= 1.5 * essential + (64 << 20)
