@@ -31,8 +31,8 @@ __attribute__((visibility("default"))) std::uintptr_t control() {{ return {uses}
 
 
 class Check:
-    def __init__(self, cache: Path, versions: list[str]) -> None:
-        self.cache, self.versions = cache, versions
+    def __init__(self, cache: Path, versions: list[str], newest: bool) -> None:
+        self.cache, self.versions, self.newest = cache, versions, newest
         self.sdk = cache / "sdk"
         self.build = cache / "build"
         self.compiler = cache / "tools" / "mac-c++"
@@ -128,6 +128,12 @@ class Check:
                 faults.append(f"{name} links, though it doesn't exist: the link is not strict")
         return faults
 
+    def add_newest(self) -> list[str]:
+        newest = inputs.newest_torch()
+        if newest not in self.versions:
+            self.versions.append(newest)
+        return []
+
     def run(self) -> bool:
         self.step("the inputs, and an SDK of stubs", self.tools)
         if self.failed:
@@ -140,6 +146,8 @@ class Check:
         self.step("_native.abi3.so: imports, exports, loader commands", lambda: binary.extension_faults(extension))
         self.step("the wheel: tags, files, metadata", lambda: wheel.faults(self.cache / "dist"))
         names = binary.looked_up(ops)
+        if self.newest:
+            self.step("the newest torch is linked with as well", self.add_newest)
         for version in self.versions:
             self.step(f"libmfa links with torch {version}", lambda version=version: self.link_with(version))
             self.step(
@@ -152,11 +160,12 @@ class Check:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make mac-check", description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", nargs="+", default=inputs.TORCH, metavar="VERSION", help="releases to link with")
+    default = f"{' '.join(inputs.TORCH)}, and the newest"
+    parser.add_argument("--torch", nargs="+", metavar="VERSION", help=f"releases to link with (default: {default})")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "mac-check", help="2 GB for all of them")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    check = Check(arguments.cache.resolve(), arguments.torch)
+    check = Check(arguments.cache.resolve(), arguments.torch or list(inputs.TORCH), newest=arguments.torch is None)
     sys.exit(0 if check.run() else "mac-check failed")
 
 

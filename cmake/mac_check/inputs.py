@@ -1,13 +1,14 @@
 """What the check needs of PyPI: macOS wheels of torch, metal-cpp's headers, and binaries that show more symbols."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-# Each release in which the stable ABI or the MPS backend changed for us, up to the newest.
+# Each release in which the stable ABI or the MPS backend changed for us. The check adds the newest there is.
 TORCH = ["2.10.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
 OLDEST = TORCH[0]
 METAL_CPP = "mlx-metal==0.32.4"
@@ -52,6 +53,17 @@ def fetch(requirement: str, members: tuple[str, ...], cache: Path) -> Path:
             archive.extractall(folder, names)
     (folder / ".complete").touch()
     return folder
+
+
+def newest_torch() -> str:
+    """The newest release in the package index."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "torch"]
+    environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = re.match(r"torch \(([\d.]+)", done.stdout)
+    if found is None:
+        raise FetchError(f"pip can't say which torch is the newest:\n{done.stderr.strip() or done.stdout}")
+    return found[1]
 
 
 def torch(version: str, cache: Path) -> Path:

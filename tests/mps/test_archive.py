@@ -1,0 +1,80 @@
+"""The archive of compiled pipelines on disk: later processes use it, and nothing that lies there can hurt them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mfa
+
+if not mfa.is_available():
+    pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
+pytest.importorskip("driver.stand_in", reason="counts what only the software driver counts")
+
+pytestmark = pytest.mark.mps
+TESTS = Path(__file__).resolve().parent.parent
+
+
+def case(cache: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "MFA_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "driver.archive_case", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def use(cache: Path, *arguments: str) -> dict[str, Any]:
+    """A process that calls attention, which must be right whatever the archive is."""
+    report: dict[str, Any] = json.loads(case(cache, "use", *arguments))
+    assert report["error"] < 1e-5
+    assert report["findings"] == []
+    return report
+
+
+@pytest.fixture(name="archives", scope="module")
+def make_archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What a first process leaves, on an M1 and on an M3."""
+    directory = tmp_path_factory.mktemp("archives")
+    reports = [use(directory, family) for family in ("7", "9")]
+    assert [report["pipelines_compiled"] for report in reports] == [1, 1]
+    ours, foreign = (Path(report["archive"]) for report in reports)
+    assert ours != foreign
+    return ours, foreign
+
+
+def test_the_second_process_compiles_nothing(archives: tuple[Path, Path]) -> None:
+    report = use(archives[0].parent)
+    assert report["pipelines_compiled"] == 0
+    assert report["notes"] == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "changed", "foreign"])
+def test_a_bad_archive_is_built_anew(damage: str, archives: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, foreign = (file.read_bytes() for file in archives)
+    half = len(ours) // 2
+    bad = {
+        "empty": b"",
+        "truncated": ours[:half],
+        "changed": ours[:half] + bytes([ours[half] ^ 1]) + ours[half + 1 :],
+        "foreign": foreign,
+    }
+    file = tmp_path / archives[0].name
+    file.write_bytes(bad[damage])
+    report = use(tmp_path)
+    assert report["pipelines_compiled"] == 1
+    assert any(f"{file.name} is unusable, and is built anew" in note for note in report["notes"])
+    assert file.read_bytes() == ours
+
+
+def test_a_directory_that_cannot_be_written_is_only_noted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    report = use(tmp_path / "file")
+    assert report["pipelines_compiled"] == 1
+    assert any("can't be written" in note for note in report["notes"])
+
+
+def test_a_killed_process_hurts_nobody(tmp_path: Path) -> None:
+    case(tmp_path, "kill", "40")
+    assert use(tmp_path)["notes"] == []  # what the last child left, if anything, is whole
