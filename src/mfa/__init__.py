@@ -5,6 +5,7 @@ from .context_parallel import context_parallel
 from .device import DeviceInfo, device_info, is_available
 from .kv_cache import attention_with_kv_cache
 from .merge import merge_attention
+from .pipelines import clear_cache, precompile
 from .quantize import quantize_kv
 from .simulator import Counters, Launch, Simulation, SimulationError, simulate
 from .varlen import attention_varlen
@@ -18,10 +19,12 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "clear_cache",
     "context_parallel",
     "device_info",
     "is_available",
     "merge_attention",
+    "precompile",
     "quantize_kv",
     "simulate",
 ]

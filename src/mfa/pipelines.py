@@ -43,5 +43,8 @@ def precompile(
 
 
 def clear_cache() -> None:
-    """Forgets the compiled pipelines, in memory and on disk; each is compiled again when it is next used."""
+    """Forgets the compiled pipelines, in memory and on disk; each is compiled again when it is next used.
+
+    Raises RuntimeError where the Metal kernels can't run.
+    """
     _metal.clear_cache()

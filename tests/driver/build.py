@@ -113,8 +113,16 @@ def torch_folder() -> Path:
     return Path(torch.__path__[0])
 
 
-def ops(name: str, patches: dict[str, tuple[str, str]]) -> Path:
-    """libmfa with csrc/metal over the driver, from sources with replaced texts: file below csrc/ -> (old, new)."""
+def ops(
+    name: str,
+    patches: dict[str, tuple[str, str]],
+    metal_flags: Iterable[object] = (),
+    extra: Iterable[Path] = (),
+) -> Path:
+    """libmfa with csrc/metal over the driver, from sources with replaced texts: file below csrc/ -> (old, new).
+
+    `metal_flags` are for compiling csrc/metal; `extra` objects are linked in.
+    """
     with locked():
         csrc, folder = REPOSITORY / "csrc", CACHE / "ops" / name
         include = torch_folder() / "include"
@@ -148,10 +156,14 @@ def ops(name: str, patches: dict[str, tuple[str, str]]) -> Path:
                 source = mutated
             output = place / f"{relative.replace('/', '-') or source.name}.o"
             output.parent.mkdir(parents=True, exist_ok=True)
+            if relative.startswith("metal/") and metal_flags:
+                output = folder / output.name
             if relative.startswith("metal/") or not relative:
-                objects.append(metal_cpp_object(source, headers, output, *flags))
+                more = metal_flags if relative else ()
+                objects.append(metal_cpp_object(source, headers, output, *flags, *more))
             else:
-                objects.append(make(output, [source, *headers], [*GXX, *flags, "-c", source, "-o", output]))
+                objects.append(make(output, [source, *headers], [*GXX, *flags, "-g0", "-c", source, "-o", output]))
+        objects += extra
         lib = torch_folder() / "lib"
         return link("mfa", objects, "-lmfa_driver", f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{lib}", folder=folder)
 

@@ -6,10 +6,15 @@ Only mfa's own ops run Metal kernels there; torch's run on the CPU. A finding of
 """
 
 import ctypes
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+import mfa
+from mfa import _library
 
 from . import build, control
 
@@ -21,11 +26,18 @@ def install() -> control.Driver:
     ctypes.CDLL(str(build.mps_device()), mode=ctypes.RTLD_GLOBAL)
     torch._C._has_mps = True
     torch._C._mps_get_core_count = lambda: 8  # type: ignore[attr-defined]  # builds without MPS lack it
-    assert torch.backends.mps.is_available()
+    if library := os.environ.get("MFA_LIBRARY_UNDER_TEST"):  # its kernels replace those of the package's libmfa
+        torch.ops.load_library(library)
+        packaged = _library.path_of
+        _library.path_of = lambda name: Path(library) if name == "mfa" else packaged(name)
     return driver
 
 
 DRIVER = install()
+
+
+def pytest_sessionstart() -> None:
+    assert mfa.is_available(), mfa.device_info().why_not
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,30 @@
+"""One process of tests/mps/test_backend.py: what the backend says of a device, as JSON.
+
+python -m driver.backend_probe PRESENT FAMILY OS_MAJOR OS_MINOR
+"""
+
+import json
+import sys
+
+import torch
+
+import mfa
+from mfa import _metal
+
+from . import stand_in
+
+
+def main(*device: str) -> None:
+    stand_in.DRIVER.library.mfa_driver_set_device(*map(int, device))
+    info = _metal.info() or {}
+    query, key, value = (torch.randn(1, 2, 20, 64, device="mps") for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(query.cpu(), key.cpu(), value.cpu())
+    try:
+        result = (mfa.attention(query, key, value).cpu() - exact).abs().max().item()
+    except RuntimeError as error:
+        result = str(error)
+    sys.stdout.write(json.dumps({"info": info, "result": result, "findings": stand_in.DRIVER.findings()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

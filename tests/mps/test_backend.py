@@ -1,0 +1,132 @@
+"""csrc/metal on other machines than the usual one: devices that can't, no metallib, a torch without MPS."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mfa
+from mfa import _library, _metal, _native
+
+if not mfa.is_available():
+    pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
+stand_in = pytest.importorskip("driver.stand_in", reason="only the software driver can be another machine")
+
+pytestmark = pytest.mark.mps
+TESTS = Path(__file__).resolve().parent.parent
+M1, M5 = ("1", "7", "15", "0"), ("1", "10", "26", "2")  # present, family, system
+
+
+def probe(folder: Path, *device: str) -> dict[str, Any]:
+    """What a new process reports with `folder`'s libmfa, if it has one."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "MFA_CACHE_DIR": str(folder / "cache")}
+    if (folder / "libmfa.so").exists():
+        environment["MFA_LIBRARY_UNDER_TEST"] = str(folder / "libmfa.so")
+    command = [sys.executable, "-m", "driver.backend_probe", *device]
+    report: dict[str, Any] = json.loads(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    )
+    assert report["findings"] == []
+    return report
+
+
+@pytest.fixture(name="bare")
+def copy_without_metallib(tmp_path: Path) -> Path:
+    shutil.copy(_library.path_of("mfa"), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(name="device")
+def restore_device() -> Iterator[Any]:
+    yield stand_in.DRIVER.library.mfa_driver_set_device
+    stand_in.DRIVER.library.mfa_driver_set_device(1, 7, 15, 0)
+
+
+@pytest.mark.parametrize(
+    ("present", "family", "system", "reason"),
+    [
+        (0, 7, 15, "this machine has no GPU that Metal can use"),
+        (1, 7, 13, "mfa needs macOS 14 or later, and this is"),
+        (1, 6, 15, "mfa needs an Apple GPU of family 7 (M1) or later, and this is"),
+    ],
+)
+def test_a_device_that_cannot(device: Any, present: int, family: int, system: int, reason: str) -> None:
+    device(present, family, system, 0)
+    info = mfa.device_info()
+    assert info.family is None
+    assert info.why_not is not None
+    assert reason in info.why_not
+
+
+def test_an_op_without_a_gpu_says_so(tmp_path: Path) -> None:
+    report = probe(tmp_path, "0", "7", "15", "0")
+    assert report["result"] == "attention on MPS tensors needs Metal, but this machine has no GPU that Metal can use"
+
+
+def test_kernels_come_from_source_without_a_metallib(bare: Path) -> None:
+    report = probe(bare, *M1)
+    assert report["result"] < 1e-5
+    assert report["info"]["metallib"] == "compiled from source at run time"
+    assert report["info"]["notes"][0] == f"there is no {bare / 'mfa.metallib'}"
+    assert "compiled from source when they are first used" in report["info"]["notes"][1]
+
+
+def test_a_damaged_metallib_is_not_used(bare: Path) -> None:
+    (bare / "mfa.metallib").write_text("MTLB?")
+    report = probe(bare, *M1)
+    assert report["result"] < 1e-5
+    assert "can't be loaded: Invalid library file" in report["info"]["notes"][0]
+
+
+@pytest.mark.parametrize("device", [M1, M5])
+def test_metal_4s_library_is_for_m5_and_macos_26_2(device: tuple[str, ...], bare: Path) -> None:
+    libraries = [bare / "mfa_metal4.metallib", bare / "mfa.metallib"]
+    for file in libraries:
+        file.write_text("mfa-simulator-metallib\n")  # see csrc/simulator/driver/library.cpp
+    report = probe(bare, *device)
+    assert report["result"] < 1e-5
+    assert report["info"]["metallib"] == ", ".join(map(str, libraries if device == M5 else libraries[1:]))
+    assert report["info"]["generation"] == (17 if device == M5 else 13)
+
+
+def test_a_torch_without_mps_is_named() -> None:
+    """libmfa finds nothing of torch's Metal stream in this process: the stand-in device is not loaded."""
+    program = (
+        "from ctypes import CDLL, RTLD_GLOBAL\n"
+        f"CDLL({str(_library.path_of('mfa_driver'))!r}, mode=RTLD_GLOBAL).mfa_driver_set_device(1, 7, 15, 0)\n"
+        "from mfa import _library, _metal\n"
+        f"_library.path_of = lambda name: {str(_library.path_of('mfa'))!r}\n"
+        "print(*_metal.info()['why_not'], sep='\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    (reason,) = done.stdout.splitlines()
+    assert reason.startswith(f"torch {torch.__version__.split('+')[0]} has no at::mps::getCurrentMPSStream(), ")
+
+
+def test_precompile_compiles_what_attention_uses() -> None:
+    mfa.clear_cache()
+    assert mfa.precompile(64, dtype=torch.float32, is_causal=True, training=True) > 3
+    compiled = (_metal.info() or {})["pipelines_compiled"]
+    tensors = [torch.randn(1, 2, 70, 64, device="mps", requires_grad=True) for _ in range(3)]
+    mfa.attention(*tensors, is_causal=True).sum().backward()
+    assert (_metal.info() or {})["pipelines_compiled"] == compiled
+
+
+def test_precompile_names_what_is_wrong() -> None:
+    with pytest.raises(TypeError, match=r"dtype is torch\.float64"):
+        mfa.precompile(64, dtype=torch.float64)
+    launch = _native.plan(head_dim=64, value_dim=64, query_length=8, key_length=8).launches[0]
+
+    class Renamed:
+        kernel = "no_such_kernel"
+        constants = launch.constants
+
+    with pytest.raises(RuntimeError, match=r"kernel no_such_kernel is missing from .*metallib"):
+        _metal.precompile([Renamed()])  # type: ignore[list-item]

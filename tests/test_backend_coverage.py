@@ -1,0 +1,18 @@
+"""How much of csrc/metal the tests on the stand-in device run."""
+
+import sys
+
+import pytest
+from driver import coverage
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("driver"),
+]
+
+
+def test_nine_lines_in_ten_run() -> None:
+    lines = coverage.measure()
+    assert len(lines.covered) > 300
+    assert lines.share >= 0.9, lines.missed
