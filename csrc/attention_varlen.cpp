@@ -189,22 +189,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   if (gradients.value)
     gradients.value_strides = unbatched(operands.write_rows(kGradValue, packed_view("value", grad_value)));
   const std::int64_t heads = query.size(1), length = query.size(0);
-  Tensor slope_rows = floats({0});
+  Tensor slope_rows = floats({0}), grad_slopes = floats({0});
+  const bool per_sequence = gradients.alibi && alibi_slopes->dim() == 2;
   if (gradients.alibi) {
     slope_rows = torch::stable::new_zeros(query, {1, heads, length}, ScalarType::Float);
     operands.write(kGradAlibi, slope_rows);
+  }
+  if (per_sequence) {
+    grad_slopes = torch::stable::new_zeros(query, {packed.sequences, heads}, ScalarType::Float);
+    operands.write(kGradSlopes, grad_slopes);
   }
   // Of rows of no sequence, backward_delta makes statistics too.
   const Tensor statistics = floats({1, heads, length, 2});
   operands.write(kStatistics, statistics);
   if (packed.sequences > 0) operands.run(plan_backward(operands.problem, gradients));
 
-  Tensor grad_sinks = floats({0}), grad_slopes = floats({0});
-  if (gradients.sinks) grad_sinks = gradient_of_sinks(*sinks, statistics);
-  if (gradients.alibi) {
-    refuse_unless(alibi_slopes->dim() == 1, "alibi_slopes of shape [N,Hq] have no gradient; use [Hq]");
-    grad_slopes = torch::stable::sum(slope_rows, std::vector<std::int64_t>{0, 2});
+  Tensor grad_sinks = floats({0});
+  if (gradients.sinks) {
+    grad_sinks =
+        packed.sequences > 0 ? gradient_of_sinks(*sinks, statistics) : torch::stable::new_zeros(*sinks, {heads});
   }
+  if (gradients.alibi && !per_sequence) grad_slopes = torch::stable::sum(slope_rows, std::vector<std::int64_t>{0, 2});
   return {gradients.query ? grad_query : nothing, grad_key, grad_value, grad_sinks, grad_slopes};
 }
 

@@ -13,6 +13,7 @@ enum class Kind {
   backward_dq,
   backward_dq_from_ds,
   backward_dbias,
+  backward_dslopes,
   mask_blocks,
   decode,
   combine,
@@ -105,6 +106,8 @@ inline constexpr Instance kInstances[] = {
    8 * simdgroups,                                                                            \
    block_keys,                                                                                \
    simdgroups * block_keys * int(sizeof(float))},
+#define BACKWARD_DSLOPES(dtype, simdgroups) \
+  {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
 #define MASK_BLOCKS(dtype, simdgroups) \
   {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
 #define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                    \

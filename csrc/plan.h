@@ -111,8 +111,8 @@ struct Plan {
 // Both throw std::invalid_argument for a problem that no kernel takes; csrc/checks.cpp refuses those first. Where it
 // pays, a launch of mask_blocks comes first.
 Plan plan_forward(const Problem& problem);
-// backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias. The gradient of the sinks
-// needs backward_delta alone.
+// backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias, packed sequences' own
+// slopes. The gradient of the sinks needs backward_delta alone.
 Plan plan_backward(const Problem& problem, const Gradients& gradients);
 // decode, and combine where the keys are split.
 Plan plan_decode(const Problem& problem, const Cache& cache);

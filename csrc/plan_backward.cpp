@@ -55,6 +55,11 @@ struct Backward {
                {problem.query_heads, row_tiles(problem, problem.query_length, dq.rows), problem.batch});
   }
 
+  void add_dslopes() {
+    add_launch(plan, the_instance(Kind::backward_dslopes), constants({{kIsVarlen, true}}),
+               {problem.query_heads, problem.sequences, 1});
+  }
+
   void add_dq_from_ds(std::int64_t first_unit, std::int64_t unit_count) {
     const Instance& dq = instance(Kind::backward_dq_from_ds);
     add_launch(plan, dq,
@@ -146,6 +151,7 @@ Plan plan_backward(const Problem& problem, const Gradients& gradients) {
   if (any || gradients.bias || gradients.sinks) backward.add_delta();
   if (any) backward.add_gradients();
   if (gradients.bias) backward.add_dbias();
+  if (gradients.alibi && problem.sequences > 0 && problem.alibi == Alibi::per_batch) backward.add_dslopes();
   return backward.plan;
 }
 

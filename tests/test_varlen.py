@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from conftest import Device
 from gradient_rule import float32_roundings, tolerance
-from hypothesis import assume, given, seed, settings
+from hypothesis import given, seed, settings
 from serving import (
     DTYPES,
     Packed,
@@ -91,7 +91,8 @@ def gradients(
 
 
 def gradient_roundings(problem: Packed, arguments: tuple[Any, ...], terms: dict[str, Any]) -> dict[str, float]:
-    """Of the sequence with the largest ones; those of sinks and slopes add up."""
+    """Of the sequence with the largest ones; those of what all sequences share add up."""
+    shared = {name for name in ("sinks", "alibi_slopes") if name in terms and terms[name].dim() == 1}
     squares: dict[str, float] = {}
     for n in range(len(problem.lengths)):
         rows = [slice(int(s[n]), int(s[n + 1])) for s in arguments[3:5]]
@@ -103,7 +104,7 @@ def gradient_roundings(problem: Packed, arguments: tuple[Any, ...], terms: dict[
         ones = torch.ones(*shape, problem.dims[1]), torch.ones(shape)  # the weights of gradients() are about 1
         for name, rounding in float32_roundings(tensors, {"is_causal": False, **others}, ones, problem.group).items():
             before = squares.get(name, 0)
-            squares[name] = before + rounding**2 if name in terms else max(before, rounding**2)
+            squares[name] = before + rounding**2 if name in shared else max(before, rounding**2)
     return {name: square**0.5 for name, square in squares.items()}
 
 
@@ -119,7 +120,6 @@ def test_gradients(device: Device, shard: int) -> None:
     @settings(max_examples=30)
     @given(packed_problems(dtypes=dtypes))
     def holds(problem: Packed) -> None:
-        assume(not (device.has_kernels and problem.alibi == "sequences"))  # refused, see below
         arguments, terms = problem.arguments()
         expected = gradients(lambda a, t: by_sequence(oracle.attention, a, t), arguments, terms, torch.float64)
         wide = torch.promote_types(problem.dtype, torch.float32)
@@ -135,13 +135,6 @@ def test_gradients(device: Device, shard: int) -> None:
             assert oracle.largest_error(actual.cpu(), reference) <= allowed, name
 
     holds()
-
-
-def test_kernels_refuse_the_gradient_of_slopes_per_sequence() -> None:
-    tensor, starts = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
-    slopes = torch.rand(1, 2).requires_grad_()
-    with mfa.simulate(), pytest.raises(NotImplementedError, match=r"^alibi_slopes of shape \[N,Hq\] require grad"):
-        mfa.attention_varlen(tensor, tensor, tensor, starts, starts, 4, 4, alibi_slopes=slopes)
 
 
 LENGTHS = ((5, 9), (0, 4), (33, 33), (1, 0), (12, 3))

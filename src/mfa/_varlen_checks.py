@@ -50,14 +50,6 @@ def check_forward(
         check_metal_dtype(query)
 
 
-def check_gradient_of_slopes(alibi_slopes: Tensor) -> None:
-    """The Metal kernels sum it over all sequences."""
-    if alibi_slopes.requires_grad and alibi_slopes.dim() == 2:
-        raise NotImplementedError(
-            "alibi_slopes of shape [N,Hq] require grad, which the Metal kernels don't compute: use [Hq]"
-        )
-
-
 def check_starts(
     query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:

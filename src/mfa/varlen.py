@@ -104,8 +104,7 @@ def attention_varlen(
             cu_seqlens that don't start with 0, decrease, end behind the tokens or exceed max_seqlen. On a GPU such
             contents are clamped.
         TypeError: dtypes that differ or aren't supported.
-        NotImplementedError: a legal request that isn't supported: a device, a head dimension, or with the Metal kernels
-            the gradient of alibi_slopes [N,Hq].
+        NotImplementedError: a legal request that isn't supported: a device or a head dimension.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.check_is_tensor(name, tensor)
@@ -126,8 +125,6 @@ def attention_varlen(
         *(1.0 if scale is None else scale, softcap, dropout_p, None),
         metal=metal,
     )
-    if metal and alibi_slopes is not None and torch.is_grad_enabled():
-        _varlen_checks.check_gradient_of_slopes(alibi_slopes)
     _varlen_checks.check_starts(query, key, *layout)
 
     if scale is None:
