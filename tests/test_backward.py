@@ -109,7 +109,7 @@ def check(problem: Problem, device: Device) -> None:
 @pytest.mark.parametrize("shard", range(5))
 def test_random_problems(device: Device, mode: str, shard: int) -> None:
     @seed(shard)
-    @settings(max_examples=32)
+    @settings(max_examples=52)
     @given(problems(dtypes=DTYPES))
     def holds(problem: Problem) -> None:
         check(problem, device)

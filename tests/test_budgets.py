@@ -99,3 +99,57 @@ def test_grouped_heads_read_no_expanded_copy():
     with mfa.simulate() as sim:
         mfa.attention(query, key, key, enable_gqa=True)
     assert sim.counters.device_read_bytes == 2 * (query.numel() + 4 * 2 * key.numel())
+
+
+def both_passes(length=256, **kwargs):
+    """The launches of forward and backward, but for those that classify a mask."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, length, 64, generator=generator).half().requires_grad_() for _ in range(3))
+    with mfa.simulate() as sim:
+        mfa.attention(query, key, value, **kwargs).sum().backward()
+    return [launch for launch in sim.launches if "mask_blocks" not in launch.kernel]
+
+
+def total(launches):
+    return sum((launch.counters for launch in launches), mfa.Counters())
+
+
+NEUTRAL = {
+    "window": {"window": (256, 255)},
+    "is_causal": {"is_causal": True, "window": (None, 0)},  # as one of them alone
+    "softcap": {"softcap": 0.0},
+    "dropout_p": {"dropout_p": 0.0},
+}
+
+
+@pytest.mark.parametrize("feature", NEUTRAL)
+def test_a_feature_that_is_off_costs_nothing(feature):
+    launches, plain = both_passes(**NEUTRAL[feature]), both_passes(is_causal="is_causal" in NEUTRAL[feature])
+    assert total(launches) == total(plain)
+    # What isn't counted, comparisons say, is compiled away.
+    assert [launch.constants for launch in launches] == [launch.constants for launch in plain]
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"attn_mask": torch.ones(256, 256, dtype=torch.bool)},
+        {"attn_mask": torch.ones(256, 256, dtype=torch.float16)},
+        {"attn_mask": torch.ones(1, 256)},
+        {"alibi_slopes": torch.ones(1)},
+        {"sinks": torch.ones(1)},
+        {"softcap": 5.0},
+        {"dropout_p": 0.5},
+    ],
+    ids=lambda feature: "-".join(f"{k}-{getattr(v, 'dtype', v)}" for k, v in feature.items()),
+)
+def test_a_feature_costs_no_barrier_and_no_mma(feature):
+    plain, counters = total(both_passes()), total(both_passes(**feature))
+    assert counters.threadgroup_barriers == plain.threadgroup_barriers
+    assert (counters.mma, counters.simdgroup_barriers) == (plain.mma, 0)
+
+
+def test_a_document_mask_costs_what_it_leaves_open():
+    document = torch.arange(1024) // 128
+    masked = total(both_passes(1024, attn_mask=document[:, None] == document))
+    assert masked.mma <= 0.25 * total(both_passes(1024)).mma
