@@ -36,10 +36,10 @@ def faults(folder: Path) -> list[str]:
         result.append(f"METADATA says {metadata['Name']}, Python {metadata['Requires-Python']}")
     if not any(re.fullmatch(r"torch>=2\.10", requirement) for requirement in requirements):
         result.append(f"it requires {requirements}: torch must be >=2.10, without an upper bound")
-    return result + abi3_faults(path)
+    # Which Python symbols the extension uses; and what does not belong into a wheel.
+    return result + tool_faults("abi3audit", "--strict", path) + tool_faults("check_wheel_contents", path)
 
 
-def abi3_faults(path: Path) -> list[str]:
-    """abi3audit reads which Python symbols the extension uses."""
-    done = subprocess.run([sys.executable, "-m", "abi3audit", "--strict", str(path)], capture_output=True, text=True)
+def tool_faults(*command: object) -> list[str]:
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
     return [done.stdout + done.stderr] if done.returncode else []

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from mfa import _metal
 
 if not mfa.is_available():
     pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
-stand_in = pytest.importorskip("driver.stand_in", reason="counts what only the software driver counts")
 
 pytestmark = pytest.mark.mps
 
@@ -61,7 +61,7 @@ def test_autocast() -> None:
         assert mfa.attention(*qkv(20)).dtype == torch.float16
 
 
-def test_lazy_execution_gives_the_same() -> None:
+def test_lazy_execution_gives_the_same(stand_in: Any) -> None:
     tensors = qkv(33)
     stand_in.DRIVER.library.mfa_driver_set_execution(1)
     try:
@@ -74,6 +74,7 @@ def test_lazy_execution_gives_the_same() -> None:
     torch.testing.assert_close(out.cpu(), expected)
 
 
+@pytest.mark.usefixtures("stand_in")  # torch's own allocator rounds sizes up
 def test_memory_is_only_the_results() -> None:
     tensors = qkv(64)
     mfa.attention(*tensors)
@@ -84,7 +85,7 @@ def test_memory_is_only_the_results() -> None:
     assert torch.mps.current_allocated_memory() - before == out.nbytes + lse.nbytes
 
 
-def test_no_leaks_after_many_calls() -> None:
+def test_no_leaks_after_many_calls(stand_in: Any) -> None:
     tensors = qkv(8)
     driver = stand_in.DRIVER
     driver.library.mfa_driver_set_execution(2)
@@ -100,7 +101,7 @@ def test_no_leaks_after_many_calls() -> None:
         driver.library.mfa_driver_set_execution(0)
 
 
-def test_threads_compile_each_pipeline_once() -> None:
+def test_threads_compile_each_pipeline_once(stand_in: Any) -> None:
     driver = stand_in.DRIVER
     failures: list[BaseException] = []
     _metal.clear_cache()
@@ -134,7 +135,7 @@ def test_exception_reaches_python_and_the_next_call_works() -> None:
     torch.testing.assert_close(mfa.attention(*tensors).cpu(), reference(*tensors))
 
 
-def test_torch_op_inside_a_block_is_a_deadlock() -> None:
+def test_torch_op_inside_a_block_is_a_deadlock(stand_in: Any) -> None:
     library = stand_in.DRIVER.library
     library.mfa_driver_stream.restype = ctypes.c_void_p
     callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -164,6 +165,7 @@ def test_views_share_memory_or_are_refused() -> None:
     assert tensor.sum().item() == 8 + 6
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_seeded_numbers_are_the_cpus() -> None:
     torch.manual_seed(3)
     on_mps = torch.randn(5, device="mps").cpu()
