@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
         "macos": output_of("sw_vers", "-productVersion"),
         "macos_build": output_of("sw_vers", "-buildVersion"),
         "power": (output_of("pmset", "-g", "batt") or "").split("\n")[0],  # on battery, chips run slower
-        "low_power_mode": "lowpowermode         1" in (output_of("pmset", "-g") or ""),
+        "low_power_mode": re.search(r"lowpowermode\s+1", output_of("pmset", "-g") or "") is not None,
         "metal_compiler": output_of("xcrun", "metal", "--version"),
         "xcode": output_of("xcodebuild", "-version"),
         "python": sys.version,

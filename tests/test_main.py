@@ -20,7 +20,7 @@ def test_help(command: str) -> None:
 
 def test_info_has_reasons_and_the_support_table() -> None:
     text = run("info")
-    for fact in ("family", "metallib", "torch", "mps tensors", "simulator"):
+    for fact in ("family", "metallib", "archive", "system", "torch", "mps tensors", "simulator"):
         assert f"\n{fact}" in "\n" + text
     assert support.markdown() in text
 

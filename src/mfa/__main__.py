@@ -1,20 +1,29 @@
 """`python -m mfa info | demo | bench`."""
 
 import argparse
+import platform
 import sys
 from dataclasses import asdict
 
 
 def info() -> None:
     """Prints what there is, and for what there isn't, why."""
-    from . import device_info, simulator, support
+    from . import _metal, device_info, simulator, support
 
     gpu = asdict(device_info())
-    gpu["mps tensors"] = f"no: {gpu.pop('why_not')}" if gpu["why_not"] else "yes"
-    reason = simulator.why_not()
-    facts = {**gpu, "simulator": "yes" if reason is None else f"no: {reason}"}
+    why_not, why_not_simulated = gpu.pop("why_not"), simulator.why_not()
+    backend = _metal.info() or {}
+    facts = {
+        **gpu,
+        "archive": backend.get("archive"),  # of compiled pipelines
+        "system": platform.platform(),
+        "mps tensors": f"no: {why_not}" if why_not else "yes",
+        "simulator": f"no: {why_not_simulated}" if why_not_simulated else "yes",
+    }
     for name, fact in facts.items():
-        print(f"{name:12} {'none' if fact is None else fact}")
+        print(f"{name:12} {fact or 'none'}")
+    for note in backend.get("notes", []):
+        print(f"{'note':12} {note}")
     print()
     print(support.markdown())
 

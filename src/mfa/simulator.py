@@ -68,7 +68,7 @@ def why_not() -> str | None:
     from . import _native
 
     if not hasattr(_native, "Simulator"):
-        return "this build of mfa has no simulator: build it on Linux, or on macOS with MFA_SIMULATOR=ON"
+        return "this build of mfa has no simulator, which is for Linux"
     for name in ("mfa_kernels_count", "mfa_kernels_fast"):
         if not _library.path_of(name).exists():
             return f"this build of mfa lacks {_library.path_of(name).name}, the kernels compiled for the simulator"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mfa
-from mfa import _library, _metal, _native
+from mfa import __main__, _library, _metal, _native
 
 if not mfa.is_available():
     pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
@@ -118,6 +118,15 @@ def test_precompile_compiles_what_attention_uses() -> None:
     tensors = [torch.randn(1, 2, 70, 64, device="mps", requires_grad=True) for _ in range(3)]
     mfa.attention(*tensors, is_causal=True).sum().backward()
     assert (_metal.info() or {})["pipelines_compiled"] == compiled
+
+
+def test_info_shows_the_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    __main__.info()
+    backend = _metal.info() or {}
+    printed = capsys.readouterr().out
+    for name, fact in (("family", "apple7"), ("name", backend["name"]), ("archive", backend["archive"])):
+        assert f"{name:12} {fact}\n" in printed
+    assert f"{'mps tensors':12} yes\n" in printed
 
 
 def test_precompile_names_what_is_wrong() -> None:
