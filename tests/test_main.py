@@ -41,7 +41,9 @@ def test_demo_fails_when_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_bench_prints_a_table() -> None:
-    text = run("bench", "--only", "float32 dense", "--lengths", "64", "--seconds", "0.02", "--rounds", "1", "--csv")
+    text = run(
+        "bench", "--cpu", "--only", "float32 dense", "--lengths", "64", "--seconds", "0.02", "--rounds", "1", "--csv"
+    )
     header, row = text.splitlines()
     assert header == "case,torch_ms,mfa_ms,ratio,goal"
     assert row.startswith("float32 dense L=64,")

@@ -18,6 +18,8 @@ from test_fidelity_mlx import BLOCKS, build, headers, run_steel  # noqa: F401 (h
 import mfa.flash_attn
 import mfa.sdpa
 from mfa import support
+from mfa.bench import kernels, model, report
+from mfa.bench.chips import CHIPS
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -91,7 +93,36 @@ def libraries() -> str:
     )
 
 
-GENERATED = {"support": support.markdown, "operations": operations, "libraries": libraries}
+def predictions() -> str:
+    """The cost model's, beside what it says of MLX's kernels."""
+    table = kernels.load()
+    chips = [CHIPS[name] for name in ("m1", "m1-max", "m2-max", "m3-max", "m4-max")]
+    lines = ["| | " + " | ".join(chip.name for chip in chips) + " |", "| --- |" + " ---: |" * len(chips)]
+    for dim in report.HEAD_DIMS:
+        dense, causal = report.shape(dim), report.shape(dim, causal=True)
+        cells = []
+        for chip in chips:
+            ours = [
+                report.utilisation(problem, 2, model.seconds(model.forward(table, problem, chip)), chip)
+                for problem in (dense, causal)
+            ]
+            mlx = report.utilisation(dense, 2, report.steel(table, dense, chip).seconds, chip)
+            cells.append(f"{ours[0]:.0%}, {ours[1]:.0%} ({mlx:.0%})")
+        lines.append(f"| forward D {dim}: dense, causal (MLX dense) | " + " | ".join(cells) + " |")
+    for dim in (64, 128):
+        problem = report.shape(dim)
+        times = [model.seconds(model.backward(table, problem, chip, "seven_gemm")) for chip in chips]
+        cells = [f"{report.utilisation(problem, 7, time, chip):.0%}" for time, chip in zip(times, chips, strict=True)]
+        lines.append(f"| backward D {dim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+GENERATED = {
+    "support": support.markdown,
+    "operations": operations,
+    "libraries": libraries,
+    "predictions": predictions,
+}
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -107,6 +138,13 @@ def test_libraries_are_those_that_run(library: str) -> None:
     if library == "torch" and installed != pinned()[library]:
         pytest.skip(f"torch is {installed} here, chosen by TORCH")
     assert installed == pinned()[library]
+
+
+def test_the_seeds_problem_is_predicted_as_written() -> None:
+    table, chip = kernels.load(), CHIPS["m1-max"]
+    forward = model.seconds(model.forward(table, report.SEED, chip))
+    training = forward + model.seconds(model.backward(table, report.SEED, chip))
+    assert f"{1e3 * forward:.1f} ms forward and {1e3 * training:.1f} ms with backward" in TEXT
 
 
 @pytest.mark.parametrize("dim", [64, 128])

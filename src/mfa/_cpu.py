@@ -102,8 +102,10 @@ def attention_forward(
     whole = causal or (plain and not window.hides(visible, keys))
     all_rows = visible.stop - visible.start == query_length
     if whole and not copied and sinks is None and all_rows and batch * query_heads * query_length > 0:
-        out, lse = _attend(query, key[:, :, keys], value[:, :, keys], None, scale, softcap, causal)
-        return _laid_out(out, query), query.new_empty(lse.shape, dtype=torch.float32).copy_(lse)
+        if keys.stop - keys.start != key.shape[2]:
+            key, value = key[:, :, keys], value[:, :, keys]
+        out, lse = _attend_as_laid_out(query, key, value, scale, causal)
+        return out, lse.to(torch.float32).contiguous()
 
     out, lse = empty_outputs(query, value_dim)
     if not all_rows:  # the others see nothing
@@ -239,6 +241,25 @@ def attention_backward(
 
 def _slopes(alibi_slopes: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
     return None if alibi_slopes is None else alibi_slopes.reshape(-1, heads, 1, 1).to(dtype)
+
+
+def _attend_as_laid_out(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """The whole problem as one block. ATen's kernel makes B,L,H,D; where B,H,L,D is wanted, heads become batches."""
+    heads = query.shape[1]
+    tensors = (query, key, value)
+    if key.shape[1] != heads or _is_transposed(query) or not all(map(_heads_are_batches, tensors)):
+        out, lse = _attend(query, key, value, None, scale, 0, causal)
+        return _laid_out(out, query), lse
+    folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
+    out, lse = _attend(folded[0], folded[1], folded[2], None, scale, 0, causal)
+    out = out.to(query.dtype)  # scores that overflow make it float64
+    return out.view(-1, heads, *out.shape[2:]), lse.view(-1, heads, lse.shape[2])
+
+
+def _heads_are_batches(tensor: Tensor) -> bool:
+    """Whether the first two dimensions are one, in memory."""
+    batch, heads, _, _ = tensor.shape
+    return batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1)
 
 
 def _is_copied(tensor: Tensor, dtype: torch.dtype, width: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _autograd, _checks, _composition, _cpu, _library, simulator
@@ -92,6 +93,22 @@ def _forward_fake(
     arguments = (*tensors, scale, window_left, window_right, softcap, dropout_p, rng_state)
     _check(*arguments, metal=query.device.type == "mps")
     return _cpu.empty_outputs(query, value.shape[3])
+
+
+def nothing_listens(*tensors: Tensor | None) -> bool:
+    """Whether the op would only call the CPU's kernel, so that the way through the dispatcher can be saved.
+
+    That way is most of what a short call costs. Who listens: autograd, torch.func, torch.compile, a mode (FLOP counter,
+    fake tensors, tracing), a subclass of Tensor, and the simulator.
+    """
+    if torch.compiler.is_compiling() or simulator.active() is not None:
+        return False
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    if modes or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return False
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return False
+    return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
 
 
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _dropout, _sharding, simulator
+from . import _checks, _cpu, _dropout, _sharding, simulator
 from ._checks import LARGEST_HEAD_DIM, METAL_DTYPES
-from ._ops import LIBRARY, autocast, ops
+from ._ops import LIBRARY, autocast, nothing_listens, ops
 
 _Bound = int | None
 _NUMBERS = (int, float)
@@ -141,7 +141,11 @@ def attention(
         diagonal = query.shape[2] - key.shape[2]
         right = diagonal if right is None else torch.sym_min(right, diagonal)
     rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
-    out, lse = _forward(query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
+    arguments = (query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
+    if query.is_cpu and nothing_listens(*arguments[:6]):
+        out, lse = _cpu.attention_forward(*arguments)
+    else:
+        out, lse = _forward(*arguments)
     if not has_batch:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
@@ -191,7 +195,7 @@ def checked(
     if sinks is not None:
         _checks.check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
         sinks = sinks.to(torch.promote_types(query.dtype, torch.float32)) if sinks.dtype == query.dtype else sinks
-    _checks.check_forward(
+    _checks.check_terms(
         *(query, key, value, bias, sinks, alibi_slopes),
         *(1.0 if scale is None else scale, softcap, dropout_p, None),
         metal=query.device.type == "mps" or simulator.active() is not None,

@@ -1,1 +1,1 @@
-"""Benchmarks, each a module to run: `python -m mfa.bench.cpu`."""
+"""Benchmarks and a cost model: `python -m mfa bench --help`."""

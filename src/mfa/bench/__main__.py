@@ -17,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--help", "-h", action="store_true", help="this, and the options of the mode")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--cpu", action="store_true", help="CPU tensors against torch: ratios of medians, and goals")
+    modes.add_argument(
+        "--autotune", action="store_true", help="measure all tiles on this Mac; print the best as a patch"
+    )
     modes.add_argument("--model", choices=CHIPS, metavar="CHIP", help=f"what a model predicts for {', '.join(CHIPS)}")
     options, rest = parser.parse_known_args(arguments)
     if options.help:
@@ -24,10 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rest = ["--help"]
     if options.model:
         _model(options.model, rest)
-    else:
+    elif options.cpu:
         from . import cpu
 
         cpu.main(rest)
+    elif options.autotune:
+        from . import autotune
+
+        autotune.main(rest)
+    else:
+        from . import sweep
+
+        sweep.main(rest)
 
 
 def _model(chip: str, arguments: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ Medians of torch.utils.benchmark, from measurements that alternate, so that both
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,22 +35,27 @@ def _tensors(dtype: torch.dtype, length: int, heads: int, dim: int) -> list[Tens
     return [torch.randn(1, heads, length, dim, generator=generator).to(dtype) for _ in range(3)]
 
 
-def _plain(dtype: torch.dtype, length: int, is_causal: bool) -> _Case:
-    query, key, value = _tensors(dtype, length, heads=8, dim=64)
-    return (
-        lambda: scaled_dot_product_attention(query, key, value, is_causal=is_causal),
-        lambda: attention(query, key, value, is_causal=is_causal),
-    )
+def _case(dtype: torch.dtype, length: int, training: bool, theirs: dict[str, Any], ours: dict[str, Any]) -> _Case:
+    """Both sides on the same tensors, each with its arguments; `training`: with the gradients of all three."""
+    tensors = [tensor.requires_grad_(training) for tensor in _tensors(dtype, length, heads=8, dim=64)]
+
+    def side(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], object]:
+        if not training:
+            return lambda: function(*tensors, **arguments)
+        return lambda: torch.autograd.grad(function(*tensors, **arguments).sum(), tensors)
+
+    return side(scaled_dot_product_attention, theirs), side(attention, ours)
 
 
-def _window(dtype: torch.dtype, length: int, left: int) -> _Case:
+def _plain(dtype: torch.dtype, length: int, is_causal: bool, training: bool = False) -> _Case:
+    arguments = {"is_causal": is_causal}
+    return _case(dtype, length, training, arguments, arguments)
+
+
+def _window(dtype: torch.dtype, length: int, left: int, training: bool = False) -> _Case:
     """Causal, `left` keys back; torch gets the equivalent mask, made beforehand."""
-    query, key, value = _tensors(dtype, length, heads=8, dim=64)
     mask = torch.ones(length, length, dtype=torch.bool).tril().triu(-left)
-    return (
-        lambda: scaled_dot_product_attention(query, key, value, attn_mask=mask),
-        lambda: attention(query, key, value, window=(left, 0)),
-    )
+    return _case(dtype, length, training, {"attn_mask": mask}, {"window": (left, 0)})
 
 
 def _grouped(dtype: torch.dtype, length: int) -> _Case:
@@ -70,8 +75,10 @@ def cases(lengths: Sequence[int]) -> dict[str, tuple[_Case, float]]:
         for length in lengths:
             table[f"{short} dense L={length}"] = (_plain(dtype, length, is_causal=False), 1.05)
             table[f"{short} causal L={length}"] = (_plain(dtype, length, is_causal=True), 1.05)
+            table[f"{short} training dense L={length}"] = (_plain(dtype, length, is_causal=False, training=True), 1.1)
         table[f"{short} causal grouped L={lengths[-1]}"] = (_grouped(dtype, lengths[-1]), 1.05)
         table[f"{short} window 256 L=8192"] = (_window(dtype, 8192, left=256), 0.2)
+        table[f"{short} training window 256 L=8192"] = (_window(dtype, 8192, left=256, training=True), 0.25)
     return table
 
 
