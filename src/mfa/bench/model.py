@@ -199,10 +199,10 @@ def forward(kernels: dict[str, Kernel], problem: Problem, chip: Chip, mixed_mma:
 def backward(
     kernels: dict[str, Kernel], problem: Problem, chip: Chip, mode: str = "automatic", mixed_mma: float = MMA
 ) -> list[Prediction]:
-    """The backward pass with the kernels of the plan. five_gemm writes dS once, and reads it."""
+    """The backward pass with the kernels of the plan. five_gemm writes dS in float32 once, and reads it."""
     predictions = []
     names = plan_backward(problem, chip, mode)
-    scratch = 2.0 * problem.scores if any("from_ds" in name for name in names) else 0.0
+    scratch = 4.0 * problem.scores if any("from_ds" in name for name in names) else 0.0
     for name in names:
         if name.startswith("backward_delta"):
             moved = tensor_bytes(problem, 2) / (chip.bandwidth * 1e9)
