@@ -7,7 +7,6 @@ the simulator. Inputs are zeros, so that no maximum moves and every step is like
 from __future__ import annotations
 
 import csv
-import ctypes
 import re
 import sys
 import tempfile
@@ -84,13 +83,12 @@ def host_name(row: str) -> str:
 
 def bytes_of_ours(instance: _native.Instance) -> list[dict[str, int]]:
     """Counters of the kernel's launches at LENGTHS."""
-    set_mode = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
-    before = set_mode(5 if instance.kind == "backward_dq_from_ds" else 7)
+    before = _library.set_backward_mode(5 if instance.kind == "backward_dq_from_ds" else 7)
     _library.prefer_instance(instance.name)
     try:
         return [launch_counters(instance, length) for length in LENGTHS]
     finally:
-        set_mode(before)
+        _library.set_backward_mode(before)
         _library.prefer_instance(None)
 
 

@@ -32,7 +32,9 @@ def alternatives() -> Iterator[_native.Instance]:
 @pytest.fixture(params=list(alternatives()), ids=lambda row: row.name)
 def preferred(request: pytest.FixtureRequest) -> Iterator[_native.Instance]:
     _library.prefer_instance(request.param.name)
+    before = _library.set_backward_mode(7 if request.param.kind == "backward_dq" else 0)
     yield request.param
+    _library.set_backward_mode(before)
     _library.prefer_instance(None)
 
 

@@ -68,3 +68,8 @@ def prefer_instance(name: str | None) -> None:
     """
     if not ctypes.CDLL(str(path_of("mfa"))).mfa_prefer_instance(None if name is None else name.encode()):
         raise ValueError(f"name is {name!r}; it must be that of a kernel instance, see metal/instances.def")
+
+
+def set_backward_mode(gemms: int) -> int:
+    """How many products the kernels' backward pass makes: 5, 7, or 0 for tuning.def's choice. Returns what it was."""
+    return int(ctypes.CDLL(str(path_of("mfa"))).mfa_set_backward_mode(gemms))
