@@ -1,7 +1,9 @@
 """The devices that a test runs on, and hypothesis's settings."""
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +51,13 @@ def device(request: pytest.FixtureRequest) -> Device:
     if reason is not None:
         pytest.skip(reason)
     return chosen
+
+
+@pytest.fixture(name="stand_in")
+def loaded_stand_in() -> Any:
+    """The plugin driver.stand_in, whose DRIVER counts and can be steered."""
+    if sys.platform != "linux":
+        pytest.skip("only the software driver counts, and can be steered")
+    from driver import stand_in
+
+    return stand_in

@@ -152,7 +152,7 @@ def attention(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether these are mps tensors with nothing to refuse, to cast or to broadcast."""
+    """Whether these are mps tensors with nothing to refuse or to broadcast. (The op below has its own autocast.)"""
     if not (
         type(query) is type(key) is type(value) is Tensor
         and (query.is_mps and key.is_mps and value.is_mps)
@@ -160,7 +160,6 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.dtype is key.dtype is value.dtype
         and query.dtype in METAL_DTYPES
         and query.dim() == key.dim() == value.dim() == 4
-        and not torch.is_autocast_enabled("mps")
     ):
         return False
     batch, heads, _, dim = query.shape
