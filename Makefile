@@ -20,7 +20,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -n
 STAMP := .venv/stamp
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test test-mps host-cost lint format build wheel mac mac-check clean help
+.PHONY: demo test test-mps host-cost lint format build wheel mac mac-check gpu-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
@@ -32,6 +32,7 @@ help:
 	@echo "make build           the package, editable, in .venv"
 	@echo "make wheel           a wheel in dist/"
 	@echo "make mac-check       on Linux: compile and link for macOS against real torch libraries"
+	@echo "make gpu-check       on Linux with an NVIDIA GPU: the kernels in true parallel and at full size"
 	@echo "make mac             on a Mac: all tests, validation layers and timings, into mac-report.json"
 	@echo "make clean           forget .venv, builds and caches"
 
@@ -69,6 +70,15 @@ wheel: build
 
 mac-check: build $(STAMP)/mac-check
 	PYTHONPATH=cmake $(BIN)/python -m mac_check $(ARGS)
+
+# torch's CUDA build must be the one in .venv, as it is where TORCH_ARGS is empty.
+gpu-check: build
+ifneq ($(wildcard /dev/nvidiactl),)
+	PYTHONPATH=cmake $(BIN)/python -m gpu_check build
+	PYTHONPATH=cmake $(BIN)/python -m gpu_check run $(ARGS)
+else
+	@echo "skipped: no NVIDIA GPU here; cmake/gpu_check/REPORT.md says what ran on one"
+endif
 
 mac: build $(STAMP)/test
 	$(BIN)/python cmake/mac_report.py $(ARGS)

@@ -42,6 +42,8 @@ constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
                                           {"float32", BiasKind::float32}};
 constexpr Named<Alibi> kAlibis[] = {
     {"none", Alibi::none}, {"per_head", Alibi::per_head}, {"per_batch", Alibi::per_batch}};
+constexpr Named<Cache::Format> kFormats[] = {
+    {"same_dtype", Cache::Format::same_dtype}, {"int8", Cache::Format::int8}, {"float8", Cache::Format::float8}};
 constexpr Named<BackwardMode> kModes[] = {{"automatic", BackwardMode::automatic},
                                           {"five_gemm", BackwardMode::five_gemm},
                                           {"seven_gemm", BackwardMode::seven_gemm}};
@@ -95,7 +97,7 @@ Problem take_problem(Fields& fields) {
 #define FIELD(field) fields.take(#field, problem.field)
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(query_length), FIELD(key_length), FIELD(head_dim);
   FIELD(value_dim), FIELD(aligned), FIELD(scale), FIELD(window_left), FIELD(window_right), FIELD(softcap);
-  FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse), FIELD(has_correction);
+  FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse), FIELD(has_correction), FIELD(sequences);
   problem.query_strides = contiguous(problem.query_heads, problem.query_length, problem.head_dim);
   problem.key_strides = contiguous(problem.key_heads, problem.key_length, problem.head_dim);
   problem.value_strides = contiguous(problem.key_heads, problem.key_length, problem.value_dim);
@@ -128,6 +130,16 @@ Gradients take_gradients(Fields& fields, const Problem& problem) {
   return gradients;
 }
 
+Cache take_cache(Fields& fields) {
+  Cache cache;
+  fields.take_named("format", kFormats, cache.format);
+#define FIELD(field) fields.take(#field, cache.field)
+  FIELD(page_size), FIELD(pages), FIELD(pages_per_sequence), FIELD(splits);
+  FIELD(key_scale_strides), FIELD(value_scale_strides);
+#undef FIELD
+  return cache;
+}
+
 Plan plan(const nb::kwargs& kwargs) {
   Fields fields(kwargs);
   const Problem problem = take_problem(fields);
@@ -141,6 +153,14 @@ Plan backward_plan(const nb::kwargs& kwargs) {
   const Gradients gradients = take_gradients(fields, problem);
   fields.finish();
   return plan_backward(problem, gradients);
+}
+
+Plan decode_plan(const nb::kwargs& kwargs) {
+  Fields fields(kwargs);
+  const Problem problem = take_problem(fields);
+  const Cache cache = take_cache(fields);
+  fields.finish();
+  return plan_decode(problem, cache);
 }
 
 nb::typed<nb::dict, nb::str, bool> constants(const Launch& launch) {
@@ -167,7 +187,7 @@ void bind_plan(nb::module_& m) {
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(group_size), FIELD(query_length), FIELD(key_length);
   FIELD(head_dim), FIELD(value_dim), FIELD(window_left), FIELD(window_right), FIELD(scale), FIELD(scale_log2);
   FIELD(softcap), FIELD(heavy_first), FIELD(dropout_threshold), FIELD(dropout_factor), FIELD(alibi_batch_stride);
-  FIELD(bias_batch), FIELD(bias_heads), FIELD(bias_rows), FIELD(bias_columns);
+  FIELD(bias_batch), FIELD(bias_heads), FIELD(bias_rows), FIELD(bias_columns), FIELD(splits);
 #undef FIELD
 #define STRIDES(field) params.def_prop_ro(#field, &tuple_of<AttentionParams, &AttentionParams::field>)
   STRIDES(bias_strides), STRIDES(query_strides), STRIDES(key_strides), STRIDES(value_strides), STRIDES(out_strides);
@@ -178,6 +198,7 @@ void bind_plan(nb::module_& m) {
       .def_ro("launches", &Plan::launches)
       .def_ro("params", &Plan::params)
       .def_ro("scratch_bytes", &Plan::scratch_bytes)
+      .def_ro("tile_map_bytes", &Plan::tile_map_bytes)
       .def_ro("mask_class_bytes", &Plan::mask_class_bytes);
 
   m.def(
@@ -187,6 +208,9 @@ void bind_plan(nb::module_& m) {
   m.def("plan_backward", &backward_plan, nb::sig("def plan_backward(**problem: object) -> Plan"),
         "Of attention_backward. As plan(), with the fields of Gradients: wants_query ... wants_alibi, has_grad_lse, "
         "grad_out_strides, grad_query_strides, grad_key_strides, grad_value_strides, mode, scratch_limit.");
+  m.def("plan_decode", &decode_plan, nb::sig("def plan_decode(**problem: object) -> Plan"),
+        "Of attention_decode. As plan(), with the fields of Cache: format, page_size, pages, pages_per_sequence, "
+        "key_scale_strides, value_scale_strides, splits.");
 }
 
 void bind_catalogue(nb::module_& m) {

@@ -81,8 +81,7 @@ inline constexpr Instance kInstances[] = {
    simdgroups,                                                                                                      \
    8 * row_tiles * simdgroups,                                                                                      \
    block_keys,                                                                                                      \
-   forward_threadgroup_bytes(staged, split, head_dim, value_dim, 8 * row_tiles * simdgroups, block_keys,            \
-                             element_size(DType::dtype)),                                                           \
+   backward_dq_threadgroup_bytes(head_dim, value_dim, block_keys, element_size(DType::dtype)),                      \
    staged,                                                                                                          \
    split,                                                                                                           \
    Own::own},
@@ -95,7 +94,7 @@ inline constexpr Instance kInstances[] = {
    simdgroups,                                                                                       \
    8 * query_tiles * simdgroups,                                                                     \
    block_keys,                                                                                       \
-   block_keys * padded_row_bytes(head_dim, element_size(DType::dtype))},
+   block_keys * padded_row_bytes(head_dim, element_size(DType::dtype), quads)},
 #define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                    \
   {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys, \
    Kind::backward_dbias,                                                                      \

@@ -136,8 +136,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
-  typedef StagedRows<T, kHeadDim> Queries;
-  typedef StagedRows<T, kValueDim> GradOuts;
+  typedef StagedRows<T, kHeadDim, both> Queries;
+  typedef StagedRows<T, kValueDim, both> GradOuts;
   threadgroup uint4 memory[backward_dkdv_threadgroup_bytes(kHeadDim, kValueDim, kBlockQueries, sizeof(T)) / 16];
   threadgroup float2* row_statistics = (threadgroup float2*)memory;
   threadgroup T* queries = (threadgroup T*)(row_statistics + kBlockQueries);
@@ -183,8 +183,9 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       is_first = false;
-      stage_rows<T, kBlockQueries, kHeadDim, kThreads>(queries, head_queries.from(first_query), thread_index);
-      stage_rows<T, kBlockQueries, kValueDim, kThreads>(grad_outs, head_grad_outs.from(first_query), thread_index);
+      stage_rows<T, kBlockQueries, kHeadDim, both, kThreads>(queries, head_queries.from(first_query), thread_index);
+      stage_rows<T, kBlockQueries, kValueDim, both, kThreads>(grad_outs, head_grad_outs.from(first_query),
+                                                              thread_index);
       if (thread_index < kBlockQueries) {
         const int row = first_query + thread_index;
         row_statistics[thread_index] = row < sequence.query_length ? head_statistics[row] : float2(kUnseenLse, 0);

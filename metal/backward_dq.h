@@ -118,11 +118,9 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
-  typedef StagedRows<T, kHeadDim> Keys;
-  typedef StagedRows<T, kValueDim> Values;
-  threadgroup uint4
-      memory[forward_threadgroup_bytes(staged, split, kHeadDim, kValueDim, kSimdgroups * kRows, kBlockKeys, sizeof(T)) /
-             16];
+  typedef StagedRows<T, kHeadDim, both> Keys;
+  typedef StagedRows<T, kValueDim, quads> Values;
+  threadgroup uint4 memory[backward_dq_threadgroup_bytes(kHeadDim, kValueDim, kBlockKeys, sizeof(T)) / 16];
   threadgroup T* keys = (threadgroup T*)memory;
   threadgroup T* values = keys + kBlockKeys * Keys::kStride;
 
@@ -164,8 +162,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(keys, head_keys.from(first_key), thread_index);
-    stage_rows<T, kBlockKeys, kValueDim, kThreads>(values, head_values.from(first_key), thread_index);
+    stage_rows<T, kBlockKeys, kHeadDim, both, kThreads>(keys, head_keys.from(first_key), thread_index);
+    stage_rows<T, kBlockKeys, kValueDim, quads, kThreads>(values, head_values.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {

@@ -24,8 +24,8 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kQueryTiles * kFragment;
   constexpr int kSets = kHeadDim / kSetWidth;
-  typedef StagedRows<T, kHeadDim> Keys;
-  threadgroup uint4 memory[kBlockKeys * padded_row_bytes(kHeadDim, sizeof(T)) / 16];
+  typedef StagedRows<T, kHeadDim, quads> Keys;
+  threadgroup uint4 memory[kBlockKeys * padded_row_bytes(kHeadDim, sizeof(T), quads) / 16];
   threadgroup T* keys = (threadgroup T*)memory;
 
   const Lane lane(lane_index);
@@ -57,7 +57,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(keys, head_keys.from(first_key), thread_index);
+    stage_rows<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, head_keys.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (short k = 0; k < kBlockKeys / kFragment; ++k) {

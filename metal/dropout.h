@@ -43,7 +43,9 @@ struct Dropout {
 
   float choose(uint4 draws, int key) const {
     const uint slot = uint(key) % 8;
-    const uint bits = draws[slot / 2] >> (slot % 2 * 16) & 0xFFFFu;
+    const uint2 pair = slot < 4 ? draws.xy : draws.zw;  // no index, which would put the vector in memory
+    const uint word = slot % 4 < 2 ? pair.x : pair.y;
+    const uint bits = word >> (slot % 2 * 16) & 0xFFFFu;
     return bits < threshold ? 0 : factor;
   }
 

@@ -28,11 +28,11 @@ struct QueryOperand {
 // ... or in threadgroup memory, read once per key block (shared).
 template <typename T, int kRowTiles, int kHeadDim, int kSimdgroups>
 struct QueryOperand<T, shared, kRowTiles, kHeadDim, kSimdgroups> {
-  ReadRows<T, StagedRows<T, kHeadDim>> operand;
+  ReadRows<T, StagedRows<T, kHeadDim, octets>> operand;
 
   QueryOperand(threadgroup T* memory, GuardedRows<T> tile, ushort thread_index, ushort simdgroup, Lane) {
-    stage_rows<T, kSimdgroups * kRowTiles * kFragment, kHeadDim, kSimdgroups * 32>(memory, tile, thread_index);
-    operand.rows.base = memory + simdgroup * kRowTiles * kFragment * StagedRows<T, kHeadDim>::kStride;
+    stage_rows<T, kSimdgroups * kRowTiles * kFragment, kHeadDim, octets, kSimdgroups * 32>(memory, tile, thread_index);
+    operand.rows.base = memory + simdgroup * kRowTiles * kFragment * StagedRows<T, kHeadDim, octets>::kStride;
   }
 };
 
@@ -74,8 +74,8 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kBlockQueries = kSimdgroups * kRowTiles * kFragment;
-  typedef StagedRows<T, kHeadDim> Keys;
-  typedef StagedRows<T, kValueDim> Values;
+  typedef StagedRows<T, kHeadDim, quads> Keys;
+  typedef StagedRows<T, kValueDim, octets> Values;
   threadgroup uint4
       memory[forward_threadgroup_bytes(staged, kMemory, kHeadDim, kValueDim, kBlockQueries, kBlockKeys, sizeof(T)) /
              16];
@@ -113,9 +113,9 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, kThreads>(keys, tile.keys.from(first_key), thread_index);
+    stage_rows<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, tile.keys.from(first_key), thread_index);
     if (kMemory == split) {
-      stage_rows<T, kBlockKeys, kValueDim, kThreads>(values, next_values, thread_index);
+      stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(values, next_values, thread_index);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sees) {
@@ -124,7 +124,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     }
     if (kMemory == shared) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      stage_rows<T, kBlockKeys, kValueDim, kThreads>(values, next_values, thread_index);
+      stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(values, next_values, thread_index);
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (sees) {

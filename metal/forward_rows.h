@@ -68,6 +68,7 @@ struct Forward {
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
       const float maximum = row[r].maximum;
+      float sum = 0;
       // The fma does not round its product, but the maximum is rounded: of huge scores the difference alone overflows
       // exp2. A branch, since computing both would cost three operations per score.
       if (fabs(maximum) > kExactProduct) {
@@ -85,13 +86,14 @@ struct Forward {
 #pragma unroll
       for (short n = 0; n < kKeyTiles; ++n) {
         const float2 p = fast::exp2(elements(score[r][n]));
-        row[r].sum += p.x + p.y;
+        sum += p.x + p.y;
         elements(score[r][n]) = p;
         if (has_dropout) {
           elements(score[r][n]) *=
               dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
         }
       }
+      row[r].add(sum);
     }
   }
 

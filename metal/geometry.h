@@ -12,24 +12,39 @@ enum Memory { split, shared };
 // Where a SIMD-group's own left operands are: in registers for the whole kernel, or read again for every block.
 enum Own { held, reread };
 
-// 16 bytes of padding shift each row by four banks: K- and V-type loads then conflict in none of a 32-bank model.
-constexpr int padded_row_bytes(int head_dim, int element_size) { return head_dim * element_size + 16; }
+// What is loaded from rows in threadgroup memory: quads of neighbouring rows (K in Q K'), octets (V in P V), or both.
+enum Loads { quads, octets, both };
+
+// Padding shifts each row by four or eight of 32 banks of 4 bytes. Then no load conflicts if the banks serve a whole
+// SIMD-group at once; and, for one kind of loads and 16-bit quads and octets or 32-bit quads, none if they serve 128
+// bytes of neighbouring lanes at a time, as NVIDIA's do.
+constexpr int padded_row_bytes(int dim, int element_size, Loads loads) {
+  return dim * element_size +
+         ((element_size == 2 && loads == octets) || (element_size == 4 && loads == quads) ? 32 : 16);
+}
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, int value_dim, int block_queries,
                                         int block_keys, int element_size) {
-  return path == direct ? 0
-         : memory == split
-             ? block_keys * (padded_row_bytes(head_dim, element_size) + padded_row_bytes(value_dim, element_size))
-             : block_queries * padded_row_bytes(head_dim, element_size) +
-                   block_keys * padded_row_bytes(larger(head_dim, value_dim), element_size);
+  return path == direct    ? 0
+         : memory == split ? block_keys * (padded_row_bytes(head_dim, element_size, quads) +
+                                           padded_row_bytes(value_dim, element_size, octets))
+                           : block_queries * padded_row_bytes(head_dim, element_size, octets) +
+                                 block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
+                                                     padded_row_bytes(value_dim, element_size, octets));
+}
+
+// K and V of a block of keys.
+constexpr int backward_dq_threadgroup_bytes(int head_dim, int value_dim, int block_keys, int element_size) {
+  return block_keys *
+         (padded_row_bytes(head_dim, element_size, both) + padded_row_bytes(value_dim, element_size, quads));
 }
 
 // Q, dO and the statistics of a block of queries.
 constexpr int backward_dkdv_threadgroup_bytes(int head_dim, int value_dim, int block_queries, int element_size) {
-  return block_queries * (padded_row_bytes(head_dim, element_size) + padded_row_bytes(value_dim, element_size) +
-                          2 * int(sizeof(float)));
+  return block_queries * (padded_row_bytes(head_dim, element_size, both) +
+                          padded_row_bytes(value_dim, element_size, both) + 2 * int(sizeof(float)));
 }
 
 }  // namespace mfa

@@ -10,9 +10,9 @@
 namespace mfa {
 
 // A tile of rows in threadgroup memory. Tails are zeros already, so loads need no guard.
-template <typename T, int kDim>
+template <typename T, int kDim, Loads kLoads>
 struct StagedRows {
-  static constant constexpr int kStride = padded_row_bytes(kDim, sizeof(T)) / sizeof(T);
+  static constant constexpr int kStride = padded_row_bytes(kDim, sizeof(T), kLoads) / sizeof(T);
 
   const threadgroup T* base;
 
@@ -133,7 +133,7 @@ inline void store_quad_guarded(device T* row, float4 x, int d, int dim) {
 
 // Copies kRows rows of up to kDim elements into a padded tile, with zeros from row `valid` and element `dim` on. Walks
 // 16-byte chunks, not rows: kThreads does not divide every row length.
-template <typename T, int kRows, int kDim, int kThreads>
+template <typename T, int kRows, int kDim, Loads kLoads, int kThreads>
 inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_index) {
   constexpr int kChunk = 16 / sizeof(T);
   constexpr int kChunksPerRow = kDim / kChunk;
@@ -141,7 +141,7 @@ inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_i
     const int row = chunk / kChunksPerRow;
     const int d = chunk % kChunksPerRow * kChunk;
     const device T* source = rows.base + row * rows.stride + d;
-    threadgroup T* target = tile + row * StagedRows<T, kDim>::kStride + d;
+    threadgroup T* target = tile + row * StagedRows<T, kDim, kLoads>::kStride + d;
     if (is_aligned && row < rows.valid && d + kChunk <= rows.dim) {
       *(threadgroup uint4*)target = *(const device uint4*)source;
       continue;

@@ -19,6 +19,7 @@ constant constexpr float kExactProduct = 1e6f;
 struct SoftmaxRow {
   float maximum = kUnseen;
   float sum = 0;
+  float excess = 0;  // what rounding added to the sum: of 2^17 keys it would reach the log-sum-exp
 
   // A sink is a first key without a value: it counts once per row, so in one of the row's four lanes.
   void start_with_sink(float sink, bool counts) {
@@ -29,12 +30,21 @@ struct SoftmaxRow {
     }
   }
 
+  // Compensated (Kahan 1965). Once per block: the terms of one are few, and alike.
+  void add(float block) {
+    const float term = block - excess;
+    const float next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
+
   // Moves the maximum if it has to move; returns the factor for what was accumulated under the old one.
   float advance(float candidate) {
     if (candidate - maximum > kRescaleThreshold) {
       const float factor = fast::exp2(maximum - candidate);
       maximum = candidate;
       sum *= factor;
+      excess *= factor;
       return factor;
     }
     return 1;

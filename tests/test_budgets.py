@@ -41,7 +41,7 @@ def test_dense_d64():
     assert counters.threadgroup_barriers <= 15 * simdgroups
     assert counters.simdgroup_barriers == 0
     assert counters.conversions == 0
-    assert launch.threadgroup_memory == 9_216
+    assert launch.threadgroup_memory == 9_728
 
 
 def test_dense_d128():
@@ -57,7 +57,7 @@ def test_dense_d128():
     assert counters.threadgroup_barriers <= 15 * simdgroups
     assert counters.simdgroup_barriers == 0
     assert counters.conversions == 0
-    assert launch.threadgroup_memory == 17_408
+    assert launch.threadgroup_memory == 17_920
 
 
 def test_direct_reads_no_threadgroup_memory():

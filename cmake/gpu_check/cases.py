@@ -1,0 +1,176 @@
+"""What is checked: problems as plain data, which `build` plans and compiles and `run` runs, maybe elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+DTYPES = ("f16", "bf16", "f32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense problem; packed sequences where `sequences` is set; a cache where `cache` is set."""
+
+    group: str
+    dtype: str = "f16"
+    batch: int = 1
+    query_heads: int = 2
+    key_heads: int = 1
+    query_length: int = 300
+    key_length: int = 417
+    head_dim: int = 64
+    value_dim: int = 0  # 0: as head_dim
+    family: str = "apple7"
+    window_left: int | None = None
+    window_right: int | None = None  # 0: causal
+    softcap: float = 0.0
+    bias: str = "none"  # of plan()
+    bias_sizes: tuple[int, int, int, int] = (1, 1, 1, 1)  # 0: the problem's own size
+    sinks: bool = False
+    alibi: bool = False
+    dropout_p: float = 0.0
+    backward: str = ""  # "": forward only; automatic, five_gemm, seven_gemm
+    grad_lse: bool = False
+    scratch_limit: int = 64 << 20
+    interleaved: bool = False  # [B,L,H,D] in memory
+    sequences: int = 0  # packed: of random lengths, query_length and key_length rows in all
+    cache: str = ""  # same_dtype, int8, float8: key_length is the capacity per entry, live lengths are random
+    page_size: int = 0
+    splits: int = 0
+    heads_checked: int = 0  # 0: all; else so many (batch, key head), the first and the last among them
+
+    @property
+    def name(self) -> str:
+        size = f"B{self.batch} H{self.query_heads}/{self.key_heads} L{self.query_length}x{self.key_length}"
+        dims = f"D{self.head_dim}" + (f"/{self.value_dim}" if self.value_dim else "")
+        words = [self.group, self.dtype, size, dims, self.family]
+        for label, value in (
+            ("left", self.window_left),
+            ("right", self.window_right),
+            ("softcap", self.softcap or None),
+            ("bias", f"{self.bias}{self.bias_sizes}".replace(" ", "") if self.bias != "none" else None),
+            ("dropout", self.dropout_p or None),
+            ("sequences", self.sequences or None),
+            ("cache", self.cache or None),
+            ("page", self.page_size or None),
+            ("splits", self.splits or None),
+            ("backward", self.backward or None),
+        ):
+            if value is not None:
+                words.append(f"{label}={value}")
+        words += [name for name in ("sinks", "alibi", "grad_lse", "interleaved") if getattr(self, name)]
+        return " ".join(words)
+
+
+FEATURES: tuple[dict[str, object], ...] = (
+    {"window_right": 0},
+    {"window_left": 100, "window_right": 30},
+    {"softcap": 20.0, "window_right": 0},
+    {"bias": "mask", "bias_sizes": (1, 1, 0, 0)},
+    {"bias": "float32", "bias_sizes": (0, 0, 0, 0)},
+    {"bias": "same_dtype", "bias_sizes": (1, 0, 0, 1)},
+    {"alibi": True, "sinks": True, "window_right": 0},
+    {"dropout_p": 0.2},
+    {"grad_lse": True, "sinks": True},
+    {"value_dim": 40},
+)
+
+
+def small() -> Iterator[Case]:
+    """Every kind of kernel at a size that sanitizers can bear."""
+    base = Case("small", query_length=77, key_length=131, backward="seven_gemm")
+    for dtype, dim in product(DTYPES, (64, 128, 256)):
+        yield replace(base, dtype=dtype, head_dim=dim, window_right=0)
+    for feature in FEATURES:
+        yield replace(base, **feature)  # type: ignore[arg-type]
+    for dim in (64, 128, 256):
+        yield replace(base, head_dim=dim, backward="five_gemm", key_heads=2)
+    for dtype, dim in product(DTYPES, (64, 128)):
+        yield replace(base, dtype=dtype, head_dim=dim, family="apple9", window_right=0, backward="")
+    yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
+    for cache, page in (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("float8", 0)):
+        yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, cache=cache,
+                   page_size=page, splits=3, window_right=0)  # fmt: skip
+
+
+def features() -> Iterator[Case]:
+    base = Case("features", batch=2, query_heads=4, key_heads=2, query_length=600, key_length=733)
+    for (dtype, dim), feature in product((("f16", 64), ("bf16", 64), ("f32", 64), ("f16", 128)), FEATURES):
+        yield replace(base, dtype=dtype, head_dim=dim, backward="seven_gemm", **feature)  # type: ignore[arg-type]
+    for dtype, dim in product(DTYPES, (32, 80, 96, 192, 256)):
+        yield replace(base, dtype=dtype, head_dim=dim, window_right=0, backward="automatic")
+    for dtype, dim in product(("f16", "bf16"), (64, 128, 256)):
+        yield replace(base, dtype=dtype, head_dim=dim, window_right=0, backward="five_gemm")
+    for dtype, dim in product(DTYPES, (64, 128)):
+        yield replace(base, dtype=dtype, head_dim=dim, family="apple9", bias="mask", bias_sizes=(1, 1, 0, 0))
+    yield replace(base, query_length=1024, key_length=4096, bias="mask", bias_sizes=(1, 1, 0, 0), backward="automatic")
+
+
+def full() -> Iterator[Case]:
+    for dtype, dim, length, right in product(DTYPES, (64, 128, 256), (2048, 8192), (None, 0)):
+        if length == 2048 or dtype == "f16":
+            yield Case("full", dtype, 4 if length == 2048 else 1, 8, 8 if length == 2048 else 2, length, length, dim,
+                       window_right=right, backward="automatic", heads_checked=4)  # fmt: skip
+    for dtype, dim in product(DTYPES, (64, 128, 256)):
+        yield Case("full", dtype, 1, 2, 1, 32768, 32768, dim, window_right=0, backward="seven_gemm")
+    for dim in (64, 128, 256):
+        yield Case("full", "f16", 1, 2, 1, 32768, 32768, dim, window_right=0, backward="five_gemm",
+                   scratch_limit=16 << 30)  # fmt: skip
+    for dtype, dim in product(DTYPES, (64, 128, 256)):
+        yield Case("full", dtype, 1, 1, 1, 131072, 131072, dim, window_right=0)
+    yield Case("full", "f16", 1, 2, 1, 131072, 131072, 128, family="apple9")
+
+
+def huge() -> Iterator[Case]:
+    """Offsets of more than 2^31 elements."""
+    base = Case("huge", "f16", 1, 320, 320, 131072, 131072, 64, window_left=127, window_right=0, heads_checked=2)
+    yield replace(base, backward="seven_gemm")
+    yield replace(base, backward="seven_gemm", interleaved=True)
+    yield replace(base, family="apple9", interleaved=True)
+    mask = Case("huge", "f16", 1, 1, 1, 65536, 65536, 64, bias_sizes=(1, 1, 0, 0))
+    yield replace(mask, bias="mask", backward="seven_gemm")
+    yield replace(mask, bias="same_dtype")
+    # dS of four heads: 2^32 elements of scratch.
+    yield Case("huge", "f16", 1, 4, 1, 32768, 32768, 64, backward="five_gemm", scratch_limit=16 << 30)
+
+
+def packed() -> Iterator[Case]:
+    base = Case("varlen", "f16", 1, 4, 2, 400_000, 400_000, 64, sequences=4000, heads_checked=1500)
+    base = replace(base, backward="seven_gemm")
+    yield replace(base, window_right=0)
+    yield replace(base, dtype="bf16", head_dim=128, key_length=500_000)
+    yield replace(base, dtype="f32", query_length=100_000, key_length=100_000, sequences=1000, window_right=0)
+
+
+def caches() -> Iterator[Case]:
+    base = Case("decode", "f16", 64, 32, 8, 1, 32768, 128, cache="same_dtype", window_right=0, heads_checked=24)
+    for cache, page in product(("same_dtype", "int8", "float8"), (0, 16)):
+        yield replace(base, cache=cache, page_size=page)
+    yield replace(base, dtype="bf16", query_length=4, page_size=64, splits=7)
+    yield replace(base, dtype="f32", head_dim=64, page_size=16)
+    yield replace(base, batch=1, key_length=131072, page_size=16)
+
+
+def repeated() -> Iterator[Case]:
+    """Run fifty times: the same bits."""
+    base = Case("repeat", "f16", 2, 8, 4, 1500, 1700, 64, window_right=0)
+    yield replace(base, backward="seven_gemm", dropout_p=0.1, bias="float32", bias_sizes=(1, 0, 0, 0))
+    yield replace(base, backward="five_gemm")
+    yield replace(base, dtype="bf16", head_dim=128, backward="five_gemm")
+    yield replace(base, dtype="f32", backward="seven_gemm")
+    yield replace(base, family="apple9")
+    yield replace(base, batch=1, query_length=20_000, key_length=20_000, sequences=100, backward="seven_gemm")
+    yield Case("repeat", "f16", 8, 32, 8, 1, 8192, 128, cache="int8", page_size=16, window_right=0)
+
+
+GROUPS = {
+    "small": small,
+    "repeat": repeated,
+    "decode": caches,
+    "varlen": packed,
+    "features": features,
+    "full": full,
+    "huge": huge,
+}

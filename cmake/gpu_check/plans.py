@@ -1,0 +1,123 @@
+"""Cases -> plans: which pipelines run, with which parameters. Needs the package; what it makes is plain data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mfa import _native
+
+from .cases import Case
+
+PARAMS = Path(__file__).parents[2] / "metal" / "params.h"
+
+
+def enumerators(name: str) -> dict[str, int]:
+    """`kGradQuery = 14` of an enumeration in metal/params.h as {"grad_query": 14}."""
+    text = PARAMS.read_text()
+    body = text[text.index(f"enum {name}") :]
+    found = re.finditer(r"\bk(\w+) = (\d+)", body[: body.index("};")])
+    return {re.sub(r"(?<!^)([A-Z])", r"_\1", each[1]).lower(): int(each[2]) for each in found}
+
+
+def constant_indices() -> dict[str, int]:
+    """As plans spell them: is_aligned for kAligned."""
+    irregular = {"aligned": "is_aligned", "exact_head": "is_exact_head"}
+    return {irregular.get(name, name): index for name, index in enumerators("FunctionConstant").items()}
+
+
+CONSTANTS = constant_indices()
+
+
+def strides_of(case: Case, heads: int, length: int, dim: int) -> tuple[int, int, int]:
+    """Batch, head, row, in elements."""
+    if case.sequences:
+        return 0, dim, heads * dim
+    if case.interleaved:
+        return length * heads * dim, dim, heads * dim
+    return heads * length * dim, length * dim, dim
+
+
+def full_bias_sizes(case: Case) -> tuple[int, ...]:
+    own = (case.batch, case.query_heads, case.query_length, case.key_length)
+    return tuple(size or full for size, full in zip(case.bias_sizes, own, strict=True))
+
+
+def problem(case: Case) -> dict[str, Any]:
+    """The arguments of _native.plan()."""
+    names = "family dtype batch query_heads key_heads query_length key_length head_dim window_left window_right"
+    fields: dict[str, Any] = {name: getattr(case, name) for name in names.split()}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    value_dim = case.value_dim or case.head_dim
+    fields |= {"value_dim": value_dim, "scale": case.head_dim**-0.5, "softcap": case.softcap, "has_sinks": case.sinks}
+    fields |= {"alibi": "per_head" if case.alibi else "none", "dropout_p": case.dropout_p, "sequences": case.sequences}
+    fields["query_strides"] = strides_of(case, case.query_heads, case.query_length, case.head_dim)
+    fields["out_strides"] = strides_of(case, case.query_heads, case.query_length, value_dim)
+    fields["key_strides"] = strides_of(case, case.key_heads, case.key_length, case.head_dim)
+    fields["value_strides"] = strides_of(case, case.key_heads, case.key_length, value_dim)
+    if case.bias != "none":
+        sizes = full_bias_sizes(case)
+        steps = [sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1]
+        fields |= {"bias": case.bias, "bias_sizes": sizes, "bias_strides": tuple(steps)}
+    return fields
+
+
+def cache_fields(case: Case) -> dict[str, Any]:
+    """What plan_decode() wants beyond that. A page or an entry is [heads, rows, dim]."""
+    rows = case.page_size or case.key_length
+    key, value = (case.key_heads * rows * d for d in (case.head_dim, case.value_dim or case.head_dim))
+    fields: dict[str, Any] = {
+        "format": case.cache,
+        "splits": case.splits,
+        "key_strides": (key, rows * case.head_dim, case.head_dim),
+        "value_strides": (value, rows * (case.value_dim or case.head_dim), case.value_dim or case.head_dim),
+        "key_scale_strides": (case.key_heads * rows, rows, 1),
+        "value_scale_strides": (case.key_heads * rows, rows, 1),
+    }
+    if case.page_size:
+        per_sequence = case.key_length // case.page_size
+        fields |= {"page_size": case.page_size, "pages": case.batch * per_sequence, "pages_per_sequence": per_sequence}
+    return fields
+
+
+def as_data(plan: Any) -> dict[str, Any]:
+    launches = [
+        {
+            "kernel": launch.kernel,
+            "constants": [CONSTANTS[name] for name, value in launch.constants.items() if value],
+            "grid": launch.grid,
+            "group": launch.group,
+            "unit": launch.unit,
+        }
+        for launch in plan.launches
+    ]
+    sizes = {name: getattr(plan, name) for name in ("scratch_bytes", "tile_map_bytes", "mask_class_bytes")}
+    return {"params": bytes(plan.params).hex(), "splits": plan.params.splits, "launches": launches, **sizes}
+
+
+def plan(case: Case) -> dict[str, Any]:
+    fields = problem(case)
+    if case.cache:
+        return {
+            "case": asdict(case),
+            "name": case.name,
+            "forward": as_data(_native.plan_decode(**fields | cache_fields(case))),
+        }
+    fields["has_correction"] = bool(case.backward) and case.dtype != "f32"
+    found = {"case": asdict(case), "name": case.name, "forward": as_data(_native.plan(**fields))}
+    if case.backward:
+        wants_bias = case.bias in ("float32", "same_dtype")
+        found["backward"] = as_data(
+            _native.plan_backward(
+                **fields,
+                mode=case.backward,
+                wants_bias=wants_bias,
+                wants_sinks=case.sinks,
+                wants_alibi=case.alibi,
+                has_grad_lse=case.grad_lse,
+                scratch_limit=case.scratch_limit,
+            )
+        )
+    return found

@@ -1,0 +1,89 @@
+"""make gpu-check without a GPU: its plans, reference and verdicts on the simulator, and that kernels compile to PTX."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulator_engine import Library
+from torch import Tensor
+
+from mfa import _library
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "cmake"), str(ROOT / "csrc/simulator/cuda")]
+
+from gpu_check import plans  # noqa: E402
+from gpu_check.cases import GROUPS, Case  # noqa: E402
+from gpu_check.check import Problem, check  # noqa: E402
+from translate_cuda import Pipeline, compile_ptx, translate_source  # noqa: E402
+
+SMALL = [case for case in GROUPS["small"]() if case.head_dim == 64]
+
+
+class Simulated:
+    """What gpu_check.gpu.Gpu is, on the simulator."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.library = Library(_library.path_of("mfa_kernels_fast"))
+        self.arguments = plans.enumerators("Argument")
+
+    def run(self, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        made = {"params": torch.frombuffer(bytearray.fromhex(plan["params"]), dtype=torch.uint8)}
+        for name, size in (("score_gradient", "scratch"), ("tile_map", "tile_map"), ("mask_classes", "mask_class")):
+            made[name] = torch.full((plan[f"{size}_bytes"],), 255, dtype=torch.uint8)
+        for launch in plan["launches"]:
+            made["first_unit"] = torch.tensor(launch["unit"], dtype=torch.int32)
+            arguments = {
+                self.arguments[name]: torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+                for name, tensor in {**tensors, **made}.items()
+            }
+            constants = {index: index in launch["constants"] for index in plans.CONSTANTS.values()}
+            self.library.dispatch(
+                launch["kernel"],
+                grid=launch["grid"],
+                group=launch["group"],
+                arguments=arguments,
+                constants=constants,
+                checks=0,
+            )
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_small_cases_pass_on_the_simulator(case: Case) -> None:
+    problem = Problem(Simulated(), plans.plan(case))
+    found = check(problem)
+    assert found["passes"], found["of_bound"]
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "grad_query", "grad_key", "grad_value"])
+def test_a_wrong_result_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Simulated(), plans.plan(SMALL[0]))
+    run = Problem.run
+
+    def spoiled(self: Problem) -> dict[str, Tensor]:
+        results = run(self)
+        results[name].flatten()[-1] += 0.02
+        return results
+
+    monkeypatch.setattr(Problem, "run", spoiled)
+    found = check(problem)
+    assert [each for each, ratio in found["of_bound"].items() if ratio > 1] == [name]
+
+
+@pytest.mark.parametrize(
+    ("file", "kernel"), [("forward_f16", "forward_f16_d64_v64_staged_s4_r2_k32"), ("tile_map", "")]
+)
+def test_kernels_compile_to_ptx(file: str, kernel: str) -> None:
+    source = translate_source(ROOT / f"metal/{file}.metal", include_dirs=[ROOT / "metal"])
+    kernel = kernel or min(source.kernels)
+    ptx = compile_ptx(source, Pipeline(kernel, (2, 3), 128))
+    assert f".entry {kernel}(" in ptx
+    assert ".maxntid 128, 1, 1" in ptx
+    assert "call" not in ptx.replace("_call", "")
