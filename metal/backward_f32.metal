@@ -3,10 +3,10 @@
 #define MFA_INSTANCES_WITHOUT_BF16
 #include "backward_dbias.h"
 #include "backward_delta.h"
-#include "backward_dslopes.h"
 #include "backward_dkdv.h"
 #include "backward_dq.h"
 #include "backward_dq_from_ds.h"
+#include "backward_dslopes.h"
 
 namespace mfa {
 #include "instances.def"
