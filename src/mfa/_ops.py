@@ -99,9 +99,9 @@ def nothing_listens(*tensors: Tensor | None) -> bool:
     """Whether the op would only call the CPU's kernel, so that the way through the dispatcher can be saved.
 
     That way is most of what a short call costs. Who listens: autograd, torch.func, torch.compile, a mode (FLOP counter,
-    fake tensors, tracing), a subclass of Tensor, and the simulator.
+    fake tensors, tracing), a subclass of Tensor, autocast (which the op turns off), and the simulator.
     """
-    if torch.compiler.is_compiling() or simulator.active() is not None:
+    if torch.compiler.is_compiling() or simulator.active() is not None or torch.is_autocast_enabled("cpu"):
         return False
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     if modes or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
