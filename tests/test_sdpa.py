@@ -80,6 +80,16 @@ def test_enable_and_disable(routed: list[Any]) -> None:
 
 
 @undoes
+def test_removing_a_handle_tells_torch(routed: list[Any]) -> None:
+    handle = sdpa.activate(sdpa.Options(cpu=True))
+    handle.remove()
+    assert torch_attention.current_flash_attention_impl() is None
+    assert not sdpa.is_enabled()
+    torch_sdpa(*qkv())
+    assert not routed
+
+
+@undoes
 def test_enabled_gives_back_what_was_active(routed: list[Any]) -> None:
     query, key, value = qkv()
     with sdpa.enabled():

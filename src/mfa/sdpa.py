@@ -56,8 +56,11 @@ class Handle:
         """Gives the ops back to ATen. Again: nothing."""
         global _active
         self._library = None  # torch unregisters when the last reference goes
-        if _active is self:
-            _active = None
+        if _active is not self:
+            return
+        _active = None
+        if _has_registry() and torch_attention.current_flash_attention_impl() == NAME:
+            torch_attention.restore_flash_attention_impl()  # calls this once more, for nothing
 
 
 _active: Handle | None = None
@@ -100,11 +103,7 @@ def activate(options: Options) -> Handle:
 
 def disable() -> None:
     """Gives attention back to ATen. Without an activation: nothing."""
-    if _active is None:
-        return
-    if _has_registry() and torch_attention.current_flash_attention_impl() == NAME:
-        torch_attention.restore_flash_attention_impl()
-    else:
+    if _active is not None:
         _active.remove()
 
 
