@@ -10,7 +10,6 @@ import csv
 import re
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from fidelity import TYPES, Problem
 from simulator_engine import ROOT
-from test_fidelity_mlx import PREFIX, STUBS, build, steel_params, wheel
+from test_fidelity_mlx import build, steel_params, unpack
 
 import mfa
 from mfa import _library, _native
@@ -178,14 +177,7 @@ def ours() -> Iterator[Kernel]:
 
 def mlx(directory: Path) -> Iterator[Kernel]:
     """MLX's kernels, with headers unpacked into `directory`."""
-    with zipfile.ZipFile(wheel()) as archive:
-        kernels = PREFIX + "mlx/backend/metal/kernels/"
-        archive.extractall(directory, [name for name in archive.namelist() if name.startswith(kernels)])
-    stubs = directory / "stubs/mlx/backend/metal/kernels"
-    stubs.mkdir(parents=True)
-    for name, text in STUBS.items():
-        (stubs / name).write_text(text)
-    includes = [directory / "stubs", directory / PREFIX]
+    includes = unpack(directory)
     for dim, dtypes in STEEL_DTYPES.items():
         for dtype in dtypes:
             rows, block, over_rows, over_dim = STEEL[dim]

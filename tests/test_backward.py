@@ -25,12 +25,11 @@ GEMMS = {"five": 5, "seven": 7}
 @contextmanager
 def forced(mode: str) -> Iterator[None]:
     """Inside it, the kernels' backward pass has so many GEMMs."""
-    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
-    before = choose(GEMMS[mode])
+    before = _library.set_backward_mode(GEMMS[mode])
     try:
         yield
     finally:
-        choose(before)
+        _library.set_backward_mode(before)
 
 
 @pytest.fixture(params=GEMMS)

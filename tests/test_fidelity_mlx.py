@@ -52,10 +52,8 @@ def wheel() -> Path:
     return next(cache.glob(pattern))
 
 
-@pytest.fixture(scope="session")
-def headers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def unpack(directory: Path) -> list[Path]:
     """Include directories: our stubs before MLX's headers."""
-    directory = tmp_path_factory.mktemp("mlx")
     with zipfile.ZipFile(wheel()) as archive:
         kernels = PREFIX + "mlx/backend/metal/kernels/"
         archive.extractall(directory, [name for name in archive.namelist() if name.startswith(kernels)])
@@ -64,6 +62,11 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, text in STUBS.items():
         (stubs / name).write_text(text)
     return [directory / "stubs", directory / PREFIX]
+
+
+@pytest.fixture(scope="session")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return unpack(tmp_path_factory.mktemp("mlx"))
 
 
 def build(headers: list[Path], name: str, mode: str, header: str, instances: list[str]) -> Library:

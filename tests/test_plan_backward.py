@@ -1,6 +1,5 @@
 """plan_backward(): what is asked for is computed once, nothing else, and within the scratch."""
 
-import ctypes
 import itertools
 from typing import Any
 
@@ -327,7 +326,6 @@ def test_what_no_kernel_takes_is_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_catalogue_knows_what_kernels_really_use(dtype: str) -> None:
     """Threadgroup memory of every instance of both passes, as the simulator finds it."""
-    choose = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(_library.address_of("mfa_set_backward_mode"))
     rows = dense_instances(dtype)
     used: dict[str, int] = {}
 
@@ -340,10 +338,10 @@ def test_catalogue_knows_what_kernels_really_use(dtype: str) -> None:
             mfa.attention(query, query, value, bias).sum().backward()
         used.update({launch.kernel: launch.threadgroup_memory for launch in simulation.launches})
 
-    before = choose(0)
+    before = _library.set_backward_mode(0)
     try:
         for family, gemms, bucket in itertools.product(("apple7", "apple9"), (5, 7), BUCKETS):
-            choose(gemms)
+            _library.set_backward_mode(gemms)
             run(family, *bucket)
         for row in rows:  # alternatives
             if row.name not in used:
@@ -351,6 +349,6 @@ def test_catalogue_knows_what_kernels_really_use(dtype: str) -> None:
                 run("apple9", row.head_dim, row.value_dim)
                 assert row.name in used
     finally:
-        choose(before)
+        _library.set_backward_mode(before)
         _library.prefer_instance(None)
     assert used == {row.name: row.threadgroup_memory for row in rows}

@@ -7,7 +7,7 @@ yet. Called through `torch.ops`, the same sentences are RuntimeErrors (`as_runti
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -205,26 +205,13 @@ def check_has_state(dropout_p: float, rng_state: Tensor | None) -> None:
         raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {dropout_p}")
 
 
-def check_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *,
-    metal: bool,
-) -> None:
+def check_forward(query: Tensor, key: Tensor, value: Tensor, *terms: Any, metal: bool) -> None:
     """Everything about the arguments of `mfa::attention_forward`, except that dropout has a state (`check_has_state`).
 
-    `metal`: the Metal kernels are going to run.
+    `terms`: as in `check_terms`. `metal`: the Metal kernels are going to run.
     """
     check_tensors(query, key, value, ranks=(4,))
-    check_terms(query, key, value, bias, sinks, alibi_slopes, scale, softcap, dropout_p, rng_state, metal=metal)
+    check_terms(query, key, value, *terms, metal=metal)
 
 
 def check_terms(
@@ -268,17 +255,16 @@ def check_results(
     lse: Tensor,
     correction: Tensor | None,
     query: Tensor,
-    value: Tensor,
+    shape_of_out: tuple[int, ...],
+    shape_of_lse: tuple[int, ...],
 ) -> None:
-    """The arguments that `mfa::attention_backward` has besides those of the forward pass."""
-    rows = query.shape[:3]
-    results = (*rows, value.shape[3])
+    """The arguments that a backward op has besides those of its forward pass."""
     for name, tensor, shape, dtype in (
-        ("grad_out", grad_out, results, query.dtype),
-        ("out", out, results, query.dtype),
-        ("correction", correction, results, torch.float16),
-        ("grad_lse", grad_lse, rows, torch.float32),
-        ("lse", lse, rows, torch.float32),
+        ("grad_out", grad_out, shape_of_out, query.dtype),
+        ("out", out, shape_of_out, query.dtype),
+        ("correction", correction, shape_of_out, torch.float16),
+        ("grad_lse", grad_lse, shape_of_lse, torch.float32),
+        ("lse", lse, shape_of_lse, torch.float32),
     ):
         if tensor is None:
             continue

@@ -4,7 +4,7 @@ Schemas and the kernels on MPS are in csrc/library.cpp. `mfa::attention` decompo
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,51 +27,27 @@ _CORRECTED = "mfa::attention_forward_with_correction"
 # -- attention_forward ----------------------------------------------------------------------------------------------
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    _left: int | None,
-    _right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *,
-    metal: bool,
-) -> None:
-    tensors = (query, key, value, bias, sinks, alibi_slopes)
-    _checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=metal)
+def check_arguments(check: Callable[..., None], arguments: Sequence[Any], *, metal: bool) -> None:
+    """Those of a forward op, in its order; `check` is its kind's check_forward, which doesn't need the window."""
+    *terms, _left, _right, softcap, dropout_p, rng_state = arguments
+    check(*terms, softcap, dropout_p, rng_state, metal=metal)
     _checks.check_has_state(dropout_p, rng_state)
 
 
-@_checks.as_runtime_errors
-def _forward_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _run(op: Any, *arguments: Any) -> Any:
+    """What a forward op returns for CPU tensors: out and lse, and from the kernels all that `op` has."""
     simulation = simulator.active()
-    tensors = (query, key, value, bias, sinks, alibi_slopes)
-    arguments = (*tensors, scale, window_left, window_right, softcap, dropout_p, rng_state)
-    _check(*arguments, metal=simulation is not None)
+    check_arguments(_checks.check_forward, arguments, metal=simulation is not None)
     if simulation is not None:  # what an MPS tensor reaches
-        outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_forward.default, *arguments)
-        return outputs
+        return simulation.call(op, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _cpu.attention_forward(*arguments)
+
+
+@_checks.as_runtime_errors
+def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _run(ops.attention_forward.default, *arguments)
+    return out, lse
 
 
 @_checks.as_runtime_errors
@@ -91,7 +67,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     arguments = (*tensors, scale, window_left, window_right, softcap, dropout_p, rng_state)
-    _check(*arguments, metal=query.device.type == "mps")
+    check_arguments(_checks.check_forward, arguments, metal=query.device.type == "mps")
     return _cpu.empty_outputs(query, value.shape[3])
 
 
@@ -157,19 +133,15 @@ def _forward_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any
 
 @_checks.as_runtime_errors
 def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    simulation = simulator.active()
-    if simulation is not None:
-        _check(*arguments, metal=True)
-        op = ops.attention_forward_with_correction.default
-        outputs: tuple[Tensor, Tensor, Tensor] = simulation.call(op, *arguments)
-        return outputs
-    return with_correction(*_forward_cpu(*arguments))
+    return with_correction(*_run(ops.attention_forward_with_correction.default, *arguments))
 
 
-def with_correction(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_correction(out: Tensor, lse: Tensor, correction: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The CPU's backward pass computes the results again, and needs no correction."""
-    half = torch.float16
-    return out, lse, torch.zeros_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
+    if correction is None:
+        half = torch.float16
+        correction = torch.zeros_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
+    return out, lse, correction
 
 
 def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,8 +200,10 @@ def _backward_cpu(
     simulation = simulator.active()
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     window = (window_left, window_right)
-    _check(*tensors, scale, *window, softcap, dropout_p, rng_state, metal=simulation is not None)
-    _checks.check_results(grad_out, grad_lse, out, lse, correction, query, value)
+    forward = (*tensors, scale, *window, softcap, dropout_p, rng_state)
+    check_arguments(_checks.check_forward, forward, metal=simulation is not None)
+    rows = query.shape[:3]
+    _checks.check_results(grad_out, grad_lse, out, lse, correction, query, (*rows, value.shape[3]), rows)
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
         arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask, correction)

@@ -77,33 +77,3 @@ def check_starts(
                     f"max_seqlen_{side} is {longest}; it must be at least the length of every sequence, and that of "
                     f"{n} is {length}"
                 )
-
-
-def check_results(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    correction: Tensor | None,
-    query: Tensor,
-    value: Tensor,
-) -> None:
-    """The arguments that `mfa::attention_varlen_backward` has besides those of the forward pass."""
-    tokens, heads = query.shape[:2]
-    results = (tokens, heads, value.shape[2])
-    for name, tensor, shape, dtype in (
-        ("grad_out", grad_out, results, query.dtype),
-        ("out", out, results, query.dtype),
-        ("correction", correction, results, torch.float16),
-        ("grad_lse", grad_lse, (heads, tokens), torch.float32),
-        ("lse", lse, (heads, tokens), torch.float32),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {list(shape)}")
-        if tensor.dtype != dtype:
-            names = (_checks.dtype_name(tensor.dtype), _checks.dtype_name(dtype))
-            raise TypeError(f"{name} has dtype {names[0]}; it must be {names[1]}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")

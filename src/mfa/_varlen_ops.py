@@ -22,60 +22,22 @@ _CORRECTED = "mfa::attention_varlen_forward_with_correction"
 # -- attention_varlen_forward ---------------------------------------------------------------------------------------
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    _left: int | None,
-    _right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *,
-    metal: bool,
-) -> None:
-    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, alibi_slopes)
-    _varlen_checks.check_forward(*tensors, scale, softcap, dropout_p, rng_state, metal=metal)
-    _checks.check_has_state(dropout_p, rng_state)
+def _run(op: Any, *arguments: Any) -> Any:
+    """What a forward op returns for CPU tensors: out and lse, and from the kernels all that `op` has."""
+    simulation = simulator.active()
+    _ops.check_arguments(_varlen_checks.check_forward, arguments, metal=simulation is not None)
+    query, key, _value, *layout = arguments[:7]
+    _varlen_checks.check_starts(query, key, *layout)
+    if simulation is not None:  # what an MPS tensor reaches
+        return simulation.call(op, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _varlen_cpu.attention_varlen_forward(*arguments[:5], *arguments[7:])  # all but the lengths' maxima
 
 
 @_checks.as_runtime_errors
-def _forward_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    simulation = simulator.active()
-    starts = (cu_seqlens_q, cu_seqlens_k)
-    layout = (*starts, max_seqlen_q, max_seqlen_k)
-    terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
-    arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
-    _check(*arguments, metal=simulation is not None)
-    _varlen_checks.check_starts(query, key, *layout)
-    if simulation is not None:  # what an MPS tensor reaches
-        outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_varlen_forward.default, *arguments)
-        return outputs
-    with torch._C._AutoDispatchBelowAutograd():
-        return _varlen_cpu.attention_varlen_forward(*(query, key, value, *starts, *terms, dropout_p, rng_state))
+def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _run(ops.attention_varlen_forward.default, *arguments)
+    return out, lse
 
 
 @_checks.as_runtime_errors
@@ -97,11 +59,9 @@ def _forward_fake(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    bounds = (window_left, window_right)
-    _check(
-        *(query, key, value, *layout, sinks, alibi_slopes, scale, *bounds, softcap, dropout_p, rng_state),
-        metal=query.device.type == "mps",
-    )
+    terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
+    arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
+    _ops.check_arguments(_varlen_checks.check_forward, arguments, metal=query.device.type == "mps")
     return _varlen_cpu.empty_outputs(query, value.shape[2])
 
 
@@ -178,15 +138,7 @@ def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: A
 
 @_checks.as_runtime_errors
 def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    simulation = simulator.active()
-    if simulation is not None:
-        _check(*arguments, metal=True)
-        query, key, _value, *layout = arguments[:7]
-        _varlen_checks.check_starts(query, key, *layout)
-        op = ops.attention_varlen_forward_with_correction.default
-        outputs: tuple[Tensor, Tensor, Tensor] = simulation.call(op, *arguments)
-        return outputs
-    return _ops.with_correction(*_forward_cpu(*arguments))
+    return _ops.with_correction(*_run(ops.attention_varlen_forward_with_correction.default, *arguments))
 
 
 def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,8 +198,11 @@ def _backward_cpu(
     starts = (cu_seqlens_q, cu_seqlens_k)
     layout = (*starts, max_seqlen_q, max_seqlen_k)
     terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
-    _check(*(query, key, value, *layout, *terms, dropout_p, rng_state), metal=simulation is not None)
-    _varlen_checks.check_results(grad_out, grad_lse, out, lse, correction, query, value)
+    forward = (query, key, value, *layout, *terms, dropout_p, rng_state)
+    _ops.check_arguments(_varlen_checks.check_forward, forward, metal=simulation is not None)
+    tokens, heads = query.shape[:2]
+    shapes = (tokens, heads, value.shape[2]), (heads, tokens)
+    _checks.check_results(grad_out, grad_lse, out, lse, correction, query, *shapes)
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse)

@@ -2,17 +2,10 @@
 // the order of ../msl/matrix.h: times compare kernels, and are not distorted by an emulation that favours a type.
 #pragma once
 
+#include "../msl/elements.h"
+
 namespace mfa_sim {
 
-template <typename T>
-struct alignas(2 * sizeof(T)) Elements {
-  T at[2];
-  MFA_SIM_INLINE constexpr T& operator[](int i) { return at[i]; }
-  MFA_SIM_INLINE constexpr const T& operator[](int i) const { return at[i]; }
-};
-
-MFA_SIM_INLINE constexpr int row_of(int lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
-MFA_SIM_INLINE constexpr int column_of(int lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
 // The lane that owns (row, column) and (row, column + 1), `column` even.
 MFA_SIM_INLINE constexpr int lane_of(int row, int column) {
   return 16 * (row >> 2) + 8 * (column >> 2) + 4 * ((row >> 1) & 1) + 2 * (row & 1) + ((column >> 1) & 1);
