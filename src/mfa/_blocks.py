@@ -121,6 +121,17 @@ class Terms:
             total = total + mask
         return total.expand(*total.shape[:-2], rows.stop - rows.start, keys.stop - keys.start)
 
+    def as_one_block(self, scale: float) -> tuple[bool, bool]:
+        """Whether ATen's kernel takes all rows that see a key as one block, without a mask; and whether as causal.
+
+        ATen multiplies its causal -inf by the scale.
+        """
+        visible = self.window.rows()
+        if self.bias is not None or self.slopes is not None or visible.start == visible.stop:
+            return False, False
+        causal = scale > 0 and self.window.is_causal(visible.start)
+        return causal or not self.window.hides(visible, self.window.keys(visible)), causal
+
     def mask_copies(self) -> tuple[int, int]:
         """How many rows of mask a block holds per query row: for each head of a batch, and for each batch."""
         batches, heads = (0, 0) if self.bias is None else self.bias.shape[:2]
@@ -146,11 +157,21 @@ class Cut:
     window: Window
 
     @classmethod
-    def of(cls, terms: Terms, batch: int, key_heads: int, group: int, operand_bytes: int, score_copies: int) -> "Cut":
+    def of(
+        cls,
+        terms: Terms,
+        batch: int,
+        key_heads: int,
+        group: int,
+        operand_bytes: int,
+        score_copies: int,
+        least: int = 1,
+    ) -> "Cut":
         """
         Args:
             operand_bytes: scratch for one key head's copied operands.
             score_copies: how many matrices of scores a block holds at a time, per query head.
+            least: how many key heads of a batch a chunk has at least, whatever they need.
         """
         window = terms.window
         rows = window.block_rows()
@@ -158,12 +179,13 @@ class Cut:
         per_head, per_batch = terms.mask_copies()
         head_bytes = (per_head + score_copies) * group * row_bytes
         batch_bytes = per_batch * row_bytes
-        rows = max(1, min(rows, SCRATCH_BYTES // max(1, row_bytes, head_bytes + batch_bytes)))
+        least = max(1, min(least, key_heads))
+        rows = max(1, min(rows, SCRATCH_BYTES // max(1, row_bytes, least * head_bytes + batch_bytes)))
 
         budget = SCRATCH_BYTES
         chunk_bytes = max(1, operand_bytes, head_bytes * rows)
         batches = budget // (chunk_bytes * key_heads + batch_bytes * rows)
-        heads = key_heads if batches else max(1, (budget - batch_bytes * rows) // chunk_bytes)
+        heads = key_heads if batches else max(least, (budget - batch_bytes * rows) // chunk_bytes)
         return cls(batch, key_heads, group, max(1, batches), heads, rows, window)
 
     def chunks(self) -> Iterator[tuple[slice, slice, slice]]:

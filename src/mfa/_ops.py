@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _composition, _cpu, _library, simulator
+from . import _autograd, _checks, _composition, _cpu, _cpu_backward, _library, simulator
 
 _library.load()
 ops = torch.ops.mfa
@@ -34,20 +34,20 @@ def check_arguments(check: Callable[..., None], arguments: Sequence[Any], *, met
     _checks.check_has_state(dropout_p, rng_state)
 
 
-def _run(op: Any, *arguments: Any) -> Any:
-    """What a forward op returns for CPU tensors: out and lse, and from the kernels all that `op` has."""
+def _run(op: Any, on_cpu: Callable[..., Any], *arguments: Any) -> Any:
+    """What a forward op returns for CPU tensors; `on_cpu` is its implementation outside of a simulation."""
     simulation = simulator.active()
     check_arguments(_checks.check_forward, arguments, metal=simulation is not None)
     if simulation is not None:  # what an MPS tensor reaches
         return simulation.call(op, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _cpu.attention_forward(*arguments)
+        return on_cpu(*arguments)
 
 
 @_checks.as_runtime_errors
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _run(ops.attention_forward.default, *arguments)
-    return out, lse
+    outputs: tuple[Tensor, Tensor] = _run(ops.attention_forward.default, _cpu.attention_forward, *arguments)
+    return outputs
 
 
 @_checks.as_runtime_errors
@@ -133,19 +133,14 @@ def _forward_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any
 
 @_checks.as_runtime_errors
 def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return with_correction(*_run(ops.attention_forward_with_correction.default, *arguments))
-
-
-def with_correction(out: Tensor, lse: Tensor, correction: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The CPU's backward pass computes the results again, and needs no correction."""
-    if correction is None:
-        half = torch.float16
-        correction = torch.zeros_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
-    return out, lse, correction
+    op = ops.attention_forward_with_correction.default
+    outputs: tuple[Tensor, Tensor, Tensor] = _run(op, _cpu.attention_forward_with_correction, *arguments)
+    return outputs
 
 
 def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return with_correction(*_forward_fake(*arguments, **keywords))
+    out, lse = _forward_fake(*arguments, **keywords)
+    return out, lse, _cpu.empty_correction(out)
 
 
 def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -204,16 +199,13 @@ def _backward_cpu(
     check_arguments(_checks.check_forward, forward, metal=simulation is not None)
     rows = query.shape[:3]
     _checks.check_results(grad_out, grad_lse, out, lse, correction, query, (*rows, value.shape[3]), rows)
+    terms = (bias, sinks, alibi_slopes, scale, *window, softcap, dropout_p, rng_state)
+    arguments = (grad_out, grad_lse, query, key, value, out, lse, *terms, output_mask, correction)
     if simulation is not None:  # what an MPS tensor reaches
-        results = (grad_out, grad_lse, query, key, value, out, lse, bias, sinks, alibi_slopes)
-        arguments = (*results, scale, *window, softcap, dropout_p, rng_state, output_mask, correction)
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_backward.default, *arguments)
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
-        grads = _cpu.attention_backward(
-            *(grad_out, grad_lse, query, key, value, bias, sinks, alibi_slopes),
-            *(scale, *window, softcap, output_mask, dropout_p, rng_state),
-        )
+        grads = _cpu_backward.attention_backward(*arguments)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 

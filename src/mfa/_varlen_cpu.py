@@ -6,12 +6,12 @@ Rows that belong to no sequence, behind the last one, see nothing: out 0, lse -i
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _cpu
+from . import _cpu, _cpu_backward
 from ._blocks import HIDDEN
 
 
@@ -25,6 +25,10 @@ class Packed(NamedTuple):
     def of_queries(self, tensor: Tensor) -> Tensor:
         """[Tq,H,X] as a view [1,H,Lq,X]."""
         return tensor[self.queries].transpose(0, 1).unsqueeze(0)
+
+    def of_correction(self, tensor: Tensor | None) -> Tensor | None:
+        """As `of_queries`; None if there is none."""
+        return None if tensor is None or tensor.shape == (0,) else self.of_queries(tensor)
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """[Tk,H,X] as a view [1,H,Lk,X]."""
@@ -68,6 +72,8 @@ def attention_varlen_forward(
     softcap: float,
     dropout_p: float,
     rng_state: Tensor | None,
+    *,
+    correction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`mfa::attention_varlen_forward` for CPU tensors. The caller has checked the arguments, and the starts.
 
@@ -78,6 +84,7 @@ def attention_varlen_forward(
         sinks: [Hq]. alibi_slopes: [Hq] or [N,Hq].
         window_left, window_right: relative to each sequence's lower-right diagonal, None = open.
         rng_state: int64 [2], what dropout starts from; it counts sequences as batches.
+        correction: zeros of `_cpu.empty_correction`; gets what rounding takes from out.
 
     Returns:
         out [Tq,Hq,Dv] and lse float32 [Hq,Tq].
@@ -101,10 +108,19 @@ def attention_varlen_forward(
             dropout_p,
             rng_state,
             first_batch=sequence.number,
+            correction=sequence.of_correction(correction),
         )
         sequence.of_queries(out).copy_(sequence_out)
         sequence.row_values(lse).copy_(sequence_lse)
     return out, lse
+
+
+def attention_varlen_forward_with_correction(
+    query: Tensor, key: Tensor, value: Tensor, *terms: Any
+) -> tuple[Tensor, ...]:
+    """`attention_varlen_forward`, whose arguments these are, and what rounding took from out."""
+    correction = _cpu.empty_correction(empty_outputs(query, value.shape[2])[0]).zero_()
+    return *attention_varlen_forward(query, key, value, *terms, correction=correction), correction
 
 
 def attention_varlen_backward(
@@ -113,6 +129,8 @@ def attention_varlen_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
+    lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     sinks: Tensor | None,
@@ -124,11 +142,13 @@ def attention_varlen_backward(
     dropout_p: float,
     rng_state: Tensor | None,
     output_mask: Sequence[bool],
+    correction: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of `attention_varlen_forward`, whose arguments these are.
 
     Args:
         grad_out: [Tq,Hq,Dv]. grad_lse: float32 [Hq,Tq].
+        out, lse, correction: what it returned.
         output_mask: which of the five gradients are wanted.
 
     Returns:
@@ -145,10 +165,12 @@ def attention_varlen_backward(
     grad_query, grad_key, grad_value, grad_sinks, grad_slopes = grads
     for sequence in sequences(cu_seqlens_q, cu_seqlens_k):
         tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
-        part_query, part_key, part_value, _, part_sinks, part_slopes = _cpu.attention_backward(
+        part_query, part_key, part_value, _, part_sinks, part_slopes = _cpu_backward.attention_backward(
             sequence.of_queries(grad_out),
             None if grad_lse is None else sequence.row_values(grad_lse),
             *tensors,
+            sequence.of_queries(out),
+            sequence.row_values(lse),
             None,
             sinks,
             sequence.slopes(alibi_slopes),
@@ -156,9 +178,10 @@ def attention_varlen_backward(
             window_left,
             window_right,
             softcap,
-            (*output_mask[:3], False, *output_mask[3:]),
             dropout_p,
             rng_state,
+            (*output_mask[:3], False, *output_mask[3:]),
+            sequence.of_correction(correction),
             first_batch=sequence.number,
         )
         if grad_query is not None and part_query is not None:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ _CORRECTED = "mfa::attention_varlen_forward_with_correction"
 # -- attention_varlen_forward ---------------------------------------------------------------------------------------
 
 
-def _run(op: Any, *arguments: Any) -> Any:
-    """What a forward op returns for CPU tensors: out and lse, and from the kernels all that `op` has."""
+def _run(op: Any, on_cpu: Callable[..., Any], *arguments: Any) -> Any:
+    """What a forward op returns for CPU tensors; `on_cpu` is its implementation outside of a simulation."""
     simulation = simulator.active()
     _ops.check_arguments(_varlen_checks.check_forward, arguments, metal=simulation is not None)
     query, key, _value, *layout = arguments[:7]
@@ -31,13 +31,14 @@ def _run(op: Any, *arguments: Any) -> Any:
     if simulation is not None:  # what an MPS tensor reaches
         return simulation.call(op, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return _varlen_cpu.attention_varlen_forward(*arguments[:5], *arguments[7:])  # all but the lengths' maxima
+        return on_cpu(*arguments[:5], *arguments[7:])  # all but the lengths' maxima
 
 
 @_checks.as_runtime_errors
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _run(ops.attention_varlen_forward.default, *arguments)
-    return out, lse
+    op = ops.attention_varlen_forward.default
+    outputs: tuple[Tensor, Tensor] = _run(op, _varlen_cpu.attention_varlen_forward, *arguments)
+    return outputs
 
 
 @_checks.as_runtime_errors
@@ -138,11 +139,15 @@ def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: A
 
 @_checks.as_runtime_errors
 def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _ops.with_correction(*_run(ops.attention_varlen_forward_with_correction.default, *arguments))
+    op = ops.attention_varlen_forward_with_correction.default
+    on_cpu = _varlen_cpu.attention_varlen_forward_with_correction
+    outputs: tuple[Tensor, Tensor, Tensor] = _run(op, on_cpu, *arguments)
+    return outputs
 
 
 def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _ops.with_correction(*_forward_fake(*arguments, **keywords))
+    out, lse = _forward_fake(*arguments, **keywords)
+    return out, lse, _cpu.empty_correction(out)
 
 
 def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -211,7 +216,8 @@ def _backward_cpu(
         return outputs
     with torch._C._AutoDispatchBelowAutograd():
         grads = _varlen_cpu.attention_varlen_backward(
-            *(grad_out, grad_lse, query, key, value, *starts, *terms, dropout_p, rng_state, output_mask)
+            *(grad_out, grad_lse, query, key, value, out, lse, *starts, *terms, dropout_p, rng_state, output_mask),
+            correction,
         )
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 

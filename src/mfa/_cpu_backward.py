@@ -1,0 +1,240 @@
+"""Gradients of attention on ATen for CPU tensors: blockwise, O(L) memory, every feature, float16 to float64.
+
+    for each chunk of heads:                      only as many as fit the scratch budget
+        for each block of query rows:             rows that see no key are never visited
+            dQ, dK, dV <- those of softmax(scale * Q K' + mask) V, of the keys that some row sees
+
+A block is ATen's own fused kernel, or, for what that lacks, matrix operations. Half types are computed in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._blocks import HIDDEN, Cut, Terms, Window, part
+from ._cpu import grouped, heads_are_batches, is_copied, operand, overflows, raw_scores, slopes_of
+from ._dropout import COPIES, Dropout
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_Gradients = Sequence[Tensor | None]  # of query, key, value, bias, sinks, alibi_slopes
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: Sequence[bool],
+    correction: Tensor | None = None,
+    *,
+    first_batch: int = 0,
+) -> list[Tensor | None]:
+    """`mfa::attention_backward` for CPU tensors. The caller has checked the arguments.
+
+    Args:
+        grad_out: [B,Hq,Lq,Dv]. grad_lse: float32 [B,Hq,Lq].
+        out, lse, correction: of `attention_forward_with_correction`. The rest as in `attention_forward`.
+        output_mask: which of the six gradients are wanted.
+
+    Returns:
+        Gradients of query, key, value, bias, sinks, alibi_slopes, each in its tensor's shape and dtype, contiguous;
+        None for one that isn't wanted, or whose tensor wasn't given.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    window = Window.of(query.shape[2], key.shape[2], window_left, window_right)
+    terms = Terms(window, bias, slopes_of(alibi_slopes, query.shape[1], dtype), dtype)
+    dropout = Dropout.of(rng_state, dropout_p, query.shape[1], dtype, first_batch)
+    inputs = (query, key, value, bias, sinks, alibi_slopes)
+    wanted = [asked and tensor is not None for asked, tensor in zip(output_mask, inputs, strict=True)]
+    # ATen's kernel starts from out and lse, which must be exact to float32, and has the gradients of three inputs.
+    exact = query.dtype == torch.float32 or (dtype == torch.float32 and correction is not None)
+    fused = exact and softcap == 0 and dropout is None and grad_lse is None and not (wanted[3] or wanted[5])
+    fused = fused and not overflows(query, key)
+    if fused and not wanted[4]:
+        found = _fused_at_once(grad_out, query, key, value, out, lse, terms, scale)
+        if found is not None:
+            return [grad if asked else None for grad, asked in zip((*found, None, None, None), wanted, strict=True)]
+
+    # Sums are kept in the dtype of the scores until the end; those of key and value only for a chunk.
+    grads = [
+        torch.zeros(tensor.shape, dtype=tensor.dtype if index < 3 else dtype) if asked and tensor is not None else None
+        for index, (tensor, asked) in enumerate(zip(inputs, wanted, strict=True))
+    ]
+    tensors = (grad_out, query, key, value)
+    if grad_out.numel() == 0:
+        pass
+    elif fused:
+        _add_fused(grads, *tensors, out, lse, correction, sinks, terms, scale)
+    else:
+        _add_composed(grads, *tensors, grad_lse, sinks, terms, scale, softcap, dropout)
+    return [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, inputs, strict=True)
+    ]
+
+
+def _fused_at_once(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, terms: Terms, scale: float
+) -> list[Tensor] | None:
+    """Gradients of query, key and value from one call that copies nothing; None if that can't be.
+
+    ATen's kernel makes B,L,H,D; for B,H,L,D heads become batches.
+    """
+    tensors = (operand(grad_out, terms.dtype, value.shape[3]), query, key, value, out)
+    visible = terms.window.rows()
+    everything = (visible, terms.window.keys(visible)) == (slice(0, query.shape[2]), slice(0, key.shape[2]))
+    whole, causal = terms.as_one_block(scale)
+    alike = all(
+        tensor.shape[:2] == query.shape[:2]
+        and not is_copied(tensor, terms.dtype, query.shape[3])
+        and heads_are_batches(tensor)
+        for tensor in tensors
+    )
+    if not (everything and whole and alike):
+        return None
+    folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
+    found = _fused(*folded, lse.view(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
+    return [grad.view(tensor.shape) for grad, tensor in zip(found, tensors[1:4], strict=True)]
+
+
+def _add_fused(
+    grads: _Gradients,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    correction: Tensor | None,
+    sinks: Tensor | None,
+    terms: Terms,
+    scale: float,
+) -> None:
+    """Fills in the gradients of query, key, value and sinks, by ATen's kernel, which has one width for D and Dv."""
+    grad_query, grad_key, grad_value, _, grad_sinks, _ = grads
+    dtype, window, dim, value_dim = terms.dtype, terms.window, query.shape[3], value.shape[3]
+    width, group = max(dim, value_dim), query.shape[1] // key.shape[1]
+    operand_bytes = 4 * width * (group * query.shape[2] + key.shape[2]) * dtype.itemsize
+    least = torch.get_num_threads()  # heads; each is one thread's
+    cut = Cut.of(terms, len(query), key.shape[1], group, operand_bytes, 0, least)
+    whole, causal = terms.as_one_block(scale)
+    visible = window.rows()
+    for batches, heads, q_heads in cut.chunks():
+        d_out, q = (operand(tensor[batches, q_heads], dtype, width) for tensor in (grad_out, query))
+        k, v = (operand(tensor[batches, heads], dtype, width) for tensor in (key, value))
+        o, chunk_lse = operand(out[batches, q_heads], dtype, width), lse[batches, q_heads]
+        if correction is not None:  # then the operand is a copy
+            o[..., :value_dim] += correction[batches, q_heads]
+        if grad_sinks is not None and sinks is not None:
+            share = torch.exp(sinks[q_heads, None] - chunk_lse).masked_fill_(chunk_lse == HIDDEN, 0)
+            grad_sinks[q_heads] -= (share * (d_out * o).sum(-1)).sum((0, 2))
+        chunk_lse = chunk_lse.masked_fill(chunk_lse == HIDDEN, torch.finfo(dtype).max)  # such a row's P is 0
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys in [(visible, window.keys(visible))] if whole else cut.blocks():
+            mask = None if whole else terms.mask(batches, q_heads, rows, keys)
+            block = d_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], chunk_lse[:, :, rows]
+            d_q, d_k, d_v = _fused(*block, 0.0, causal, attn_mask=mask, scale=scale)
+            dk[:, :, keys] += d_k
+            dv[:, :, keys] += d_v
+            if grad_query is not None:
+                grad_query[batches, q_heads, rows] = d_q[..., :dim]
+        if grad_key is not None:
+            grad_key[batches, heads] = dk[..., :dim]
+        if grad_value is not None:
+            grad_value[batches, heads] = dv[..., :value_dim]
+
+
+def _add_composed(
+    grads: _Gradients,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_lse: Tensor | None,
+    sinks: Tensor | None,
+    terms: Terms,
+    scale: float,
+    softcap: float,
+    dropout: Dropout | None,
+) -> None:
+    """Fills in all gradients, by matrix operations: scores are computed again.
+
+        P = softmax(S),  dP = dO V',  delta = rowsum(P * dP) - dLSE,  dS = P * (dP - delta)
+        dQ = scale dS K,  dK = scale dS' Q,  dV = P' dO,  dbias = dS,  dsink = -sum P(sink) delta
+
+    A block has whole rows of S, so the results of the forward pass, and their rounding, aren't needed. Dropout
+    multiplies dP, and the P of dV, by the factors that the forward pass had.
+    """
+    grad_query, grad_key, grad_value, grad_bias, grad_sinks, grad_slopes = grads
+    dtype, query_heads, key_heads = terms.dtype, query.shape[1], key.shape[1]
+    group = query_heads // key_heads
+    operand_bytes = 2 * (query.shape[3] + value.shape[3]) * (group * query.shape[2] + key.shape[2]) * dtype.itemsize
+    cut = Cut.of(terms, len(query), key_heads, group, operand_bytes, 4 if dropout is None else 5 + COPIES)
+    if grad_sinks is not None and grad_lse is not None:  # the lse of a row that sees no key is the sink
+        grad_sinks += grad_lse.sum((0, 2)) - grad_lse[:, :, terms.window.rows()].sum((0, 2))
+    for batches, heads, q_heads in cut.chunks():
+        q, d_out = query[batches, q_heads].to(dtype), grad_out[batches, q_heads].to(dtype)
+        k, v = key[batches, heads].to(dtype), value[batches, heads].to(dtype)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys in cut.blocks():
+            raw = raw_scores(q[:, :, rows], k[:, :, keys], scale, softcap)
+            mask = terms.mask(batches, q_heads, rows, keys)
+            scores = raw if mask is None else raw + mask
+            probability, share = _softmax(scores, None if sinks is None else sinks[q_heads, None, None].to(dtype))
+            d_rows = grouped(d_out[:, :, rows], k.shape[1])
+            factors = None if dropout is None else dropout.factors(batches, q_heads, rows, keys)
+            kept = probability if factors is None else probability * factors
+            dv[:, :, keys] += grouped(kept, k.shape[1]).transpose(-1, -2) @ d_rows
+            d_scores = (d_rows @ v[:, :, keys].transpose(-1, -2)).view(scores.shape)
+            if factors is not None:
+                d_scores *= factors
+            delta = (probability * d_scores).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                delta -= grad_lse[batches, q_heads, rows, None]
+            d_scores.sub_(delta).mul_(probability)
+            if grad_sinks is not None:
+                grad_sinks[q_heads] -= (share * delta).sum((0, 2, 3))
+            if grad_bias is not None:
+                target = part(grad_bias, batches, q_heads, rows, keys)
+                target += d_scores.sum_to_size(target.shape)
+            if grad_slopes is not None:
+                slopes = grad_slopes.view(-1, query_heads)
+                target = part(slopes, batches)[:, q_heads]
+                target -= (d_scores * terms.distances(rows, keys).abs_()).sum((-1, -2)).sum_to_size(target.shape)
+            if softcap > 0:
+                d_scores *= 1 - (raw / softcap).square_()
+            d_grouped = grouped(d_scores.mul_(scale), k.shape[1])
+            dk[:, :, keys] += d_grouped.transpose(-1, -2) @ grouped(q[:, :, rows], k.shape[1])
+            if grad_query is not None:
+                grad_query[batches, q_heads, rows] = (d_grouped @ k[:, :, keys]).view(q[:, :, rows].shape)
+        if grad_key is not None:
+            grad_key[batches, heads] = dk
+        if grad_value is not None:
+            grad_value[batches, heads] = dv
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the share [B,Hq,rows,1] of the row's sink; all are 0 in a row that sees nothing."""
+    maximum = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        maximum = torch.maximum(maximum, sinks)
+    maximum = maximum.masked_fill(maximum == HIDDEN, 0)
+    probability = (scores - maximum).exp_()
+    total = probability.sum(-1, keepdim=True)
+    extra = torch.zeros_like(total) if sinks is None else torch.exp(sinks - maximum)
+    total = (total + extra).masked_fill_(total + extra == 0, 1)
+    return probability.div_(total), extra.div_(total)
