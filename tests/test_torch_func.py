@@ -99,16 +99,16 @@ def test_vmap_over_grad_and_grad_over_vmap(name: str) -> None:
     torch.testing.assert_close(of_key, torch.stack([grad for _, grad in expected]).sum(0))
 
 
-def test_second_derivatives_of_varlen_are_refused() -> None:
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_derivatives(name: str) -> None:
+    function, lengths = FUNCTIONS[name]
     inputs = tensors()
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    first = torch.autograd.grad(objective(varlen)(*leaves), leaves, create_graph=True)
-    for second in (
-        lambda: torch.autograd.grad(first[0].sum(), leaves),
-        lambda: torch.func.jacrev(torch.func.grad(objective(varlen)))(*inputs),
-    ):
-        with pytest.raises(NotImplementedError, match="attention_varlen has no second derivatives"):
-            second()
+    hessians = (
+        torch.func.jacrev(torch.func.grad(objective(f)), (0, 1, 2))(*inputs)
+        for f in (function, reference(lengths, oracle.attention))
+    )
+    for found, expected in zip(*hessians, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def of_a_dual(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:

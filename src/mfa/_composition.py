@@ -17,8 +17,10 @@ _Scalars = tuple[float, int | None, int | None, float]  # scale, window_left, wi
 _Inputs = Sequence[Tensor | None]  # query, key, value, bias, sinks, alibi_slopes
 
 
-def attention(inputs: _Inputs, scalars: _Scalars) -> tuple[Tensor, Tensor]:
-    """`mfa::attention_forward` without dropout: out [B,Hq,Lq,Dv], lse [B,Hq,Lq] in the dtype of the scores.
+def attention(inputs: _Inputs, scalars: _Scalars, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`mfa::attention_forward`: out [B,Hq,Lq,Dv], lse [B,Hq,Lq] in the dtype of the scores.
+
+    `factors`, [B,Hq,Lq,Lk], are what dropout multiplies probabilities by.
 
     Whatever is hidden is replaced before it is used, so that no derivative of any order has a NaN of its own making.
     """
@@ -66,19 +68,27 @@ def attention(inputs: _Inputs, scalars: _Scalars) -> tuple[Tensor, Tensor]:
         total = total + torch.exp(extra - maximum)
     is_empty = total == 0
     total = torch.where(is_empty, 1, total)
-    probability = (exponentials / total).unflatten(1, (key_heads, heads // key_heads))
+    probability = exponentials / total
+    if factors is not None:
+        probability = probability * factors
+    probability = probability.unflatten(1, (key_heads, heads // key_heads))
     out = torch.einsum("bhgij,bhjd->bhgid", probability, value.to(dtype)).flatten(1, 2)
     lse = torch.where(is_empty, HIDDEN, maximum + torch.log(total)).squeeze(-1)
     return out.to(query.dtype), lse
 
 
 def backward_vjp(
-    grad_out: Tensor, grad_lse: Tensor | None, inputs: _Inputs, scalars: _Scalars, cotangents: _Inputs
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: _Inputs,
+    scalars: _Scalars,
+    factors: Tensor | None,
+    cotangents: _Inputs,
 ) -> list[Tensor | None]:
     """What the backward pass's results pass on to its arguments.
 
     Args:
-        grad_out: [B,Hq,Lq,Dv]. grad_lse: [B,Hq,Lq].
+        grad_out: [B,Hq,Lq,Dv]. grad_lse: [B,Hq,Lq]. factors: as in `attention`.
         cotangents: one for each of `inputs`, None for a gradient that nobody asked for.
 
     Returns:
@@ -95,7 +105,7 @@ def backward_vjp(
 
         def forward(*leaves: Tensor) -> tuple[Tensor, Tensor]:
             replaced = dict(zip(wanted, leaves, strict=True))
-            return attention([replaced.get(i, given[i]) for i in range(2, 8)], scalars)
+            return attention([replaced.get(i, given[i]) for i in range(2, 8)], scalars, factors)
 
         d_out, d_lse = given[:2]
         assert d_out is not None

@@ -83,6 +83,26 @@ class Dropout:
         return keep_factors(self.rng_state, batch * self.query_heads + head, rows, keys, self.dropout_p, self.dtype)
 
 
+def all_factors(
+    rng_state: Tensor | None, dropout_p: float, query: Tensor, key_length: int, first_batch: int = 0
+) -> Tensor | None:
+    """What dropout multiplies all probabilities of a call by, on its device; None if nothing is dropped.
+
+    Args:
+        query: [B,Hq,Lq,D]. The rest as in `Dropout`.
+
+    Returns:
+        [B,Hq,Lq,Lk] in the dtype of the scores.
+    """
+    batch, heads, length, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    state = None if rng_state is None else rng_state.cpu()
+    dropout = Dropout.of(state, dropout_p, heads, dtype, first_batch)
+    if dropout is None:
+        return None
+    return dropout.factors(slice(0, batch), slice(0, heads), slice(0, length), slice(0, key_length)).to(query.device)
+
+
 def _philox(rng_state: Tensor, column: Tensor, row: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words of 32 bits in int64, for the counter (column, row, head, offset); the three are broadcast."""
     seed, offset = rng_state.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _composition, _cpu, _cpu_backward, _library, simulator
+from . import _autograd, _checks, _composition, _cpu, _cpu_backward, _dropout, _library, simulator
 
 _library.load()
 ops = torch.ops.mfa
@@ -233,22 +233,19 @@ def _backward_fake(
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, grad_lse, query, key, value, _out, _lse, bias, sinks, alibi_slopes, *ctx.scalars, _, ctx.mask, _ = inputs
-    ctx.save_for_backward(grad_out, grad_lse, query, key, value, bias, sinks, alibi_slopes)
+    tensors, (_out, _lse, bias, sinks, alibi_slopes), rest = inputs[:5], inputs[5:10], inputs[10:]
+    *ctx.scalars, rng_state, ctx.mask, _correction = rest
+    ctx.save_for_backward(*tensors, bias, sinks, alibi_slopes, rng_state)
 
 
 def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """The results are functions of all arguments but out, lse and correction, which are results of the others."""
-    grad_out, grad_lse, *inputs = ctx.saved_tensors
+    grad_out, grad_lse, *inputs, rng_state = ctx.saved_tensors
     *scalars, dropout_p = ctx.scalars
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p is {dropout_p}; it must be 0 for second derivatives: use "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
+    factors = _dropout.all_factors(rng_state, dropout_p, inputs[0], inputs[1].shape[2])
     wanted = zip(grads, inputs, ctx.mask, strict=True)
     cotangents = [grad if asked and _composition.is_floating(tensor) else None for grad, tensor, asked in wanted]
-    found = _composition.backward_vjp(grad_out, grad_lse, inputs, tuple(scalars), cotangents)
+    found = _composition.backward_vjp(grad_out, grad_lse, inputs, tuple(scalars), factors, cotangents)
     needed = zip(found, [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[7:10]], strict=True)
     results = [grad if needs else None for grad, needs in needed]
     return (*results[:5], None, None, *results[5:], *(None for _ in ctx.scalars), None, None, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _cpu, _ops, _varlen_checks, _varlen_cpu, simulator
+from . import _autograd, _checks, _cpu, _ops, _varlen_checks, _varlen_composition, _varlen_cpu, simulator
 from ._index_checks import host_values
 from ._ops import LIBRARY
 from ._ops import ops as ops
@@ -249,13 +249,20 @@ def _backward_fake(
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
+    tensors, starts, (sinks, alibi_slopes) = inputs[:5], inputs[7:9], inputs[11:13]
+    *ctx.scalars, rng_state, ctx.mask, _correction = inputs[13:]
+    ctx.save_for_backward(*tensors, *starts, sinks, alibi_slopes, rng_state)
 
 
 def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "attention_varlen has no second derivatives (create_graph=True): use mfa.attention, sequence by sequence"
-    )
+    """As attention_backward's, sequence by sequence."""
+    *tensors, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, rng_state = ctx.saved_tensors
+    cotangents = [grad if asked else None for grad, asked in zip(grads, ctx.mask, strict=True)]
+    arguments = (*tensors, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, *ctx.scalars, rng_state, cotangents)
+    found = _varlen_composition.backward_vjp(*arguments)
+    needs = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[11:13]]
+    results = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    return (*results[:5], *(None,) * 6, *results[5:], *(None for _ in ctx.scalars), None, None, None)
 
 
 def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
