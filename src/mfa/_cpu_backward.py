@@ -62,8 +62,8 @@ def attention_backward(
     wanted = [asked and tensor is not None for asked, tensor in zip(output_mask, inputs, strict=True)]
     # ATen's kernel starts from out and lse, which must be exact to float32, and has the gradients of three inputs.
     exact = query.dtype == torch.float32 or (dtype == torch.float32 and correction is not None)
-    fused = exact and softcap == 0 and dropout is None and grad_lse is None and not (wanted[3] or wanted[5])
-    fused = fused and not overflows(query, key)
+    masked_only = softcap == 0 and dropout is None and grad_lse is None and not (wanted[3] or wanted[5])
+    fused = exact and masked_only and grad_out.numel() > 0 and not overflows(query, key)
     if fused and not wanted[4]:
         found = _fused_at_once(grad_out, query, key, value, out, lse, terms, scale)
         if found is not None:
@@ -107,7 +107,7 @@ def _fused_at_once(
     if not (everything and whole and alike):
         return None
     folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
-    found = _fused(*folded, lse.view(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
+    found = _fused(*folded, lse.reshape(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
     return [grad.view(tensor.shape) for grad, tensor in zip(found, tensors[1:4], strict=True)]
 
 
@@ -128,30 +128,32 @@ def _add_fused(
     grad_query, grad_key, grad_value, _, grad_sinks, _ = grads
     dtype, window, dim, value_dim = terms.dtype, terms.window, query.shape[3], value.shape[3]
     width, group = max(dim, value_dim), query.shape[1] // key.shape[1]
-    operand_bytes = 4 * width * (group * query.shape[2] + key.shape[2]) * dtype.itemsize
-    least = torch.get_num_threads()  # heads; each is one thread's
-    cut = Cut.of(terms, len(query), key.shape[1], group, operand_bytes, 0, least)
     whole, causal = terms.as_one_block(scale)
     visible = window.rows()
+    block_rows = query.shape[2] if whole else window.block_rows()
+    operand_bytes = 4 * width * (group * block_rows + key.shape[2]) * dtype.itemsize
+    least = torch.get_num_threads()  # heads; each is one thread's
+    cut = Cut.of(terms, len(query), key.shape[1], group, operand_bytes, 0, least)
     for batches, heads, q_heads in cut.chunks():
-        d_out, q = (operand(tensor[batches, q_heads], dtype, width) for tensor in (grad_out, query))
         k, v = (operand(tensor[batches, heads], dtype, width) for tensor in (key, value))
-        o, chunk_lse = operand(out[batches, q_heads], dtype, width), lse[batches, q_heads]
-        if correction is not None:  # then the operand is a copy
-            o[..., :value_dim] += correction[batches, q_heads]
-        if grad_sinks is not None and sinks is not None:
-            share = torch.exp(sinks[q_heads, None] - chunk_lse).masked_fill_(chunk_lse == HIDDEN, 0)
-            grad_sinks[q_heads] -= (share * (d_out * o).sum(-1)).sum((0, 2))
-        chunk_lse = chunk_lse.masked_fill(chunk_lse == HIDDEN, torch.finfo(dtype).max)  # such a row's P is 0
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys in [(visible, window.keys(visible))] if whole else cut.blocks():
+            part_of_query = batches, q_heads, rows
+            d_out, q, o = (operand(tensor[part_of_query], dtype, width) for tensor in (grad_out, query, out))
+            block_lse = lse[part_of_query]
+            if correction is not None:  # then the operand is a copy
+                o[..., :value_dim] += correction[part_of_query]
+            if grad_sinks is not None and sinks is not None:
+                share = torch.exp(sinks[q_heads, None] - block_lse).masked_fill_(block_lse == HIDDEN, 0)
+                grad_sinks[q_heads] -= (share * (d_out * o).sum(-1)).sum((0, 2))
+            block_lse = block_lse.masked_fill(block_lse == HIDDEN, torch.finfo(dtype).max)  # such a row's P is 0
             mask = None if whole else terms.mask(batches, q_heads, rows, keys)
-            block = d_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], chunk_lse[:, :, rows]
+            block = d_out, q, k[:, :, keys], v[:, :, keys], o, block_lse
             d_q, d_k, d_v = _fused(*block, 0.0, causal, attn_mask=mask, scale=scale)
             dk[:, :, keys] += d_k
             dv[:, :, keys] += d_v
             if grad_query is not None:
-                grad_query[batches, q_heads, rows] = d_q[..., :dim]
+                grad_query[part_of_query] = d_q[..., :dim]
         if grad_key is not None:
             grad_key[batches, heads] = dk[..., :dim]
         if grad_value is not None:
