@@ -10,7 +10,7 @@ namespace mfa {
 namespace {
 
 // In order of cost: a problem runs in the first bucket that holds D and Dv.
-constexpr Bucket kBuckets[] = {{32, 32}, {64, 64}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
+constexpr Bucket kBuckets[] = {{32, 32}, {64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
 
 Bucket bucket_of(const Problem& problem) {
   return *std::ranges::find_if(kBuckets, [&](Bucket bucket) {

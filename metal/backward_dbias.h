@@ -26,8 +26,8 @@ struct BackwardBias {
                 GuardedRows<T> grad_outs, const device float2* statistics, int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
     Fragment<float> dp[1][kKeyTiles];
-    multiply_transposed<T, kHeadDim / kSetWidth>(score, ReadRows<T, GuardedRows<T>>{queries}, keys, lane);
-    multiply_transposed<T, kValueDim / kSetWidth>(dp, ReadRows<T, GuardedRows<T>>{grad_outs}, values, lane);
+    multiply_transposed<T, kHeadDim>(score, ReadRows<T, kHeadDim, GuardedRows<T>>{queries}, keys, lane);
+    multiply_transposed<T, kValueDim>(dp, ReadRows<T, kValueDim, GuardedRows<T>>{grad_outs}, values, lane);
     const int query = first_row + lane.row;
     const Range seen = query < params.query_length ? visible_keys(params, sequence, query) : Range{0, -1};
     const float2 row = query < params.query_length ? statistics[query] : float2(kUnseenLse, 0);

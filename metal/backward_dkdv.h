@@ -18,12 +18,12 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockQuer
 struct BackwardKeys {
   static constant constexpr int kRows = kRowTiles * kFragment;
   static constant constexpr int kQueryTiles = kBlockQueries / kFragment;
-  static constant constexpr int kHeadSets = kHeadDim / kSetWidth;
-  static constant constexpr int kValueSets = kValueDim / kSetWidth;
 
-  Fragment<float> grad_key[kRowTiles][kHeadSets * kSetFragments];
-  Fragment<float> grad_value[kRowTiles][kValueSets * kSetFragments];
-  ReadRows<T, GuardedRows<T>> key, value;  // read again for every block: dK and dV need the registers
+  Fragment<float> grad_key[kRowTiles][kHeadDim / kFragment];
+  Fragment<float> grad_value[kRowTiles][kValueDim / kFragment];
+  // Read again for every block: dK and dV need the registers.
+  ReadRows<T, kHeadDim, GuardedRows<T>> key;
+  ReadRows<T, kValueDim, GuardedRows<T>> value;
   Lane lane;
   Sequence sequence;
   View view;
@@ -47,7 +47,7 @@ struct BackwardKeys {
                  ScoreGradient score_gradient) {
     Fragment<float> p[kRowTiles][kQueryTiles];
     float2 derivative[kRowTiles][kQueryTiles];
-    multiply_transposed<T, kHeadSets>(p, key, queries, lane);
+    multiply_transposed<T, kHeadDim>(p, key, queries, lane);
     const bool masked = !view.sees_all(first_query, kBlockQueries);
     float2 delta[kQueryTiles];
 #pragma unroll
@@ -69,7 +69,7 @@ struct BackwardKeys {
       }
     }
     if (wants_grad_value && !has_dropout) {
-      multiply_accumulate<T, kValueSets>(grad_value, p, grad_outs, lane);
+      multiply_accumulate<T, kValueDim>(grad_value, p, grad_outs, lane);
     }
     if (wants_grad_value && has_dropout) {
       Fragment<float> kept[kRowTiles][kQueryTiles];
@@ -80,11 +80,11 @@ struct BackwardKeys {
           elements(kept[r][n]) = elements(p[r][n]) * kept_factor(dropout, first_query, r, n);
         }
       }
-      multiply_accumulate<T, kValueSets>(grad_value, kept, grad_outs, lane);
+      multiply_accumulate<T, kValueDim>(grad_value, kept, grad_outs, lane);
     }
     if (wants_grad_key) {
       Fragment<float> dp[kRowTiles][kQueryTiles];
-      multiply_transposed<T, kValueSets>(dp, value, grad_outs, lane);
+      multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
 #pragma unroll
       for (short n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
@@ -109,7 +109,7 @@ struct BackwardKeys {
           }
         }
       }
-      multiply_accumulate<T, kHeadSets>(grad_key, p, queries, lane);
+      multiply_accumulate<T, kHeadDim>(grad_key, p, queries, lane);
     }
   }
 
@@ -207,13 +207,13 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   }
   const int valid = sequence.key_length - first_key;
   if (wants_grad_key) {
-    store_rows<T, kHeadDim / kSetWidth>(
+    store_rows<T, kHeadDim>(
         grad_key + (sequence.index * params.grad_key_strides[0] + key_head * params.grad_key_strides[1] +
                     (sequence.first_key + first_key) * params.grad_key_strides[2]),
         params.grad_key_strides[2], valid, head_dim, rows.grad_key, key_factor, rows.lane);
   }
   if (wants_grad_value) {
-    store_rows<T, kValueDim / kSetWidth>(
+    store_rows<T, kValueDim>(
         grad_value + (sequence.index * params.grad_value_strides[0] + key_head * params.grad_value_strides[1] +
                       (sequence.first_key + first_key) * params.grad_value_strides[2]),
         params.grad_value_strides[2], valid, value_dim, rows.grad_value, value_factor, rows.lane);

@@ -11,31 +11,14 @@
 
 namespace mfa {
 
-// A SIMD-group's own rows of Q or dO: in registers for the whole kernel (held), or read again for every block (reread).
-template <typename T, Own kOwn, int kRowTiles, int kSets>
-struct OwnOperand {
-  HeldRows<T, kRowTiles, kSets> operand;
-
-  OwnOperand(GuardedRows<T> rows, Lane lane) { operand.load(rows, lane); }
-};
-
-template <typename T, int kRowTiles, int kSets>
-struct OwnOperand<T, reread, kRowTiles, kSets> {
-  ReadRows<T, GuardedRows<T>> operand;
-
-  OwnOperand(GuardedRows<T> rows, Lane) : operand{rows} {}
-};
-
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys>
 struct BackwardQueries {
   static constant constexpr int kRows = kRowTiles * kFragment;
   static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
-  static constant constexpr int kHeadSets = kHeadDim / kSetWidth;
-  static constant constexpr int kValueSets = kValueDim / kSetWidth;
 
-  Fragment<float> grad_query[kRowTiles][kHeadSets * kSetFragments];
-  OwnOperand<T, kOwn, kRowTiles, kHeadSets> query;
-  OwnOperand<T, kOwn, kRowTiles, kValueSets> grad_out;
+  Fragment<float> grad_query[kRowTiles][kHeadDim / kFragment];
+  OwnOperand<T, kOwn, kRowTiles, kHeadDim, GuardedRows<T>> query;
+  OwnOperand<T, kOwn, kRowTiles, kValueDim, GuardedRows<T>> grad_out;
   float lse[kRowTiles], delta[kRowTiles];
   float alibi[kRowTiles];  // this lane's part of sum over keys of dS * d score / d slope
   Lane lane;
@@ -68,8 +51,8 @@ struct BackwardQueries {
                  Values values, int first_key) {
     Fragment<float> ds[kRowTiles][kKeyTiles];
     Fragment<float> dp[kRowTiles][kKeyTiles];
-    multiply_transposed<T, kHeadSets>(ds, query.operand, keys, lane);
-    multiply_transposed<T, kValueSets>(dp, grad_out.operand, values, lane);
+    multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
+    multiply_transposed<T, kValueDim>(dp, grad_out.operand, values, lane);
     const bool masked = !view.sees_all(first_key, kBlockKeys);
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
@@ -99,7 +82,7 @@ struct BackwardQueries {
         elements(ds[r][n]) = grad;
       }
     }
-    multiply_accumulate<T, kHeadSets>(grad_query, ds, keys, lane);
+    multiply_accumulate<T, kHeadDim>(grad_query, ds, keys, lane);
   }
 };
 
@@ -183,7 +166,7 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
       }
     }
   }
-  store_rows<T, kHeadDim / kSetWidth>(
+  store_rows<T, kHeadDim>(
       grad_query + (sequence.index * params.grad_query_strides[0] + head * params.grad_query_strides[1] +
                     (sequence.first_query + first_row) * params.grad_query_strides[2]),
       params.grad_query_strides[2], sequence.query_length - first_row, head_dim, rows.grad_query, factor, rows.lane);

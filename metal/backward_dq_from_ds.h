@@ -23,7 +23,6 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
     ushort lane_index [[thread_index_in_simdgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kQueryTiles * kFragment;
-  constexpr int kSets = kHeadDim / kSetWidth;
   typedef StagedRows<T, kHeadDim, quads> Keys;
   threadgroup uint4 memory[kBlockKeys * padded_row_bytes(kHeadDim, sizeof(T), quads) / 16];
   threadgroup T* keys = (threadgroup T*)memory;
@@ -42,7 +41,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const MaskBlocks blocks(params, mask_classes, batch, head);
   const ScoreGradient blobs(score_gradient, params, position.x, lane_index);
 
-  Fragment<float> result[kQueryTiles][kSets * kSetFragments];  // [q][4s + j]: row 4 * lane.row + j of set s, transposed
+  Fragment<float> result[kQueryTiles][kHeadDim / kFragment];  // [q][4s + j]: fragment j of set s, transposed
   clear(result);
   const View tile_view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
   const int begin = tile_view.first_block(kBlockKeys);
@@ -73,13 +72,14 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
         }
       }
 #pragma unroll
-      for (short s = 0; s < kSets; ++s) {
-        const Keys rows = {keys};
-        const short d = s * kSetWidth + 4 * lane.row;
-        Fragment<T> a[kSetFragments];  // K' as left operand: row r of fragment j is d = 4r + j
-        fill_right_transposed(a, rows.quad(k, lane.column, d), rows.quad(k, lane.column + 1, d));
+      for (short s = 0; s < kSets<kHeadDim>; ++s) {
+        Fragment<T> a[kSetFragments];  // K' as left operand: row r of fragment j is d = J*r + j
+        load_right_transposed<kHeadDim>(a, Keys{keys}, k, s, lane);
 #pragma unroll
         for (short j = 0; j < kSetFragments; ++j) {
+          if (j >= fragments_of<kHeadDim>(s)) {
+            continue;
+          }
 #pragma unroll
           for (short q = 0; q < kQueryTiles; ++q) {
             thread Fragment<float>& c = result[q][s * kSetFragments + j];
@@ -90,22 +90,29 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
     }
   }
 
-  // This lane holds d = 4 * lane.row + j of queries lane.column and lane.column + 1.
+  // This lane holds d = J * lane.row + j of queries lane.column and lane.column + 1, J being the set's fragments.
   device T* out = grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1];
 #pragma unroll
   for (short q = 0; q < kQueryTiles; ++q) {
 #pragma unroll
-    for (short s = 0; s < kSets; ++s) {
+    for (short s = 0; s < kSets<kHeadDim>; ++s) {
 #pragma unroll
       for (short e = 0; e < 2; ++e) {
         const int row = first_row + q * kFragment + lane.column + e;
         if (row < params.query_length) {
-          float4 x;
+          float4 x = float4(0);
 #pragma unroll
           for (short j = 0; j < kSetFragments; ++j) {
-            x[j] = elements(result[q][s * kSetFragments + j])[e] * params.scale;
+            if (j < fragments_of<kHeadDim>(s)) {
+              x[j] = elements(result[q][s * kSetFragments + j])[e] * params.scale;
+            }
           }
-          store_quad_guarded(out + row * params.grad_query_strides[2], x, s * kSetWidth + 4 * lane.row, head_dim);
+          device T* target = out + row * params.grad_query_strides[2];
+          if (is_whole<kHeadDim>(s)) {
+            store_quad_guarded(target, x, s * kSetWidth + 4 * lane.row, head_dim);
+          } else {
+            store_pair_guarded(target, x.xy, s * kSetWidth + 2 * lane.row, head_dim);
+          }
         }
       }
     }

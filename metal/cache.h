@@ -2,8 +2,8 @@
 // scale per token. Pages are found through a block table that is not trusted, and nothing from `length` on is read.
 #pragma once
 
-#include "fragment.h"
 #include "layout.h"
+#include "loader.h"
 
 namespace mfa {
 
@@ -83,6 +83,8 @@ struct CacheRows {
     }
     return x;
   }
+
+  vec<T, 2> pair(short tile, short row, short d) const { return pair_of_quad(quad(tile, row, d & ~3), d); }
 
   Octet<T> octet(short tile, short row, short d) const {
     if (!is_quantized && is_aligned && tile * kFragment + row < valid && d + 8 <= dim) {

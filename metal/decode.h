@@ -20,10 +20,12 @@ struct PackedRows {
   long head_stride, row_stride;
   int first_row, rows, group, dim;
 
-  Octet<T> octet(short tile, short row_in_tile, short d) const {
+  vec<T, 4> quad(short tile, short row_in_tile, short d) const { return guarded(tile, row_in_tile).quad(0, 0, d); }
+  Octet<T> octet(short tile, short row_in_tile, short d) const { return guarded(tile, row_in_tile).octet(0, 0, d); }
+
+  GuardedRows<T> guarded(short tile, short row_in_tile) const {
     const int row = first_row + tile * kFragment + row_in_tile;
-    return GuardedRows<T>{base + row % group * head_stride + row / group * row_stride, 0, rows - row, dim}.octet(0, 0,
-                                                                                                                 d);
+    return {base + row % group * head_stride + row / group * row_stride, 0, rows - row, dim};
   }
 };
 
@@ -73,11 +75,16 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
 
   // A sink belongs to one part only.
   Rows rows(params, sequence, first_row, sinks, alibi_slopes, head, part == 0, lane_index);
-  HeldRows<T, kRowTiles, kHeadDim / kSetWidth> queries;
-  queries.load(PackedRows<T>{query + sequence.index * params.query_strides[0] + head * params.query_strides[1],
-                             long(params.query_strides[1]), long(params.query_strides[2]), first_row, row_count,
-                             params.group_size, head_dim},
-               rows.lane);
+  const PackedRows<T> packed = {query + sequence.index * params.query_strides[0] + head * params.query_strides[1],
+                                long(params.query_strides[1]),
+                                long(params.query_strides[2]),
+                                first_row,
+                                row_count,
+                                params.group_size,
+                                head_dim};
+  // Q beside O takes more registers than a thread of M1 has at D 128 with two row tiles, and nearly all at D 256.
+  constexpr Own kOwn = kRowTiles * kHeadDim > 192 ? reread : held;
+  const OwnOperand<T, kOwn, kRowTiles, kHeadDim, PackedRows<T>> queries(packed, rows.lane);
   const Scores<T> scores(params, sequence, nullptr, head);
   const Dropout dropout(params, sequence, nullptr, head);
   const Cache<T> keys(params, key, block_table, key_scale, params.key_strides, params.key_scale_strides, sequence.index,
@@ -90,7 +97,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
   const int end = min(rows.view.end_block(kBlockKeys), (part + 1) * blocks);
   for (int block = begin; block < end; ++block) {
     const int first_key = block * kBlockKeys;
-    rows.multiply_keys(queries, CacheRows<T, Rows::kKeyTiles>(keys, first_key));
+    rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(keys, first_key));
     scale_columns(rows, keys, first_key, lane_index);
     rows.softmax(params, scores, dropout, first_key);
     scale_columns(rows, values, first_key, lane_index);
@@ -110,15 +117,12 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
       device T* target = out + (sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
                                 row / params.group_size * params.out_strides[2]);
 #pragma unroll
-      for (short s = 0; s < kValueDim / kSetWidth; ++s) {
-        Octet<float> x = octet_of(&rows.out[r][s * kSetFragments]);
-        x.low *= inverse;
-        x.high *= inverse;
-        const int d = s * kSetWidth + 4 * rows.lane.column;
+      for (short s = 0; s < kSets<kValueDim>; ++s) {
+        thread Fragment<float>* set = &rows.out[r][s * kSetFragments];
         if (is_split) {
-          store_octet_guarded(partial_out + partial_index * value_dim, x, d, value_dim);
+          store_set<kValueDim>(partial_out + partial_index * value_dim, value_dim, set, s, inverse, rows.lane);
         } else {
-          store_octet_guarded(target, x, d, value_dim);
+          store_set<kValueDim>(target, value_dim, set, s, inverse, rows.lane);
         }
       }
       if (rows.lane.column == 0) {

@@ -17,7 +17,7 @@ namespace mfa {
 // Q in registers for the whole kernel, loaded from device memory (split) ...
 template <typename T, Memory kMemory, int kRowTiles, int kHeadDim, int kSimdgroups>
 struct QueryOperand {
-  HeldRows<T, kRowTiles, kHeadDim / kSetWidth> operand;
+  HeldRows<T, kRowTiles, kHeadDim> operand;
 
   QueryOperand(threadgroup T*, GuardedRows<T> tile, ushort, ushort simdgroup, Lane lane) {
     const int first = simdgroup * kRowTiles * kFragment;
@@ -28,7 +28,7 @@ struct QueryOperand {
 // ... or in threadgroup memory, read once per key block (shared).
 template <typename T, int kRowTiles, int kHeadDim, int kSimdgroups>
 struct QueryOperand<T, shared, kRowTiles, kHeadDim, kSimdgroups> {
-  ReadRows<T, StagedRows<T, kHeadDim, octets>> operand;
+  ReadRows<T, kHeadDim, StagedRows<T, kHeadDim, octets>> operand;
 
   QueryOperand(threadgroup T* memory, GuardedRows<T> tile, ushort thread_index, ushort simdgroup, Lane) {
     stage_rows<T, kSimdgroups * kRowTiles * kFragment, kHeadDim, octets, kSimdgroups * 32>(memory, tile, thread_index);

@@ -16,11 +16,9 @@ struct Forward {
   static constant constexpr int kTiles = kRowTiles;
   static constant constexpr int kRows = kRowTiles * kFragment;
   static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
-  static constant constexpr int kHeadSets = kHeadDim / kSetWidth;
-  static constant constexpr int kValueSets = kValueDim / kSetWidth;
 
   Fragment<float> score[kRowTiles][kKeyTiles];
-  Fragment<float> out[kRowTiles][kValueSets * kSetFragments];
+  Fragment<float> out[kRowTiles][kValueDim / kFragment];
   SoftmaxRow row[kRowTiles];
   float slope_log2[kRowTiles];  // ALiBi
   Lane lane;
@@ -53,7 +51,7 @@ struct Forward {
   // S = Q K'.
   template <typename Queries, typename Keys>
   void multiply_keys(thread const Queries& queries, Keys keys) {
-    multiply_transposed<T, kHeadSets>(score, queries, keys, lane);
+    multiply_transposed<T, kHeadDim>(score, queries, keys, lane);
   }
 
   // P = softmax step of the scores that S makes.
@@ -99,7 +97,7 @@ struct Forward {
 
   template <typename Values>
   void add_values(Values values) {
-    multiply_accumulate<T, kValueSets>(out, score, values, lane);
+    multiply_accumulate<T, kValueDim>(out, score, values, lane);
   }
 
   // kMasked is a sentinel of the scaled domain, hence the order.
@@ -138,7 +136,7 @@ struct Forward {
 #pragma unroll
       for (short r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-        for (short j = 0; j < kValueSets * kSetFragments; ++j) {
+        for (short j = 0; j < kValueDim / kFragment; ++j) {
           elements(out[r][j]) *= factor[r];
         }
       }
@@ -161,10 +159,10 @@ struct Forward {
     const long offset = sequence.index * params.out_strides[0] + head * params.out_strides[1] +
                         (sequence.first_query + first_row) * params.out_strides[2];
     const int dim = is_exact_head ? kValueDim : params.value_dim;
-    store_rows<T, kValueSets>(out_tensor + offset, params.out_strides[2], valid, dim, out, inverse, lane);
+    store_rows<T, kValueDim>(out_tensor + offset, params.out_strides[2], valid, dim, out, inverse, lane);
     if (has_correction) {
       keep_rounding<T>(out, inverse);
-      store_rows<half, kValueSets>(correction + offset, params.out_strides[2], valid, dim, out, inverse, lane);
+      store_rows<half, kValueDim>(correction + offset, params.out_strides[2], valid, dim, out, inverse, lane);
     }
   }
 };

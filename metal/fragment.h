@@ -1,12 +1,13 @@
-// 8x8 fragments and the three ways to fill four of them ("a set", 32 values of the head dimension) from contiguous
-// memory. The only file that knows which lane holds which element.
+// 8x8 fragments and the three ways to fill a set of J of them (8 J values of the head dimension) from contiguous
+// memory. J is 4; the last set of a head dimension that 32 does not divide has J = 2. The only file that knows which
+// lane holds which element.
 //
 // Lane l owns elements (row, column) and (row, column + 1). A contraction may visit its index in any order that both
 // operands share, and the columns of a result may be dealt out in any order, so each lane takes what is contiguous:
-//   left   X[row][4*column .. +7]        fragment j = (x[j], x[4+j])     X as left operand; slot s of j is d = 4s + j
-//   right' X[column], X[column+1] at [4*row .. +3]    j = (x[j], y[j])   X transposed as right operand, same slots
-//   right  X[row][4*column .. +7]        fragment j = (x[2j], x[2j+1])   X as right operand
-// A result accumulated over `right` sets holds X[row][4*column + 2j], [.. + 1]: four fragments are eight neighbours.
+//   left   X[row][J*column .. +2J-1]     fragment j = (x[j], x[J+j])     X as left operand; slot s of j is d = J*s + j
+//   right' X[column], X[column+1] at [J*row .. +J-1]  j = (x[j], y[j])   X transposed as right operand, same slots
+//   right  X[row][J*column .. +2J-1]     fragment j = (x[2j], x[2j+1])   X as right operand
+// A result accumulated over `right` sets holds X[row][J*column + 2j], [.. + 1]: J fragments are 2 J neighbours.
 #pragma once
 
 #include <metal_simdgroup>
@@ -28,8 +29,22 @@ typedef bfloat bf16;
 typedef float f32;
 
 constant constexpr int kFragment = 8;      // rows and columns
-constant constexpr int kSetFragments = 4;  // fragments per set
+constant constexpr int kSetFragments = 4;  // fragments per set, but for a half one at the end
 constant constexpr int kSetWidth = 32;     // values of the head dimension per set
+
+// Sets of a head dimension, which is a multiple of 16.
+template <int kDim>
+constant constexpr short kSets = (kDim + kSetWidth - 1) / kSetWidth;
+
+template <int kDim>
+inline bool is_whole(short set) {
+  return kDim % kSetWidth == 0 || set < kSets<kDim> - 1;
+}
+
+template <int kDim>
+inline short fragments_of(short set) {
+  return is_whole<kDim>(set) ? kSetFragments : kSetFragments / 2;
+}
 
 template <typename T>
 using Fragment = simdgroup_matrix<T, 8, 8>;
@@ -86,6 +101,12 @@ inline vec<T, 4> load_quad(const threadgroup T* source) {
 }
 
 template <typename T>
+inline vec<T, 2> load_pair(const threadgroup T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  return *(const threadgroup vec<T, 2>*)source;
+}
+
+template <typename T>
 inline Octet<T> load_octet(const device T* source) {
   MFA_COUNT_FRAGMENT_LOAD();
   const uint4 words = *(const device uint4*)source;
@@ -103,6 +124,12 @@ template <typename T>
 inline vec<T, 4> load_quad(const device T* source) {
   MFA_COUNT_FRAGMENT_LOAD();
   return *(const device vec<T, 4>*)source;
+}
+
+template <typename T>
+inline vec<T, 2> load_pair(const device T* source) {
+  MFA_COUNT_FRAGMENT_LOAD();
+  return *(const device vec<T, 2>*)source;
 }
 
 template <typename T>
@@ -125,11 +152,23 @@ inline void fill_left(thread Fragment<T>* set, Octet<T> x) {
 }
 
 template <typename T>
+inline void fill_left(thread Fragment<T>* half_set, vec<T, 4> x) {
+  elements(half_set[0]) = x.xz;
+  elements(half_set[1]) = x.yw;
+}
+
+template <typename T>
 inline void fill_right_transposed(thread Fragment<T>* set, vec<T, 4> x, vec<T, 4> y) {
 #pragma unroll
   for (short j = 0; j < kSetFragments; ++j) {
     elements(set[j]) = vec<T, 2>(x[j], y[j]);
   }
+}
+
+template <typename T>
+inline void fill_right_transposed(thread Fragment<T>* half_set, vec<T, 2> x, vec<T, 2> y) {
+  elements(half_set[0]) = vec<T, 2>(x.x, y.x);
+  elements(half_set[1]) = vec<T, 2>(x.y, y.y);
 }
 
 template <typename T>
@@ -140,9 +179,17 @@ inline void fill_right(thread Fragment<T>* set, Octet<T> x) {
   elements(set[3]) = x.high.zw;
 }
 
-// The eight neighbours that a lane holds of a result accumulated over `right` sets.
+template <typename T>
+inline void fill_right(thread Fragment<T>* half_set, vec<T, 4> x) {
+  elements(half_set[0]) = x.xy;
+  elements(half_set[1]) = x.zw;
+}
+
+// The neighbours that a lane holds of a result accumulated over `right` sets: eight of a whole one, four of a half one.
 inline Octet<float> octet_of(thread Fragment<float>* set) {
   return {float4(elements(set[0]), elements(set[1])), float4(elements(set[2]), elements(set[3]))};
 }
+
+inline float4 quad_of(thread Fragment<float>* half_set) { return float4(elements(half_set[0]), elements(half_set[1])); }
 
 }  // namespace mfa

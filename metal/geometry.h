@@ -15,12 +15,13 @@ enum Own { held, reread };
 // What is loaded from rows in threadgroup memory: quads of neighbouring rows (K in Q K'), octets (V in P V), or both.
 enum Loads { quads, octets, both };
 
-// Padding shifts each row by four or eight of 32 banks of 4 bytes. Then no load conflicts if the banks serve a whole
-// SIMD-group at once; and, for one kind of loads and 16-bit quads and octets or 32-bit quads, none if they serve 128
-// bytes of neighbouring lanes at a time, as NVIDIA's do.
+// Padding makes a row an odd number of four or of eight of 32 banks of 4 bytes. Then no load conflicts if the banks
+// serve a whole SIMD-group at once; and, for one kind of loads and 16-bit quads and octets or 32-bit quads, none if
+// they serve 128 bytes of neighbouring lanes at a time, as NVIDIA's do.
 constexpr int padded_row_bytes(int dim, int element_size, Loads loads) {
-  return dim * element_size +
-         ((element_size == 2 && loads == octets) || (element_size == 4 && loads == quads) ? 32 : 16);
+  const int bytes = dim * element_size;  // a multiple of 32
+  const bool eight = (element_size == 2 && loads == octets) || (element_size == 4 && loads == quads);
+  return bytes + (!eight ? 16 : bytes % 64 == 0 ? 32 : 0);
 }
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }

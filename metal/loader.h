@@ -1,6 +1,7 @@
 // Rows of a tensor on their way to fragments: guarded loads from device memory, and copies into threadgroup memory.
-// Each kind of rows has quad() and octet(): four or eight elements from d on of a row, which is given as a tile of
-// eight and a row in it, since tiles are known when a kernel is compiled.
+// Each kind of rows has pair(), quad() and octet(): two, four or eight elements from d on of a row, which is given as a
+// tile of eight and a row in it, since tiles are known when a kernel is compiled. load_left() and its like fill sets of
+// fragments from them.
 #pragma once
 
 #include "features.h"
@@ -16,6 +17,9 @@ struct StagedRows {
 
   const threadgroup T* base;
 
+  vec<T, 2> pair(short tile, short row, short d) const {
+    return load_pair(base + (tile * kFragment + row) * kStride + d);
+  }
   vec<T, 4> quad(short tile, short row, short d) const {
     return load_quad(base + (tile * kFragment + row) * kStride + d);
   }
@@ -32,6 +36,10 @@ struct DeviceRows {
   long stride;
   int valid;
 
+  vec<T, 2> pair(short tile, short row_in_tile, short d) const {
+    const int row = tile * kFragment + row_in_tile;
+    return row < valid ? load_pair(base + row * stride + d) : vec<T, 2>(0);
+  }
   vec<T, 4> quad(short tile, short row_in_tile, short d) const {
     const int row = tile * kFragment + row_in_tile;
     return row < valid ? load_quad(base + row * stride + d) : vec<T, 4>(0);
@@ -45,12 +53,20 @@ struct DeviceRows {
   }
 };
 
+// The pair at d, of the quad that it lies in.
+template <typename T>
+inline vec<T, 2> pair_of_quad(vec<T, 4> x, short d) {
+  return (d & 2) != 0 ? x.zw : x.xy;
+}
+
 // Rows in device memory of any alignment and any head dimension: zeros where the rows or the dimension end.
 template <typename T>
 struct GuardedRows {
   const device T* base;
   long stride;
   int valid, dim;
+
+  vec<T, 2> pair(short tile, short row, short d) const { return pair_of_quad(quad(tile, row, d & ~3), d); }
 
   vec<T, 4> quad(short tile, short row_in_tile, short d) const {
     const int row = tile * kFragment + row_in_tile;
@@ -81,6 +97,40 @@ struct GuardedRows {
     return x;
   }
 };
+
+// Set `set` of kDim columns of a tile of rows, as left operand,
+template <int kDim, typename T, typename Rows>
+inline void load_left(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
+  const short d = set * kSetWidth;
+  if (is_whole<kDim>(set)) {
+    fill_left(fragments, rows.octet(tile, lane.row, d + 4 * lane.column));
+  } else {
+    fill_left(fragments, rows.quad(tile, lane.row, d + 2 * lane.column));
+  }
+}
+
+// transposed, as right operand,
+template <int kDim, typename T, typename Rows>
+inline void load_right_transposed(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
+  if (is_whole<kDim>(set)) {
+    const short d = set * kSetWidth + 4 * lane.row;
+    fill_right_transposed(fragments, rows.quad(tile, lane.column, d), rows.quad(tile, lane.column + 1, d));
+  } else {
+    const short d = set * kSetWidth + 2 * lane.row;
+    fill_right_transposed(fragments, rows.pair(tile, lane.column, d), rows.pair(tile, lane.column + 1, d));
+  }
+}
+
+// and as right operand.
+template <int kDim, typename T, typename Rows>
+inline void load_right(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
+  const short d = set * kSetWidth;
+  if (is_whole<kDim>(set)) {
+    fill_right(fragments, rows.octet(tile, lane.row, d + 4 * lane.column));
+  } else {
+    fill_right(fragments, rows.quad(tile, lane.row, d + 2 * lane.column));
+  }
+}
 
 // All rows of one head of a sequence.
 template <typename T>
@@ -127,6 +177,16 @@ inline void store_quad_guarded(device T* row, float4 x, int d, int dim) {
   for (short e = 0; e < 4; ++e) {
     if (d + e < dim) {
       row[d + e] = y[e];
+    }
+  }
+}
+
+template <typename T>
+inline void store_pair_guarded(device T* row, float2 x, int d, int dim) {
+#pragma unroll
+  for (short e = 0; e < 2; ++e) {
+    if (d + e < dim) {
+      row[d + e] = T(x[e]);
     }
   }
 }

@@ -6,20 +6,20 @@
 
 namespace mfa {
 
-// Left operands. fill() gives set s (32 values of the head dimension) of row tile r.
+// Left operands, of kDim columns. fill() gives set s of row tile r.
 
 // Rows kept in registers.
-template <typename T, int kRowTiles, int kSets>
+template <typename T, int kRowTiles, int kDim>
 struct HeldRows {
-  Fragment<T> fragments[kRowTiles][kSets * kSetFragments];
+  Fragment<T> fragments[kRowTiles][kDim / kFragment];
 
   template <typename Rows>
   void load(Rows rows, Lane lane) {
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-      for (short s = 0; s < kSets; ++s) {
-        fill_left(&fragments[r][s * kSetFragments], rows.octet(r, lane.row, s * kSetWidth + 4 * lane.column));
+      for (short s = 0; s < kSets<kDim>; ++s) {
+        load_left<kDim>(&fragments[r][s * kSetFragments], rows, r, s, lane);
       }
     }
   }
@@ -27,19 +27,34 @@ struct HeldRows {
   void fill(thread Fragment<T>* set, short r, short s, Lane) const {
 #pragma unroll
     for (short j = 0; j < kSetFragments; ++j) {
-      set[j] = fragments[r][s * kSetFragments + j];
+      if (j < fragments_of<kDim>(s)) {
+        set[j] = fragments[r][s * kSetFragments + j];
+      }
     }
   }
 };
 
 // Rows read again for every product: they cost no registers.
-template <typename T, typename Rows>
+template <typename T, int kDim, typename Rows>
 struct ReadRows {
   Rows rows;
 
-  void fill(thread Fragment<T>* set, short r, short s, Lane lane) const {
-    fill_left(set, rows.octet(r, lane.row, s * kSetWidth + 4 * lane.column));
-  }
+  void fill(thread Fragment<T>* set, short r, short s, Lane lane) const { load_left<kDim>(set, rows, r, s, lane); }
+};
+
+// A SIMD-group's own rows: one or the other.
+template <typename T, Own kOwn, int kRowTiles, int kDim, typename Rows>
+struct OwnOperand {
+  HeldRows<T, kRowTiles, kDim> operand;
+
+  OwnOperand(Rows rows, Lane lane) { operand.load(rows, lane); }
+};
+
+template <typename T, int kRowTiles, int kDim, typename Rows>
+struct OwnOperand<T, reread, kRowTiles, kDim, Rows> {
+  ReadRows<T, kDim, Rows> operand;
+
+  OwnOperand(Rows rows, Lane) : operand{rows} {}
 };
 
 template <int kRowTiles, int kColumnTiles>
@@ -58,29 +73,30 @@ inline void clear(thread Fragment<float> (&tile)[kRowTiles][kColumnTiles]) {
 template <typename T>
 constant constexpr bool kSumsInParts = sizeof(T) == 4;
 
-// Adds to the columns `first` ... of the result.
+// Adds `columns` of a part to the columns `first` ... of the result.
 template <int kRowTiles, int kColumnTiles, int kPartTiles>
 inline void add_part(thread Fragment<float> (&result)[kRowTiles][kColumnTiles],
-                     thread Fragment<float> (&part)[kRowTiles][kPartTiles], short first) {
+                     thread Fragment<float> (&part)[kRowTiles][kPartTiles], short first, short columns) {
 #pragma unroll
   for (short r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (short c = 0; c < kPartTiles; ++c) {
-      elements(result[r][first + c]) += elements(part[r][c]);
+      if (c < columns) {
+        elements(result[r][first + c]) += elements(part[r][c]);
+      }
     }
   }
 }
 
-// S = A B': kSets * 32 values of the head dimension, kColumnTiles * 8 rows of B.
-template <typename T, int kSets, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
+// S = A B': kDim values of the head dimension, kColumnTiles * 8 rows of B.
+template <typename T, int kDim, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
 inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kColumnTiles], thread const Left& left,
                                 Rows rows, Lane lane) {
   // Column tiles loaded together: with two row tiles, four independent accumulation chains hide the latency of an MMA.
   constexpr int kTogether = kColumnTiles % 2 == 0 ? 2 : 1;
   clear(result);
 #pragma unroll
-  for (short s = 0; s < kSets; ++s) {
-    const short d = s * kSetWidth + 4 * lane.row;
+  for (short s = 0; s < kSets<kDim>; ++s) {
     Fragment<T> a[kRowTiles][kSetFragments];
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
@@ -91,12 +107,15 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
       Fragment<T> b[kTogether][kSetFragments];
 #pragma unroll
       for (short c = 0; c < kTogether; ++c) {
-        fill_right_transposed(b[c], rows.quad(first + c, lane.column, d), rows.quad(first + c, lane.column + 1, d));
+        load_right_transposed<kDim>(b[c], rows, first + c, s, lane);
       }
       Fragment<float> part[kRowTiles][kTogether];
       clear(part);
 #pragma unroll
       for (short j = 0; j < kSetFragments; ++j) {
+        if (j >= fragments_of<kDim>(s)) {
+          continue;
+        }
 #pragma unroll
         for (short c = 0; c < kTogether; ++c) {
 #pragma unroll
@@ -107,27 +126,30 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
         }
       }
       if (kSumsInParts<T>) {
-        add_part(result, part, first);
+        add_part(result, part, first, kTogether);
       }
     }
   }
 }
 
-// C += P B: kInnerTiles * 8 rows of B, kSets * 32 of its columns.
-template <typename T, int kSets, int kRowTiles, int kInnerTiles, typename Rows>
-inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kSets * kSetFragments],
+// C += P B: kInnerTiles * 8 rows of B, kDim of its columns.
+template <typename T, int kDim, int kRowTiles, int kInnerTiles, typename Rows>
+inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim / kFragment],
                                 thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane) {
 #pragma unroll
-  for (short s = 0; s < kSets; ++s) {
+  for (short s = 0; s < kSets<kDim>; ++s) {
     const short first = s * kSetFragments;
     Fragment<float> part[kRowTiles][kSetFragments];
     clear(part);
 #pragma unroll
     for (short k = 0; k < kInnerTiles; ++k) {
       Fragment<T> b[kSetFragments];
-      fill_right(b, rows.octet(k, lane.row, s * kSetWidth + 4 * lane.column));
+      load_right<kDim>(b, rows, k, s, lane);
 #pragma unroll
       for (short j = 0; j < kSetFragments; ++j) {
+        if (j >= fragments_of<kDim>(s)) {
+          continue;
+        }
 #pragma unroll
         for (short r = 0; r < kRowTiles; ++r) {
           thread Fragment<float>& sum = kSumsInParts<T> ? part[r][j] : result[r][first + j];
@@ -136,26 +158,37 @@ inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kSet
       }
     }
     if (kSumsInParts<T>) {
-      add_part(result, part, first);
+      add_part(result, part, first, fragments_of<kDim>(s));
     }
   }
 }
 
-// Writes rows of a result accumulated by multiply_accumulate, each scaled by factor[r], to device memory.
-template <typename T, int kSets, int kRowTiles>
+// Writes this lane's part of set s of a result accumulated by multiply_accumulate, times factor, to a row in device
+// memory.
+template <int kDim, typename T>
+inline void store_set(device T* row, int dim, thread Fragment<float>* set, short s, float factor, Lane lane) {
+  if (is_whole<kDim>(s)) {
+    Octet<float> x = octet_of(set);
+    x.low *= factor;
+    x.high *= factor;
+    store_octet_guarded(row, x, s * kSetWidth + 4 * lane.column, dim);
+  } else {
+    store_quad_guarded(row, quad_of(set) * factor, s * kSetWidth + 2 * lane.column, dim);
+  }
+}
+
+// All sets of all rows, each scaled by factor[r].
+template <typename T, int kDim, int kRowTiles>
 inline void store_rows(device T* rows, long stride, int valid, int dim,
-                       thread Fragment<float> (&tile)[kRowTiles][kSets * kSetFragments], thread const float* factor,
+                       thread Fragment<float> (&tile)[kRowTiles][kDim / kFragment], thread const float* factor,
                        Lane lane) {
 #pragma unroll
   for (short r = 0; r < kRowTiles; ++r) {
     const int row = r * kFragment + lane.row;
     if (row < valid) {
 #pragma unroll
-      for (short s = 0; s < kSets; ++s) {
-        Octet<float> x = octet_of(&tile[r][s * kSetFragments]);
-        x.low *= factor[r];
-        x.high *= factor[r];
-        store_octet_guarded(rows + row * stride, x, s * kSetWidth + 4 * lane.column, dim);
+      for (short s = 0; s < kSets<kDim>; ++s) {
+        store_set<kDim>(rows + row * stride, dim, &tile[r][s * kSetFragments], s, factor[r], lane);
       }
     }
   }

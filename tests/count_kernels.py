@@ -29,6 +29,7 @@ import instructions
 TRUE = ["is_aligned", "is_exact_head", "writes_lse", "wants_grad_key", "wants_grad_value", "align_Q", "align_K"]
 HEADERS = {
     "forward": "forward.h",
+    "decode": "decode.h",
     "backward_dkdv": "backward_dkdv.h",
     "backward_dq": "backward_dq.h",
     "backward_dq_from_ds": "backward_dq_from_ds.h",
@@ -59,7 +60,7 @@ def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
     """A row of instances.def, and the catalogue's; those of f16 that the model knows."""
     text = (ROOT / "metal" / "instances.def").read_text()
     catalogue = {instance.name: instance for instance in _native.catalogue()}
-    for row in re.findall(r"^(?:FORWARD|BACKWARD_D\w+)\(f16, .*\)$", text, re.MULTILINE):
+    for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(f16, .*\)$", text, re.MULTILINE):
         name = host_name(row)
         if name in catalogue and catalogue[name].kind in HEADERS:
             instance = catalogue[name]
@@ -73,6 +74,7 @@ def host_name(row: str) -> str:
     words = arguments.split(", ")
     forms = {
         "FORWARD": "forward_{0}_d{3}_v{4}_{1}_s{5}_r{6}_k{7}",
+        "DECODE": "decode_{0}_d{1}_v{2}_r{3}_k{4}",
         "BACKWARD_DKDV": "backward_dkdv_{0}_d{1}_v{2}_s{3}_r{4}_q{5}",
         "BACKWARD_DQ": "backward_dq_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",
@@ -92,6 +94,8 @@ def bytes_of_ours(instance: _native.Instance) -> list[dict[str, int]]:
 
 
 def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
+    if instance.kind == "decode":
+        return decode_counters(instance, length)
     query, key, value = (
         torch.zeros(1, 1, length, dim, dtype=torch.float16, requires_grad=instance.kind != "forward")
         for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
@@ -104,6 +108,17 @@ def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
     assert found, f"{instance.name} didn't run, but {[launch.kernel for launch in sim.launches]}"
     total = sum((launch.counters for launch in found), mfa.Counters())
     return vars(total)
+
+
+def decode_counters(instance: _native.Instance, length: int) -> dict[str, int]:
+    """One token of as many heads as the kernel has rows, over `length` keys of one head, not split."""
+    query = torch.zeros(1, instance.rows, 1, instance.head_dim, dtype=torch.float16)
+    caches = (torch.zeros(1, 1, length, dim, dtype=torch.float16) for dim in (instance.head_dim, instance.value_dim))
+    with mfa.simulate("apple7") as sim:
+        mfa.attention_with_kv_cache(query, *caches, cache_seqlens=length, num_splits=1)
+    (launch,) = sim.launches
+    assert launch.kernel == instance.name
+    return vars(launch.counters)
 
 
 def kernel_of(
@@ -120,7 +135,7 @@ def kernel_of(
 ) -> Kernel:
     rows, block, simdgroups = tile
     step = instructions.step_of(instructions.kernel_of(ir))
-    groups = [length // rows for length in LENGTHS]
+    groups = [1 if kind == "decode" else length // rows for length in LENGTHS]
     steps = [length // block for length in LENGTHS]
 
     def line(counter: str) -> tuple[int, int]:

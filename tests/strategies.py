@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 LENGTHS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 90)
-HEAD_DIMS = (1, 8, 16, 24, 31, 32, 33, 40, 63, 64, 65, 72, 80, 96, 100, 127, 128, 129, 160, 192, 200, 255, 256)
+HEAD_DIMS = (1, 8, 16, 24, 31, 32, 33, 40, 63, 64, 65, 72, 73, 80, 81, 96, 100, 127, 128, 129, 160, 192, 200, 255, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("contiguous", "transposed", "padded", "strided", "offset", "one head", "one batch", "one row")
 # One head of a float32 problem of this many multiply-accumulates takes the simulator about 5 ms.

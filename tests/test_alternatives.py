@@ -13,7 +13,7 @@ import mfa
 from mfa import _library, _native, simulator
 
 pytestmark = pytest.mark.skipif(simulator.why_not() is not None, reason=str(simulator.why_not()))
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def alternatives() -> Iterator[_native.Instance]:

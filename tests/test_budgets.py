@@ -85,7 +85,7 @@ def test_window_skips_key_blocks():
     assert counters.mma <= 0.15 * dense_mmas(2048, 64)
 
 
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_instance_does_the_minimum_of_mmas(dim, dtype):
     counters, _ = count(128, dim, dtype=dtype)

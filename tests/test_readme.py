@@ -18,7 +18,7 @@ from test_fidelity_mlx import BLOCKS, build, headers, run_steel  # noqa: F401 (h
 import mfa.flash_attn
 import mfa.sdpa
 from mfa import support
-from mfa.bench import kernels, model, report
+from mfa.bench import kernels, model, model_decode, model_varlen, report
 from mfa.bench.chips import CHIPS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -109,11 +109,29 @@ def predictions() -> str:
             mlx = report.utilisation(dense, 2, report.steel(table, dense, chip).seconds, chip)
             cells.append(f"{ours[0]:.0%}, {ours[1]:.0%} ({mlx:.0%})")
         lines.append(f"| forward D {dim}: dense, causal (MLX dense) | " + " | ".join(cells) + " |")
-    for dim in (64, 128):
+    for dim in (64, 80, 128):
         problem = report.shape(dim)
         times = [model.seconds(model.backward(table, problem, chip)) for chip in chips]
         cells = [f"{report.utilisation(problem, 5, time, chip):.0%}" for time, chip in zip(times, chips, strict=True)]
         lines.append(f"| backward D {dim} | " + " | ".join(cells) + " |")
+    for dim in (64, 128):
+        cells = [
+            ", ".join(
+                f"{model_decode.share(problem, model_decode.planned(table, problem, chip).seconds, chip):.0%}"
+                for group in (1, 4, 8)
+                for problem in [report.decoding(dim, group, 32768)]
+            )
+            for chip in chips
+        ]
+        lines.append(f"| decode D {dim}: 1, 4, 8 heads per key head, of the bandwidth | " + " | ".join(cells) + " |")
+    for dim in (64, 128):
+        problem = report.packed(dim)
+        cells = [
+            f"{report.packed_share(model_varlen.planned(table, problem, chip), problem, chip):.0%} "
+            f"({report.equal_share(table, problem, chip):.0%})"
+            for chip in chips
+        ]
+        lines.append(f"| varlen D {dim} (as many tokens in equal sequences) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

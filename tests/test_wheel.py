@@ -74,6 +74,10 @@ def test_tags_and_files(wheel: Path) -> None:
     assert not [name for name in names if re.search(r"\.(h|hpp|cpp|metal|cmake|o|a)$|(^|/)tests/", name)]
 
 
+def test_size(wheel: Path) -> None:
+    assert wheel.stat().st_size <= 8e6
+
+
 def test_libraries_are_found_beside_one_another(wheel: Path, tmp_path: Path) -> None:
     """No library looks into a folder of the machine that built it."""
     with zipfile.ZipFile(wheel) as archive:

@@ -2,7 +2,7 @@
 
     step    each pipe's clocks for one step of a threadgroup; a p-norm combines them, since pipes overlap, but not quite
     tile    a threadgroup's steps: those that some row sees
-    launch  tiles dealt to cores, longest first; no faster than device memory delivers what must be read once
+    launch  tiles dealt to cores in their order; no faster than device memory delivers what must be read once
     pass    its launches, one after another
 
 It was fitted to published timings of other projects' kernels on M3 and never checked on M1 or M2: see `PUBLISHED`. It
@@ -13,7 +13,7 @@ Sources of the constants: metal-benchmarks (instruction costs, registers, caches
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from .. import _native
@@ -78,8 +78,8 @@ def resident_groups(kernel: Kernel) -> int:
     return max(1, min(by_registers, by_memory))
 
 
-def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA) -> dict[str, float]:
-    """A core's clocks per pipe for one step of one threadgroup, while it holds as many as it can."""
+def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int | None = None) -> dict[str, float]:
+    """A core's clocks per pipe for one step of one threadgroup, while it holds `resident`: by default all it can."""
     main, side = slots(kernel, chip, mixed_mma)
     conflict = 1.0 if chip.has_side_pipe else kernel.store_conflict  # fitted as free on M3
     moved = kernel.device_read + kernel.device_write
@@ -95,7 +95,7 @@ def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA) -> dict[str, 
         "threadgroup": (kernel.threadgroup_read + kernel.threadgroup_write * conflict) / THREADGROUP_BYTES,
         "l1": moved / L1_BYTES,
         "l2": from_l2 / L2_BYTES,
-        "latency": (main * math.ceil(per_scheduler) + exposed) / resident_groups(kernel),
+        "latency": (main * math.ceil(per_scheduler) + exposed) / (resident or resident_groups(kernel)),
     }
 
 
@@ -113,22 +113,21 @@ def tiles(kernel: Kernel, problem: Problem) -> Iterator[tuple[float, int]]:
     own = kernel.rows // kernel.simdgroups
     steps = math.ceil(problem.length / kernel.block)
     for first in range(0, problem.length, kernel.rows):
-        if not problem.causal:
-            yield steps, 0
-            continue
         starts = range(first, min(first + kernel.rows, problem.length), own)
-        if kernel.kind == "backward_dkdv":  # owns keys, walks over the queries from the diagonal on
+        if not problem.causal:
+            seen = [steps] * len(starts)
+        elif kernel.kind == "backward_dkdv":  # owns keys, walks over the queries from the diagonal on
             seen = [steps - start // kernel.block for start in starts]
         else:
             seen = [math.ceil(min(start + own, problem.length) / kernel.block) for start in starts]
-        masked = math.ceil(own / kernel.block) * len(starts)
+        masked = math.ceil(own / kernel.block) * len(starts) if problem.causal else 0
         yield sum(seen) / kernel.simdgroups, masked
 
 
-def makespan(lengths: Sequence[float], machines: int) -> float:
-    """Longest first, each to the machine that is free first."""
+def makespan(lengths: Iterable[float], machines: int) -> float:
+    """In this order, each to the machine that is free first."""
     free = [0.0] * machines
-    for length in sorted(lengths, reverse=True):
+    for length in lengths:
         heapq.heapreplace(free, free[0] + length)
     return max(free)
 
@@ -137,20 +136,29 @@ def predict(
     kernel: Kernel, problem: Problem, chip: Chip, compulsory_bytes: float, mixed_mma: float = MMA
 ) -> Prediction:
     """One launch over all heads."""
+    of_all_heads = sorted(tiles(kernel, problem), reverse=True)
+    heads = problem.batch * problem.heads
+    return predict_tiles(
+        kernel, [tile for tile in of_all_heads for _ in range(heads)], chip, compulsory_bytes, mixed_mma
+    )
+
+
+def predict_tiles(
+    kernel: Kernel, work: Sequence[tuple[float, int]], chip: Chip, compulsory_bytes: float, mixed_mma: float = MMA
+) -> Prediction:
+    """One launch of these threadgroups (see `tiles`), which start in this order."""
     pipes = step_pipes(kernel, chip, mixed_mma)
     step = combined(pipes)
-    heads = problem.batch * problem.heads
-    of_one_head = list(tiles(kernel, problem))
     exception = kernel.exceptions / SCHEDULERS
-    lengths = [count * step + masked * exception for count, masked in of_one_head]
+    lengths = [count * step + masked * exception for count, masked in work]
     # The last threadgroup of a core has it for itself: nothing hides its latencies.
     main, _ = slots(kernel, chip, mixed_mma)
     alone = main * math.ceil(kernel.simdgroups / SCHEDULERS) + pipes["latency"] * resident_groups(kernel) - main
-    last = max(0.0, alone - step) * min(count for count, _ in of_one_head)
-    clocks = makespan(lengths * heads, chip.cores) + last
-    even = sum(lengths) * heads / chip.cores
+    last = max(0.0, alone - step) * min(count for count, _ in work)
+    clocks = makespan(lengths, chip.cores) + last
+    even = sum(lengths) / chip.cores
     hertz = chip.ghz * 1e9
-    steps = sum(count for count, _ in of_one_head) * heads / chip.cores
+    steps = sum(count for count, _ in work) / chip.cores
     times = {name: steps * value / hertz for name, value in pipes.items()}
     times["device"] = compulsory_bytes / (chip.bandwidth * 1e9)
     seconds = max(clocks / hertz, times["device"]) + LAUNCH_SECONDS

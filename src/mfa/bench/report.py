@@ -2,13 +2,21 @@
 
 from collections.abc import Iterator
 
-from . import kernels, model
+from . import kernels, model, model_decode, model_varlen
 from .chips import CHIPS, Chip
 from .model import Problem
+from .model_decode import Decoding
+from .model_varlen import Packed
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
+BACKWARD_DIMS = (64, 80, 96, 128)
 SEED = Problem(4, 8, 2048, 64)  # the problem that mps-flash-attn published timings of, on M1 Max
 SEED_FORWARD_MS, SEED_TRAINING_MS = 5.3, 55
+
+
+GROUPS = (1, 4, 8, 16)  # query heads per key head
+CACHE_KEYS = (1024, 4096, 32768)
+PACKED_HEADS, PACKED_LENGTHS = 2, model_varlen.spread(64, 2048)
 
 
 def shape(head_dim: int, causal: bool = False) -> Problem:
@@ -48,7 +56,7 @@ def forward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
 
 def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
     yield f"{'D':>4} {'mode':12}{'dense':>8}{'causal':>8}{'as of 5 GEMMs':>15}"
-    for dim in (64, 96, 128):
+    for dim in BACKWARD_DIMS:
         for mode, products in (("seven_gemm", 7), ("five_gemm", 5)):
             dense, causal = shape(dim), shape(dim, causal=True)
             times = [model.seconds(model.backward(table, problem, chip, mode)) for problem in (dense, causal)]
@@ -58,12 +66,78 @@ def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]
             )
 
 
+def decoding(head_dim: int, group: int, keys: int) -> Decoding:
+    """One token of one sequence: where decoding is hardest to spread over a GPU."""
+    return Decoding(1, 8, group, keys, head_dim)
+
+
+def decode_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
+    heading = f"{'D':>4}{'keys':>7}{'heads':>7} {'kernel':24}{'splits':>7}{'share':>7}{'bound':>9}{'next':>6}"
+    yield f"{heading}  best by the model"
+    for dim in (64, 128):
+        for keys in CACHE_KEYS:
+            for group in GROUPS:
+                problem = decoding(dim, group, keys)
+                ours, best = (way(table, problem, chip) for way in (model_decode.planned, model_decode.best))
+                others = max(value for name, value in ours.pipes.items() if name != "device")
+                yield (
+                    f"{dim:>4}{keys:>7}{group:>7} {ours.kernel:24}{ours.splits:>7}"
+                    f"{model_decode.share(problem, ours.seconds, chip):>7.1%}{ours.bound:>9}"
+                    f"{others / ours.pipes['device']:>6.0%}  {best.kernel}, {best.splits} splits: "
+                    f"{model_decode.share(problem, best.seconds, chip):.1%}"
+                )
+
+
+def packed(head_dim: int, causal: bool = False) -> Packed:
+    return Packed(PACKED_HEADS, PACKED_LENGTHS, head_dim, causal)
+
+
+def packed_share(kernel: kernels.Kernel, problem: Packed, chip: Chip, sequences: list[Problem] | None = None) -> float:
+    """Of the float32 peak; the sequences start in the order of tile_map, or in this one."""
+    sequences = sequences or model_varlen.by_class(problem.sequences)
+    return problem.operations / model_varlen.seconds(kernel, sequences, chip) / chip.peak
+
+
+def equal_share(table: dict[str, kernels.Kernel], problem: Packed, chip: Chip) -> float:
+    """Of as many tokens in a dense batch of as many sequences."""
+    count = len(problem.lengths)
+    equal = Problem(count, problem.heads, sum(problem.lengths) // count, problem.head_dim, problem.causal)
+    return utilisation(equal, 2, model.seconds(model.forward(table, equal, chip)), chip)
+
+
+def padded_share(table: dict[str, kernels.Kernel], problem: Packed, chip: Chip) -> float:
+    """Of a dense batch in which all are as long as the longest; only real tokens count."""
+    padded = Problem(len(problem.lengths), problem.heads, max(problem.lengths), problem.head_dim, problem.causal)
+    return problem.operations / model.seconds(model.forward(table, padded, chip)) / chip.peak
+
+
+def varlen_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
+    heading = f"{'D':>4} {'':7}{'kernel':38}{'share':>7}{'equal':>7}{'padded':>8}{'rising':>8}"
+    yield f"{heading}  other tiles"
+    for dim in (64, 128):
+        for causal in (False, True):
+            problem = packed(dim, causal)
+            kernel = model_varlen.planned(table, problem, chip)
+            rising = sorted(problem.sequences, key=lambda sequence: sequence.length)
+            others = ", ".join(
+                f"{other.name.removeprefix('forward_f16_')} {packed_share(other, problem, chip):.1%}"
+                for other in table.values()
+                if other.name.startswith(f"forward_f16_d{dim}_v{dim}_staged") and other.name != kernel.name
+            )
+            share = packed_share(kernel, problem, chip)
+            yield (
+                f"{dim:>4} {'causal' if causal else 'dense':7}{kernel.name:38}{share:>7.1%}"
+                f"{equal_share(table, problem, chip):>7.1%}{padded_share(table, problem, chip):>8.1%}"
+                f"{packed_share(kernel, problem, chip, rising):>8.1%}  {others}"
+            )
+
+
 def tile_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
     """Every tile there is, also those that tuning.def does not choose."""
     yield f"{'tile':46}{'registers':>10}{'KiB':>6}{'groups':>8}{'alone':>8}"
     products = {"forward": 2, "backward_dkdv": 4, "backward_dq": 3, "backward_dq_from_ds": 1}
     for kernel in table.values():
-        if kernel.name.startswith("steel") or "_d192_v128" in kernel.name:
+        if kernel.name.startswith("steel") or kernel.kind == "decode" or "_d192_v128" in kernel.name:
             continue
         if kernel.path == "direct" and not chip.has_side_pipe:
             continue
@@ -107,6 +181,15 @@ def lines(chip: Chip, tiles: bool = False) -> Iterator[str]:
     yield ""
     yield "Backward, of the products that it makes."
     yield from backward_rows(table, chip)
+    yield ""
+    yield "Decode, float16, one token, 8 key heads, so many query heads on each. share: of the bandwidth, K and V once."
+    yield "next: the slowest other pipe, as a share of the time that device memory takes."
+    yield from decode_rows(table, chip)
+    yield ""
+    count, longest = len(PACKED_LENGTHS), max(PACKED_LENGTHS)
+    yield f"Varlen, float16, {PACKED_HEADS} heads, {count} sequences of 1 to {longest} tokens, share of the peak."
+    yield "equal: as many tokens in equal sequences. padded: all as the longest. rising: the short ones start first."
+    yield from varlen_rows(table, chip)
     yield ""
     if tiles:
         yield "Tiles, each as the only launch. Registers are an estimate from optimised IR; M1 has 128 per thread."

@@ -1,0 +1,87 @@
+"""The cost model of decoding: one query per head over a long cache, which K and V of the live keys bound.
+
+part    a SIMD-group's steps over its part of the keys; parts are dealt evenly to cores
+launch  no faster than device memory delivers K and V, once per row tile: caches are not relied upon
+step    the launch and, where keys are split, that of combine, which reads what the parts wrote
+"""
+
+import math
+from typing import NamedTuple
+
+from .. import _native
+from .chips import Chip
+from .kernels import Kernel
+from .model import LAUNCH_SECONDS, combined, resident_groups, step_pipes
+
+
+class Decoding(NamedTuple):
+    """One token of each sequence, float16, D = Dv."""
+
+    batch: int
+    key_heads: int
+    group: int  # query heads per key head: the rows that share K and V
+    keys: int  # live ones of each sequence
+    head_dim: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """K and V of the live keys."""
+        return 4 * self.batch * self.key_heads * self.keys * self.head_dim
+
+
+class Prediction(NamedTuple):
+    kernel: str
+    splits: int
+    seconds: float
+    pipes: dict[str, float]  # seconds of each alone
+    bound: str
+
+
+def predict(kernel: Kernel, problem: Decoding, chip: Chip, splits: int) -> Prediction:
+    row_tiles = math.ceil(problem.group / kernel.rows)
+    parts = problem.batch * problem.key_heads * row_tiles * splits
+    steps = math.ceil(math.ceil(problem.keys / kernel.block) / splits)
+    per_core = math.ceil(parts / chip.cores)
+    pipes = step_pipes(kernel, chip, resident=min(per_core, resident_groups(kernel)))
+    hertz, bandwidth = chip.ghz * 1e9, chip.bandwidth * 1e9
+    times = {name: steps * per_core * clocks / hertz for name, clocks in pipes.items()}
+    rows = problem.batch * problem.key_heads * problem.group
+    partial = 4 * rows * splits * (problem.head_dim + 1) if splits > 1 else 0
+    times["device"] = (row_tiles * problem.cache_bytes + partial) / bandwidth
+    seconds = max(steps * per_core * combined(pipes) / hertz, times["device"]) + LAUNCH_SECONDS
+    if splits > 1:
+        seconds += partial / bandwidth + LAUNCH_SECONDS
+    return Prediction(kernel.name, splits, seconds, times, max(times, key=lambda name: times[name]))
+
+
+def planned(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:
+    """With the kernel and the splits of the plan."""
+    plan = _native.plan_decode(
+        family=chip.family,
+        dtype="f16",
+        batch=problem.batch,
+        query_heads=problem.key_heads * problem.group,
+        key_heads=problem.key_heads,
+        query_length=1,
+        key_length=problem.keys,
+        head_dim=problem.head_dim,
+        value_dim=problem.head_dim,
+        scale=problem.head_dim**-0.5,
+    )
+    return predict(kernels[plan.launches[0].kernel], problem, chip, plan.params.splits)
+
+
+def best(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:
+    """Of all row tiles and numbers of splits that a plan could have."""
+    tiles = [k for k in kernels.values() if k.kind == "decode" and k.head_dim == problem.head_dim]
+    most = math.ceil(problem.keys / tiles[0].block)
+    choices = sorted({math.ceil(most / blocks) for blocks in range(1, most + 1)})
+    return min(
+        (predict(kernel, problem, chip, splits) for kernel in tiles for splits in choices),
+        key=lambda prediction: prediction.seconds,
+    )
+
+
+def share(problem: Decoding, seconds: float, chip: Chip) -> float:
+    """Of the device's bandwidth, that reads each live key and value once."""
+    return problem.cache_bytes / seconds / (chip.bandwidth * 1e9)
