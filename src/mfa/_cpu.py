@@ -7,7 +7,8 @@
             out, lse <- softmax(scale * Q K' + mask) V
 
 A block is ATen's own fused kernel, or, with a softcap or dropout, three matrix operations. Half types are computed in
-float32, chunk by chunk: as fast as ATen's half kernels without AMX, and exact to the last rounding.
+float32, chunk by chunk, and are exact to the last rounding; but in their own type, which AMX makes fast, where all is
+one block and only `out` is wanted.
 """
 
 import math
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from ._blocks import HIDDEN, Cut, Terms, Window
 from ._dropout import COPIES, Dropout
+
+# From so many numbers on, ATen's kernel for half types, which rounds P, is within the numerics rule: at most 0.8 of it.
+# The largest error of few numbers may be small by chance in the SDPA that the rule compares with.
+_MANY = 4096
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -81,6 +86,7 @@ def attention_forward(
     *,
     first_batch: int = 0,
     correction: Tensor | None = None,
+    exact_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`mfa::attention_forward` for CPU tensors. The caller has checked the arguments.
 
@@ -92,6 +98,7 @@ def attention_forward(
         window_left, window_right: relative to the lower-right diagonal, None = open.
         rng_state: int64 [2], what dropout starts from (_dropout.py); it counts batches from `first_batch`.
         correction: zeros of `empty_correction`; gets what rounding takes from out.
+        exact_lse: whether lse obeys the numerics rule, too. ATen's kernel for half types has it to 1e-4 only.
 
     Returns:
         out [B,Hq,Lq,Dv] and lse float32 [B,Hq,Lq], strided as `empty_outputs` says.
@@ -105,11 +112,13 @@ def attention_forward(
     # ATen's kernel takes grouped heads (since torch 2.9), and one width for D and Dv.
     dropout = Dropout.of(rng_state, dropout_p, query_heads, dtype, first_batch)
     fused = softcap == 0 and dropout is None
+    terms = Terms(window, bias, slopes_of(alibi_slopes, query_heads, dtype), dtype)
+    whole, causal = terms.as_one_block(scale) if fused else (False, False)
+    if whole and sinks is None and not exact_lse and query.shape[:3].numel() * value_dim >= _MANY:
+        dtype = query.dtype
     width, value_width = (max(dim, value_dim),) * 2 if fused else (dim, value_dim)
     operands = ((query, width), (key, width), (value, value_width))
     copied = any(is_copied(tensor, dtype, columns) for tensor, columns in operands)
-    terms = Terms(window, bias, slopes_of(alibi_slopes, query_heads, dtype), dtype)
-    whole, causal = terms.as_one_block(scale) if fused else (False, False)
     all_rows = visible.stop - visible.start == query_length
     if whole and not copied and sinks is None and all_rows and batch * query_heads * query_length > 0:
         if keys.stop - keys.start != key.shape[2]:
@@ -273,7 +282,7 @@ def _attend(
         out, lse = _softmax_block(query, key, value, mask, scale, softcap, factors)
     else:
         out, lse = _fused_block(query, key, value, mask, scale, causal)
-    if query.dtype == torch.float32 and not math.isfinite(lse.sum()) and overflows(query, key):
+    if query.dtype != torch.float64 and not math.isfinite(lse.sum()) and overflows(query, key):
         mask, factors = (None if tensor is None else tensor.double() for tensor in (mask, factors))
         return _attend(query.double(), key.double(), value.double(), mask, scale, softcap, causal, factors)
     return out, lse
