@@ -123,14 +123,20 @@ def test_backward_is_at_its_goal(dim: int, chip: Chip) -> None:
     assert report.utilisation(problem, 5, model.seconds(model.backward(TABLE, problem, chip)), chip) >= 0.75
 
 
-def test_every_wide_tile_has_a_smaller_one() -> None:
-    """For the case that Apple's compiler spills: forward tiles of two row tiles for D that one serves as well."""
-    wide = [kernel for kernel in OURS if kernel.kind == "forward" and kernel.registers > 90]
-    tiles = {(kernel.head_dim, kernel.path, kernel.rows // kernel.simdgroups) for kernel in OURS}
-    assert wide
-    for kernel in wide:
-        rows = kernel.rows // kernel.simdgroups
-        assert rows == 8 or (kernel.head_dim, kernel.path, 8) in tiles, kernel.name
+def test_two_row_tiles_have_an_alternative_of_one() -> None:
+    """For the case that Apple's compiler spills: of what takes more than 90 registers, from D 64 on."""
+    tiles = {(kernel.kind, kernel.head_dim, kernel.path, kernel.rows // kernel.simdgroups): kernel for kernel in OURS}
+    wide = [key for key, kernel in tiles.items() if key[3] == 16 and key[1] >= 64 and kernel.registers > 90]
+    assert len(wide) >= 8
+    for kind, head_dim, path, _ in wide:
+        assert tiles[kind, head_dim, path, 8].registers <= 90
+
+
+def test_the_seeds_problem_is_at_its_goals() -> None:
+    """On M1 Max at most 3.9 ms forward, and 15 ms with backward."""
+    forward, backward = (pass_(TABLE, report.SEED, CHIPS["m1-max"]) for pass_ in (model.forward, model.backward))
+    assert model.seconds(forward) <= 3.9e-3
+    assert model.seconds(forward) + model.seconds(backward) <= 15e-3
 
 
 def test_the_report_ends_with_the_seed() -> None:

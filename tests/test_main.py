@@ -54,3 +54,18 @@ def test_unknown_commands_and_options_are_refused() -> None:
         done = subprocess.run([sys.executable, "-m", "mfa", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert "usage: python -m mfa" in done.stderr
+
+
+def test_importing_takes_little_beside_torch() -> None:
+    """Of processor time, in one process: at most 15%."""
+    code = """
+import time
+start = time.process_time()
+import torch
+middle = time.process_time()
+import mfa
+print((time.process_time() - middle) / (middle - start))
+"""
+    assert (
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) <= 0.15
+    )
