@@ -58,6 +58,7 @@ const char* name(FunctionConstant constant) {
 
 std::vector<Constant> constants(std::initializer_list<Constant> used) {
   std::vector<Constant> all;
+  all.reserve(std::size(kConstants));
   for (const NamedConstant& constant : kConstants) all.push_back({constant.index, false});
   for (const Constant& constant : used) all[constant.index].value = constant.value;
   return all;

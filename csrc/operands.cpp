@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 namespace mfa {
@@ -157,7 +158,8 @@ void Operands::run(const Plan& plan) {
 }
 
 Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
-  std::vector<std::int64_t> strides(sizes.size(), 1);
+  std::array<std::int64_t, 4> strides;
+  strides[sizes.size() - 1] = 1;
   for (std::size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * std::max<std::int64_t>(sizes.begin()[i], 1);
   AtenTensorHandle tensor = nullptr;

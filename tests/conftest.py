@@ -53,8 +53,14 @@ def device(request: pytest.FixtureRequest) -> Device:
     return chosen
 
 
-@pytest.fixture(name="stand_in")
-def loaded_stand_in() -> Any:
+@pytest.fixture(name="mps", scope="session")
+def require_mps() -> None:
+    if not mfa.is_available():
+        pytest.skip(f"no mps device: {mfa.device_info().why_not}")
+
+
+@pytest.fixture(name="stand_in", scope="session")
+def loaded_stand_in(mps: None) -> Any:
     """The plugin driver.stand_in, whose DRIVER counts and can be steered."""
     if sys.platform != "linux":
         pytest.skip("only the software driver counts, and can be steered")

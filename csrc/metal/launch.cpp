@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -60,12 +61,14 @@ MetalLauncher::MetalLauncher(metal::Device device, metal::TorchQueue& queue,
 void MetalLauncher::run(const Plan& plan, const Arguments& arguments) {
   // Pipelines come before the block: while it runs, every op on this stream waits.
   std::vector<std::pair<const Launch*, std::shared_ptr<const Pipeline>>> steps;
+  steps.reserve(plan.launches.size());
   for (const Launch& launch : plan.launches) steps.emplace_back(&launch, pipelines_.get(launch));
   if (steps.empty()) return;
   // Dispatches that depend on one another need no barrier: torch's encoder is a serial one.
-  queue_.run([&](MTL::ComputeCommandEncoder& encoder) {
+  const auto encode_all = [&](MTL::ComputeCommandEncoder& encoder) {
     for (const auto& [launch, pipeline] : steps) encode(encoder, *pipeline, *launch, plan.params, arguments);
-  });
+  };
+  queue_.run(std::cref(encode_all));  // a copy would be on the heap
 }
 
 void MetalLauncher::clear_cache() {

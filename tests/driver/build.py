@@ -107,6 +107,13 @@ def client() -> Path:
         return link("driver_client", [output], "-lmfa_driver")
 
 
+@functools.cache
+def heap() -> Path:
+    """What counts libmfa's allocations, to be preloaded."""
+    with locked():
+        return link("mfa_heap", compile_all("heap", [HERE / "heap.cpp"], []))
+
+
 def torch_folder() -> Path:
     import torch
 

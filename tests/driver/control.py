@@ -14,6 +14,7 @@ class Driver:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self.library.mfa_driver_live_count.restype = ctypes.c_uint64
+        self.library.mfa_driver_message_count.restype = ctypes.c_uint64
 
     def reset(self, kernels: Path, execution: str = "eager", mode: str = "record") -> None:
         self.library.mfa_driver_set_mode(MODES[mode])

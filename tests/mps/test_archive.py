@@ -1,34 +1,18 @@
 """The archive of compiled pipelines on disk: later processes use it, and nothing that lies there can hurt them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from driver import process
 
-import mfa
-
-if not mfa.is_available():
-    pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
-if sys.platform != "linux":
-    pytest.skip("counts what only the software driver counts", allow_module_level=True)
-
-pytestmark = pytest.mark.mps
-TESTS = Path(__file__).resolve().parent.parent
-
-
-def case(cache: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "MFA_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-m", "driver.archive_case", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+pytestmark = [pytest.mark.mps, pytest.mark.usefixtures("stand_in")]
 
 
 def use(cache: Path, *arguments: str) -> dict[str, Any]:
     """A process that calls attention, which must be right whatever the archive is."""
-    report: dict[str, Any] = json.loads(case(cache, "use", *arguments))
+    report: dict[str, Any] = json.loads(process.run("archive_case", "use", *arguments, MFA_CACHE_DIR=str(cache)))
     assert report["error"] < 1e-5
     assert report["findings"] == []
     return report
@@ -77,5 +61,5 @@ def test_a_directory_that_cannot_be_written_is_only_noted(tmp_path: Path) -> Non
 
 
 def test_a_killed_process_hurts_nobody(tmp_path: Path) -> None:
-    case(tmp_path, "kill", "40")
+    process.run("archive_case", "kill", "40", MFA_CACHE_DIR=str(tmp_path))
     assert use(tmp_path)["notes"] == []  # what the last child left, if anything, is whole

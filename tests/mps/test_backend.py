@@ -1,7 +1,6 @@
 """csrc/metal on other machines than the usual one: devices that can't, no metallib, a torch without MPS."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,29 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from driver import process
 
 import mfa
 from mfa import __main__, _library, _metal, _native
 
-if not mfa.is_available():
-    pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
-if sys.platform != "linux":
-    pytest.skip("only the software driver can be another machine", allow_module_level=True)
-
-pytestmark = pytest.mark.mps
-TESTS = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.mps, pytest.mark.usefixtures("stand_in")]
 M1, M5 = ("1", "7", "15", "0"), ("1", "10", "26", "2")  # present, family, system
 
 
 def probe(folder: Path, *device: str) -> dict[str, Any]:
     """What a new process reports with `folder`'s libmfa, if it has one."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "MFA_CACHE_DIR": str(folder / "cache")}
+    environment = {"MFA_CACHE_DIR": str(folder / "cache")}
     if (folder / "libmfa.so").exists():
         environment["MFA_LIBRARY_UNDER_TEST"] = str(folder / "libmfa.so")
-    command = [sys.executable, "-m", "driver.backend_probe", *device]
-    report: dict[str, Any] = json.loads(
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    )
+    report: dict[str, Any] = json.loads(process.run("backend_probe", *device, **environment))
     assert report["findings"] == []
     return report
 

@@ -12,10 +12,7 @@ import torch.utils.checkpoint
 import mfa
 from mfa import _metal
 
-if not mfa.is_available():
-    pytest.skip(f"no mps device: {mfa.device_info().why_not}", allow_module_level=True)
-
-pytestmark = pytest.mark.mps
+pytestmark = [pytest.mark.mps, pytest.mark.usefixtures("mps")]
 
 
 def qkv(length: int, head_dim: int = 64, requires_grad: bool = False) -> list[torch.Tensor]:

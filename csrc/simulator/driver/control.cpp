@@ -85,6 +85,7 @@ void mfa_driver_clear_findings() { clear_findings(); }
 
 char* mfa_driver_live_objects() { return strdup(live_objects().c_str()); }
 uint64_t mfa_driver_live_count() { return live_count(); }
+uint64_t mfa_driver_message_count() { return message_count(); }
 uint64_t mfa_driver_allocated_bytes() { return allocated_bytes(); }
 char* mfa_driver_methods() { return strdup(list_methods().c_str()); }
 char* mfa_driver_compilations() {

@@ -33,6 +33,7 @@ void mfa_driver_clear_findings(void);
 
 char* mfa_driver_live_objects(void);  // one a line, with the place of creation
 uint64_t mfa_driver_live_count(void);
+uint64_t mfa_driver_message_count(void);  // objc_msgSend, so far
 uint64_t mfa_driver_allocated_bytes(void);
 char* mfa_driver_methods(void);       // "-[MTLBuffer length] u64:", one a line
 char* mfa_driver_compilations(void);  // "count key", one a line

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -21,6 +22,7 @@ thread_local Call call{};
 namespace {
 
 thread_local std::string pending;
+std::atomic<std::uint64_t> messages = 0;
 
 struct Tables {
   std::mutex lock;
@@ -201,6 +203,8 @@ Object* expect_object(const void* handle, const char* class_name, const char* wh
   return nullptr;
 }
 
+std::uint64_t message_count() { return messages; }
+
 }  // namespace mfa::driver
 
 using namespace mfa::driver;
@@ -213,6 +217,7 @@ __attribute__((visibility("hidden"))) Imp mfa_driver_resolve(void* self, const S
                                              selector_named("retain")};
   const bool counts = selector == counting[0] || selector == counting[1] || selector == counting[2];
   call.caller = caller;
+  ++messages;
   const char* name = selector->name.c_str();
   if (self == nullptr && counts) return &mfa_driver_zero;  // NS::SharedPtr does so
   if (self == nullptr) return refuse(note("nil", "'%s' is sent to nil", name));

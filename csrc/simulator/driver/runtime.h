@@ -102,6 +102,7 @@ Class* class_named(const char* name);
 Class& define(const char* name, Class::Make make_instance = nullptr, const char* super = "NSObject");
 Class& extend(const char* name);  // one that another file has defined
 std::string list_methods();
+std::uint64_t message_count();  // sent so far by clients
 
 template <typename T>
 Object* make_object() {

@@ -100,7 +100,6 @@ struct RegisterAllocator {
 
 }  // namespace
 
-extern "C" {
-__attribute__((visibility("default"))) size_t mfa_mps_peak_bytes() { return mfa::stand_in::peak_bytes(); }
-__attribute__((visibility("default"))) void mfa_mps_reset_peak() { mfa::stand_in::reset_peak(); }
+extern "C" __attribute__((visibility("default"))) size_t mfa_mps_allocation_count() {
+  return mfa::stand_in::allocation_count();
 }

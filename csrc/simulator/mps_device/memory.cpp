@@ -17,7 +17,7 @@
 namespace mfa::stand_in {
 namespace {
 
-std::atomic<std::size_t> allocated{0}, peak{0};
+std::atomic<std::size_t> allocated{0}, allocations{0};
 
 struct Block {
   void* buffer;
@@ -86,10 +86,8 @@ class BufferAllocator final : public c10::Allocator {
     } else if (!mfa_driver_stream_is_lazy()) {
       std::memset(mfa_driver_contents(block->buffer), 0xFF, size);
     }
-    const std::size_t now = allocated += size;
-    std::size_t most = peak;
-    while (most < now && !peak.compare_exchange_weak(most, now)) {
-    }
+    allocated += size;
+    ++allocations;
     return {block->buffer, block, &free_block, kDevice};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -115,9 +113,8 @@ c10::Allocator& allocator() {
 }
 
 std::size_t allocated_bytes() { return allocated; }
-std::size_t peak_bytes() { return peak; }
+std::size_t allocation_count() { return allocations; }
 void empty_cache() { cache().clear(); }
-void reset_peak() { peak = allocated.load(); }
 
 at::Tensor on_host(const at::Tensor& tensor) {
   if (tensor.is_cpu()) return tensor;

@@ -10,8 +10,7 @@ inline const c10::Device kDevice(c10::kMPS, 0);
 
 c10::Allocator& allocator();
 std::size_t allocated_bytes();
-std::size_t peak_bytes();
-void reset_peak();
+std::size_t allocation_count();  // ever
 void empty_cache();
 
 // The same elements as a CPU tensor; a CPU tensor itself. Waits for the stream.
