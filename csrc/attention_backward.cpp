@@ -91,23 +91,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
     return allocate(query, sizes, ScalarType::Float);
   };
+  const auto rows = [&](bool wanted, Argument argument, const Tensor& tensor, Strides& strides) {
+    if (!wanted) return none(tensor);
+    const Tensor gradient = allocate_rows(tensor, tensor.size(3), tensor.scalar_type());
+    strides = operands.write_rows(argument, gradient);
+    return gradient;
+  };
   const std::int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
-  Tensor grad_query = none(query), grad_key = none(key), grad_value = none(value);
-  Tensor grad_bias = bias ? none(*bias) : floats({0}), grad_sinks = floats({0}), grad_slopes = floats({0});
   // The kernel that sums up ALiBi's gradient writes that of query too, wanted or not.
   const bool writes_query = gradients.query || gradients.alibi;
-  if (writes_query) {
-    grad_query = allocate_rows(query, query.size(3), query.scalar_type());
-    gradients.query_strides = operands.write_rows(kGradQuery, grad_query);
-  }
-  if (gradients.key) {
-    grad_key = allocate_rows(key, key.size(3), key.scalar_type());
-    gradients.key_strides = operands.write_rows(kGradKey, grad_key);
-  }
-  if (gradients.value) {
-    grad_value = allocate_rows(value, value.size(3), value.scalar_type());
-    gradients.value_strides = operands.write_rows(kGradValue, grad_value);
-  }
+  Tensor grad_query = rows(writes_query, kGradQuery, query, gradients.query_strides);
+  const Tensor grad_key = rows(gradients.key, kGradKey, key, gradients.key_strides);
+  const Tensor grad_value = rows(gradients.value, kGradValue, value, gradients.value_strides);
+  Tensor grad_bias = bias ? none(*bias) : floats({0}), grad_sinks = floats({0}), grad_slopes = floats({0});
   if (gradients.bias) {
     grad_bias = floats({bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
     operands.write(kGradBias, grad_bias);
@@ -121,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   operands.run(plan_backward(operands.problem, gradients));
 
-  if (!gradients.query && writes_query) grad_query = none(query);
+  if (!gradients.query) grad_query = none(query);
   if (gradients.bias) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
   if (gradients.sinks) grad_sinks = gradient_of_sinks(*sinks, statistics);
   if (gradients.alibi) grad_slopes = gradient_of_slopes(*alibi_slopes, grad_slopes);

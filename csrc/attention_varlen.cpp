@@ -173,21 +173,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   operands.read_contiguous(kLse, lse);
   if (grad_lse) operands.read_contiguous(kGradLse, *grad_lse);
 
-  const auto like = [](const Tensor& tensor) {
-    return torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
-  };
   const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
     return allocate(query, sizes, ScalarType::Float);
   };
-  const bool writes_query = gradients.query || gradients.alibi;
   const Tensor nothing = allocate(query, {0}, query.scalar_type());
-  Tensor grad_query = writes_query ? like(query) : nothing, grad_key = gradients.key ? like(key) : nothing,
-         grad_value = gradients.value ? like(value) : nothing;
-  if (writes_query)
-    gradients.query_strides = unbatched(operands.write_rows(kGradQuery, packed_view("query", grad_query)));
-  if (gradients.key) gradients.key_strides = unbatched(operands.write_rows(kGradKey, packed_view("key", grad_key)));
-  if (gradients.value)
-    gradients.value_strides = unbatched(operands.write_rows(kGradValue, packed_view("value", grad_value)));
+  const auto rows = [&](bool wanted, Argument argument, const char* name, const Tensor& tensor, Strides& strides) {
+    if (!wanted) return nothing;
+    const Tensor gradient = torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+    strides = unbatched(operands.write_rows(argument, packed_view(name, gradient)));
+    return gradient;
+  };
+  const Tensor grad_query =
+      rows(gradients.query || gradients.alibi, kGradQuery, "query", query, gradients.query_strides);
+  const Tensor grad_key = rows(gradients.key, kGradKey, "key", key, gradients.key_strides);
+  const Tensor grad_value = rows(gradients.value, kGradValue, "value", value, gradients.value_strides);
   const std::int64_t heads = query.size(1), length = query.size(0);
   Tensor slope_rows = floats({0}), grad_slopes = floats({0});
   const bool per_sequence = gradients.alibi && alibi_slopes->dim() == 2;

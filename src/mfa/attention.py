@@ -115,7 +115,7 @@ def attention(
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
         and _is_plain(query, key, value)
     ):
-        results = _plain(_forward, query, key, value, is_causal, scale)
+        results = _plain(_forward, query, key, value, is_causal, scale, return_lse)
         return results if return_lse else results[0]
 
     # From here on, checks take longer than the rest of a decoding step.
@@ -156,13 +156,14 @@ def attention(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether these are mps tensors with nothing to refuse or to broadcast. (The op below has its own autocast.)"""
+    """Whether there is nothing to refuse or to broadcast. (The op below has its own autocast.)"""
     if not (
         type(query) is type(key) is type(value) is Tensor
-        and (query.is_mps and key.is_mps and value.is_mps)
+        and ((query.is_mps and key.is_mps and value.is_mps) or (query.is_cpu and key.is_cpu and value.is_cpu))
         and query.layout is key.layout is value.layout is torch.strided
         and query.dtype is key.dtype is value.dtype
         and query.dtype in METAL_DTYPES
+        and (query.is_mps or not (query.is_nested or key.is_nested or value.is_nested))
     ):
         return False
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
@@ -179,13 +180,19 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _plain(
-    forward: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+    forward: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, exact_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of tensors that `_is_plain` took; `forward` is the op."""
+    """out and lse of tensors that `_is_plain` took, for a scale that isn't nan.
+
+    `forward` is the op; on the CPU, lse is `exact_lse` or only about right.
+    """
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     right = query.shape[2] - key.shape[2] if is_causal else None
-    results: tuple[Tensor, Tensor] = forward(query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None)
+    arguments = (query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None)
+    if query.is_cpu and nothing_listens(query, key, value):
+        return _cpu.attention_forward(*arguments, exact_lse=exact_lse)
+    results: tuple[Tensor, Tensor] = forward(*arguments)
     return results
 
 
@@ -263,9 +270,9 @@ def _composite(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`mfa::attention`: of plain tensors without the checks that its schema or the kernel makes as well."""
-    if attn_mask is None and _is_plain(query, key, value) and dropout_p == 0:
-        return _plain(_forward_untraced, query, key, value, is_causal, scale)[0]
+    """`mfa::attention`: its schema has checked types, which is all that plain tensors need."""
+    if attn_mask is None and _is_plain(query, key, value) and dropout_p == 0 and (scale is None or scale == scale):
+        return _plain(_forward_untraced, query, key, value, is_causal, scale, False)[0]
     return _attention_or_runtime_error(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
