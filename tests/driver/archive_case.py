@@ -1,7 +1,7 @@
 """One process of tests/mps/test_archive.py, with the pipeline archive of $MFA_CACHE_DIR:
 
-python -m driver.archive_case use [FAMILY]     one attention; reports what it compiled, as JSON
-python -m driver.archive_case kill TIMES       children compile many kernels, and are killed while they do
+python -m driver.archive_case use [FAMILY [OS_MAJOR]]   one attention; reports what it compiled, as JSON
+python -m driver.archive_case kill TIMES                children compile many kernels, and are killed while they do
 """
 
 import json
@@ -19,8 +19,8 @@ from mfa import _metal, _native
 from . import stand_in
 
 
-def use(family: str = "7") -> None:
-    stand_in.DRIVER.library.mfa_driver_set_device(1, int(family), 15, 0)
+def use(family: str = "7", system: str = "15") -> None:
+    stand_in.DRIVER.library.mfa_driver_set_device(1, int(family), int(system), 0)
     query, key, value = (torch.randn(1, 2, 20, 64, device="mps") for _ in range(3))
     exact = torch.nn.functional.scaled_dot_product_attention(query.cpu(), key.cpu(), value.cpu())
     error = (mfa.attention(query, key, value).cpu() - exact).abs().max().item()

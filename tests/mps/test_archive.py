@@ -1,18 +1,22 @@
 """The archive of compiled pipelines on disk: later processes use it, and nothing that lies there can hurt them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from driver import process
 
+from mfa import _library
+
 pytestmark = [pytest.mark.mps, pytest.mark.usefixtures("stand_in")]
 
 
-def use(cache: Path, *arguments: str) -> dict[str, Any]:
+def use(cache: Path, *arguments: str, **environment: str) -> dict[str, Any]:
     """A process that calls attention, which must be right whatever the archive is."""
-    report: dict[str, Any] = json.loads(process.run("archive_case", "use", *arguments, MFA_CACHE_DIR=str(cache)))
+    environment["MFA_CACHE_DIR"] = str(cache)
+    report: dict[str, Any] = json.loads(process.run("archive_case", "use", *arguments, **environment))
     assert report["error"] < 1e-5
     assert report["findings"] == []
     return report
@@ -33,6 +37,20 @@ def test_the_second_process_compiles_nothing(archives: tuple[Path, Path]) -> Non
     report = use(archives[0].parent)
     assert report["pipelines_compiled"] == 0
     assert report["notes"] == []
+
+
+def test_another_system_has_an_archive_of_its_own(archives: tuple[Path, Path]) -> None:
+    report = use(archives[0].parent, "7", "16")
+    assert report["pipelines_compiled"] == 1
+    assert Path(report["archive"]) not in archives
+
+
+def test_kernels_from_source_have_an_archive_of_their_own(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    bare = shutil.copy(_library.path_of("mfa"), tmp_path)  # without a metallib beside it
+    first, second = (use(archives[0].parent, MFA_LIBRARY_UNDER_TEST=bare) for _ in range(2))
+    assert first["archive"] == second["archive"]
+    assert Path(first["archive"]) not in archives
+    assert (first["pipelines_compiled"], second["pipelines_compiled"]) == (1, 0)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "changed", "foreign"])

@@ -30,6 +30,14 @@ def test_slices_with_offsets() -> None:
     torch.testing.assert_close(mfa.attention(query, key, value).cpu(), reference(query, key, value))
 
 
+@pytest.mark.slow
+def test_offsets_beyond_4_gib() -> None:
+    size = 3 * 2 * 40 * 64
+    storage = torch.empty(2**30 + size, device="mps")
+    tensors = storage[2**30 :].view(3, 1, 2, 40, 64).copy_(torch.randn(3, 1, 2, 40, 64)).unbind()
+    torch.testing.assert_close(mfa.attention(*tensors).cpu(), reference(*tensors))
+
+
 def test_backward_on_the_autograd_thread() -> None:
     tensors = qkv(40, requires_grad=True)
     mfa.attention(*tensors).square().sum().backward()
@@ -72,8 +80,13 @@ def test_lazy_execution_gives_the_same(stand_in: Any) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")  # torch's own allocator rounds sizes up
-def test_memory_is_only_the_results() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "heads last", "slices"])
+def test_memory_is_only_the_results(layout: str) -> None:
     tensors = qkv(64)
+    if layout == "heads last":
+        tensors = [tensor.view(1, 64, 2, 64).transpose(1, 2) for tensor in tensors]
+    elif layout == "slices":
+        tensors = [tensor[:, :, 3:50] for tensor in tensors]
     mfa.attention(*tensors)
     gc.collect()
     before = torch.mps.current_allocated_memory()
