@@ -87,3 +87,12 @@ def test_kernels_compile_to_ptx(file: str, kernel: str) -> None:
     assert f".entry {kernel}(" in ptx
     assert ".maxntid 128, 1, 1" in ptx
     assert "call" not in ptx.replace("_call", "")
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_the_tensor_core_is_a_choice(dtype: str) -> None:
+    source = translate_source(ROOT / f"metal/forward_{dtype}.metal", include_dirs=[ROOT / "metal"])
+    pipeline = Pipeline(min(kernel for kernel in source.kernels if "_d64_v64_staged_" in kernel), (), 128)
+    instruction = f"mma.sync.aligned.m16n8k8.row.col.f32.{dtype}.{dtype}.f32"
+    assert instruction in compile_ptx(source, pipeline)
+    assert "mma.sync" not in compile_ptx(source, pipeline, tensor_core=False)

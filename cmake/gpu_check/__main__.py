@@ -13,6 +13,12 @@ def main() -> int:
     build = commands.add_parser("build", help="plan and compile; needs the package and clang, but no GPU")
     build.add_argument("--architecture", default="sm_90", help="of the cubins, if there is ptxas")
     build.add_argument("--counters", action="store_true", help="also what `count` runs; fetches the mlx-metal wheel")
+    build.add_argument(
+        "--mma",
+        choices=["sync", "shuffles"],
+        help="how half-precision matrices are multiplied: mma.sync, for accuracy as of a matrix unit (the default), "
+        "or shuffles and FMAs at the same cost for every type, for times and counters (the default with --counters)",
+    )
     run = commands.add_parser("run", help="run and compare; needs a GPU and a torch with CUDA, but not the package")
     run.add_argument("--report", type=Path, help="a JSON file for the results")
     count = commands.add_parser("count", help="launches to be counted by a profiler; needs what `run` needs")
@@ -31,7 +37,8 @@ def main() -> int:
         from .cases import GROUPS
 
         groups = options.groups or list(GROUPS)
-        build_all(options.directory, groups, options.architecture, counters=options.counters)
+        mma = options.mma or ("shuffles" if options.counters else "sync")
+        build_all(options.directory, groups, options.architecture, counters=options.counters, tensor_core=mma == "sync")
         return 0
     if options.command == "run":
         from .check import run as run_all

@@ -69,14 +69,14 @@ def resources(report: str) -> dict[str, int]:
 
 
 def compile_all(
-    sources: Sequence[Source], pipelines: Iterable[Pipeline], directory: Path, architecture: str
+    sources: Sequence[Source], pipelines: Iterable[Pipeline], directory: Path, architecture: str, *, tensor_core: bool
 ) -> dict[str, dict[str, int]]:
     """One file per pipeline; what each needs of the machine."""
     by_kernel = {kernel: source for source in sources for kernel in source.kernels}
 
     def build(pipeline: Pipeline) -> tuple[str, dict[str, int]]:
         source = by_kernel[pipeline.kernel]
-        ptx = translate_cuda.compile_ptx(source, pipeline)
+        ptx = translate_cuda.compile_ptx(source, pipeline, tensor_core=tensor_core)
         return pipeline.name, resources(assemble(ptx, directory / pipeline.name, architecture))
 
     found: dict[str, dict[str, int]] = {}
@@ -126,7 +126,7 @@ def counter_pipelines(entries: Iterable[dict[str, Any]]) -> set[Pipeline]:
     return {Pipeline(launch["kernel"], tuple(launch["constants"]), launch["group"][0]) for launch in launches}
 
 
-def build(directory: Path, groups: Sequence[str], architecture: str, *, counters: bool) -> None:
+def build(directory: Path, groups: Sequence[str], architecture: str, *, counters: bool, tensor_core: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     entries = [plans.plan(case) for group in groups for case in GROUPS[group]()]
     sources = [
@@ -139,6 +139,6 @@ def build(directory: Path, groups: Sequence[str], architecture: str, *, counters
         if counters:
             sources += [others.mlx_source(Path(headers)), others.torch_source(Path(headers))]
             pipelines |= counter_pipelines(counted)
-        needs = compile_all(sources, pipelines, directory, architecture)
+        needs = compile_all(sources, pipelines, directory, architecture, tensor_core=tensor_core)
     data = {"arguments": plans.enumerators("Argument"), "entries": entries, "counters": counted, "pipelines": needs}
     (directory / "plans.json").write_text(json.dumps(data))

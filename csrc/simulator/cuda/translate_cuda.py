@@ -90,8 +90,11 @@ def _name(registration: re.Match[str]) -> str:
     return "".join(re.findall(r"\"([^\"]*)\"", registration["name"]))
 
 
-def compile_ptx(source: Source, pipeline: Pipeline) -> str:
-    """The PTX of one pipeline, for any GPU from sm_80 on. Raises translate.CompileError."""
+def compile_ptx(source: Source, pipeline: Pipeline, *, tensor_core: bool = True) -> str:
+    """The PTX of one pipeline, for any GPU from sm_80 on. Raises translate.CompileError.
+
+    `tensor_core`: whether matrices of half or bfloat are multiplied there (cuda/matrix.h).
+    """
 
     def entry(found: re.Match[str]) -> str:
         if _name(found) != pipeline.kernel:
@@ -106,7 +109,7 @@ def compile_ptx(source: Source, pipeline: Pipeline) -> str:
         file, output = Path(directory) / "translated.cc", Path(directory) / "kernel.ptx"
         file.write_text(REGISTRATION.sub(entry, source.text))
         compiler = [part for part in translate.compiler() if not part.startswith("--target")]
-        flags = ["-march=sm_80", f"-DMFA_SIM_TRUE_CONSTANTS={constants}"]
+        flags = ["-march=sm_80", f"-DMFA_SIM_TRUE_CONSTANTS={constants}", f"-DMFA_SIM_TENSOR_CORE={tensor_core:d}"]
         translate.run([*compiler, *FLAGS, *flags, "-include", str(SHIM), "-S", str(file), "-o", str(output)])
         ptx = output.read_text()
     # The one thing that plain C++ can't say: how many threads there are, and so how many registers each may have.
