@@ -107,45 +107,44 @@ def attention(
         TypeError: dtypes that differ or aren't supported.
         NotImplementedError: a legal request that isn't supported: a device, a head dimension.
     """
-    if (
+    plain = (
         attn_mask is alibi_slopes is sinks is None
         and (window == (None, None) and type(window) is tuple)
         and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
         and (scale is None or (type(scale) is float and scale == scale))
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
         and _is_plain(query, key, value)
-    ):
-        results = _plain(_forward, query, key, value, is_causal, scale, return_lse)
-        return results if return_lse else results[0]
-
-    # From here on, checks take longer than the rest of a decoding step.
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _checks.check_is_tensor(name, tensor)
-    _sharding.ready(query)
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
-        _checks.check_flag(name, flag)
-    for name, number in (
-        ("dropout_p", dropout_p),
-        ("softcap", softcap),
-        ("scale", 1.0 if scale is None else scale),
-    ):
-        _checks.check_number(name, number)
-    left, right = _checks.check_window(window)
-    device = query.device.type
-    if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-        query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
-
-    has_batch = max(query.dim(), key.dim(), value.dim()) == 4
-    query, key, value, bias, sinks = checked(
-        query, key, value, attn_mask, sinks, alibi_slopes, scale, softcap, dropout_p, enable_gqa
     )
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[3])
-    if is_causal:  # aligned to the upper left; windows are relative to the lower right
-        diagonal = query.shape[2] - key.shape[2]
-        right = diagonal if right is None else torch.sym_min(right, diagonal)
-    rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
-    arguments = (query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
+    if plain:
+        arguments, has_batch = _plain_arguments(query, key, value, is_causal, scale), True
+    else:  # which takes longer than the rest of a decoding step
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            _checks.check_is_tensor(name, tensor)
+        _sharding.ready(query)
+        for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+            _checks.check_flag(name, flag)
+        for name, number in (
+            ("dropout_p", dropout_p),
+            ("softcap", softcap),
+            ("scale", 1.0 if scale is None else scale),
+        ):
+            _checks.check_number(name, number)
+        left, right = _checks.check_window(window)
+        device = query.device.type
+        if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
+            query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
+
+        has_batch = max(query.dim(), key.dim(), value.dim()) == 4
+        query, key, value, bias, sinks = checked(
+            query, key, value, attn_mask, sinks, alibi_slopes, scale, softcap, dropout_p, enable_gqa
+        )
+        if scale is None:
+            scale = 1 / math.sqrt(query.shape[3])
+        if is_causal:  # aligned to the upper left; windows are relative to the lower right
+            diagonal = query.shape[2] - key.shape[2]
+            right = diagonal if right is None else torch.sym_min(right, diagonal)
+        rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
+        arguments = (query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
     if query.is_cpu and nothing_listens(*arguments[:6]):
         out, lse = _cpu.attention_forward(*arguments, exact_lse=return_lse)
     else:
@@ -157,15 +156,19 @@ def attention(
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there is nothing to refuse or to broadcast. (The op below has its own autocast.)"""
-    if not (
+    return (
         type(query) is type(key) is type(value) is Tensor
         and ((query.is_mps and key.is_mps and value.is_mps) or (query.is_cpu and key.is_cpu and value.is_cpu))
         and query.layout is key.layout is value.layout is torch.strided
         and query.dtype is key.dtype is value.dtype
         and query.dtype in METAL_DTYPES
         and (query.is_mps or not (query.is_nested or key.is_nested or value.is_nested))
-    ):
-        return False
+        and _have_plain_shapes(query, key, value)
+    )
+
+
+def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the op takes the shapes as they are, with as many key heads as query heads."""
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
         return False
@@ -179,21 +182,14 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _plain(
-    forward: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, exact_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """out and lse of tensors that `_is_plain` took, for a scale that isn't nan.
-
-    `forward` is the op; on the CPU, lse is `exact_lse` or only about right.
-    """
+def _plain_arguments(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Any, ...]:
+    """Those of the op, of tensors with plain shapes and nothing else."""
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     right = query.shape[2] - key.shape[2] if is_causal else None
-    arguments = (query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None)
-    if query.is_cpu and nothing_listens(query, key, value):
-        return _cpu.attention_forward(*arguments, exact_lse=exact_lse)
-    results: tuple[Tensor, Tensor] = forward(*arguments)
-    return results
+    return query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None
 
 
 def checked(
@@ -270,9 +266,14 @@ def _composite(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`mfa::attention`: its schema has checked types, which is all that plain tensors need."""
-    if attn_mask is None and _is_plain(query, key, value) and dropout_p == 0 and (scale is None or scale == scale):
-        return _plain(_forward_untraced, query, key, value, is_causal, scale, False)[0]
+    """`mfa::attention`. On mps the schema and the kernel have checks of their own, in less time."""
+    if (
+        attn_mask is None
+        and (type(query) is type(key) is type(value) is Tensor and query.is_mps)
+        and (dropout_p == 0 and _have_plain_shapes(query, key, value))
+    ):
+        out: Tensor = _forward_untraced(*_plain_arguments(query, key, value, is_causal, scale))[0]
+        return out
     return _attention_or_runtime_error(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

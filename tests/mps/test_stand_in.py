@@ -145,6 +145,19 @@ def test_exception_reaches_python_and_the_next_call_works() -> None:
     torch.testing.assert_close(mfa.attention(*tensors).cpu(), reference(*tensors))
 
 
+def test_the_op_refuses_what_it_leaves_to_the_kernel() -> None:
+    query, key, value = qkv(16)
+    op = torch.ops.mfa.attention
+    with pytest.raises(RuntimeError, match="key has dtype float16; it must have that of query, float32"):
+        op(query, key.half(), value)
+    with pytest.raises(RuntimeError, match="query has dtype int32; it must be float16, bfloat16 or float32"):
+        op(query.int(), key.int(), value.int())
+    with pytest.raises(RuntimeError, match="value is on cpu; it must be on the device of query, mps:0"):
+        op(query, key, value.cpu())
+    with pytest.raises(RuntimeError, match="scale is nan; it must be a number"):
+        op(query, key, value, scale=float("nan"))
+
+
 def test_torch_op_inside_a_block_is_a_deadlock(stand_in: Any) -> None:
     library = stand_in.DRIVER.library
     library.mfa_driver_stream.restype = ctypes.c_void_p
