@@ -8,15 +8,14 @@ namespace {
 
 // SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
 constexpr std::int64_t kWantedGroups = 12 * 16;
-// A part of the keys writes and reads back 8 bytes per row and value dimension, in 16 bits a quarter of what it reads
-// of K and V if it has 8 keys for each row. Fewer than 64 are not worth a SIMD-group. Predicted (`python -m mfa bench
-// --model m1-max`; D 64, 1024 keys of 8 heads): 34% of the bandwidth for one query head on each, 32% for eight. Parts
-// of 256 keys leave one SIMD-group to a core, whose latency shows: 26%.
-constexpr std::int64_t kLeastPart = 64, kKeysPerRow = 8;
+// A part of the keys writes and reads back 8 bytes per row and value dimension. At 256 keys that is a sixteenth of its
+// K and V, for eight rows of 16 bits. Shorter parts would fill M1 Max better where keys are few (predicted for D 64, 1024
+// keys of 8 heads: 34% of the bandwidth with parts of 64 keys, 26% with these), but M1 worse, and read more than 1.1 times
+// the cache.
+constexpr std::int64_t kLeastPart = 256;
 
-// `rows`: of a group.
-std::int64_t choose_splits(std::int64_t groups, std::int64_t rows, std::int64_t keys) {
-  const std::int64_t most = std::max<std::int64_t>(1, keys / std::max(kLeastPart, kKeysPerRow * rows));
+std::int64_t choose_splits(std::int64_t groups, std::int64_t keys) {
+  const std::int64_t most = std::max<std::int64_t>(1, keys / kLeastPart);
   return std::clamp<std::int64_t>((kWantedGroups + groups - 1) / std::max<std::int64_t>(1, groups), 1, most);
 }
 
@@ -30,9 +29,7 @@ Plan plan_decode(const Problem& problem, const Cache& cache) {
   const Instance& decode = choose_decode(problem, start.bucket, rows);
   const std::int64_t tiles_of_rows = tiles(rows, decode.rows);
   const std::int64_t groups = problem.key_heads * tiles_of_rows * problem.batch;
-  const std::int64_t wanted =
-      cache.splits > 0 ? cache.splits
-                       : choose_splits(groups, std::min<std::int64_t>(rows, decode.rows), problem.key_length);
+  const std::int64_t wanted = cache.splits > 0 ? cache.splits : choose_splits(groups, problem.key_length);
   const std::int64_t blocks = std::max<std::int64_t>(1, tiles(problem.key_length, decode.block));
   const std::int64_t blocks_per_part = (blocks + wanted - 1) / wanted;
   const std::int64_t splits = (blocks + blocks_per_part - 1) / blocks_per_part;

@@ -32,8 +32,8 @@ def test_dense_d64():
     assert counters.mma == dense_mmas(256, 64) == 16384
     assert counters.fragment_loads <= 98_304 + 4 * 32 * 32  # K and V, and Q once
     assert counters.threadgroup_read_bytes <= 1_048_576
-    assert counters.threadgroup_write_bytes <= 262_144
-    assert counters.device_read_bytes <= 294_912
+    assert counters.threadgroup_write_bytes <= 131_072
+    assert counters.device_read_bytes <= 163_840
     assert counters.device_write_bytes <= 32_768 + 1_024
     assert 65_536 <= counters.exp <= 73_728
     assert counters.shuffles <= 576
@@ -49,7 +49,8 @@ def test_dense_d128():
     simdgroups = 32
     assert counters.mma == dense_mmas(256, 128) == 32_768
     assert counters.threadgroup_read_bytes <= 4_194_304
-    assert counters.device_read_bytes <= 1_114_112
+    assert counters.threadgroup_write_bytes <= 524_288
+    assert counters.device_read_bytes <= 589_824
     assert counters.device_write_bytes <= 65_536 + 1_024
     assert 65_536 <= counters.exp <= 73_728
     assert counters.shuffles <= 576
@@ -61,11 +62,10 @@ def test_dense_d128():
 
 
 def test_direct_reads_no_threadgroup_memory():
-    counters, launch = count(256, 64, family="apple9")
+    counters, launch = count(256, 64, family="apple9", dtype=torch.float32)
     assert "direct" in launch.kernel
     assert counters.mma == dense_mmas(256, 64)
     assert counters.threadgroup_read_bytes == counters.threadgroup_barriers == launch.threadgroup_memory == 0
-    assert counters.device_read_bytes <= 1_048_576 + 32_768
 
 
 @pytest.mark.parametrize("family", ["apple7", "apple9"])

@@ -95,7 +95,7 @@ def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int
         "threadgroup": (kernel.threadgroup_read + kernel.threadgroup_write * conflict) / THREADGROUP_BYTES,
         "l1": moved / L1_BYTES,
         "l2": from_l2 / L2_BYTES,
-        "latency": (main * math.ceil(per_scheduler) + exposed) / (resident or resident_groups(kernel)),
+        "latency": (main + exposed) / (resident or resident_groups(kernel)),
     }
 
 
