@@ -9,9 +9,7 @@ namespace {
 // SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
 constexpr std::int64_t kWantedGroups = 12 * 16;
 // A part of the keys writes and reads back 8 bytes per row and value dimension. At 256 keys that is a sixteenth of its
-// K and V, for eight rows of 16 bits. Shorter parts would fill M1 Max better where keys are few (predicted for D 64, 1024
-// keys of 8 heads: 34% of the bandwidth with parts of 64 keys, 26% with these), but M1 worse, and read more than 1.1 times
-// the cache.
+// K and V, for eight rows of 16 bits.
 constexpr std::int64_t kLeastPart = 256;
 
 std::int64_t choose_splits(std::int64_t groups, std::int64_t keys) {
