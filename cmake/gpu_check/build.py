@@ -91,8 +91,11 @@ def compile_all(
     return found
 
 
-# Larger tiles, of 64 queries and as many SIMD-groups, that metal/instances.def has and tuning.def doesn't choose.
-ALTERNATIVES = {64: "forward_f16_d64_v64_staged_s4_r2_k64", 128: "forward_f16_d128_v128_staged_s4_r2_k32"}
+# Tiles that metal/instances.def has and tuning.def doesn't choose, beside the one that it does.
+ALTERNATIVES = {
+    "direct": "forward_f16_d{0}_v{0}_direct_s4_r{1}_k32",
+    "four SIMD-groups": "forward_f16_d{0}_v{0}_staged_s4_r{1}_k32",
+}
 
 
 def counter_entries() -> list[dict[str, Any]]:
@@ -103,12 +106,10 @@ def counter_entries() -> list[dict[str, Any]]:
         common = {"shape": (others.BATCH, others.HEADS, length, dim), "causal": causal}
         case = Case("", "f16", others.BATCH, others.HEADS, others.HEADS, length, length, dim)
         case = replace(case, window_right=0 if causal else None)
-        for family, path in (("apple7", "staged"), ("apple9", "direct")):
-            found = plans.plan(replace(case, family=family))["forward"]
-            entries.append({"name": f"forward {what}, mfa {path}", "plans": [found], **common})
-        launch = plans.plan(case)["forward"]
-        launch["launches"][0] |= {"kernel": ALTERNATIVES[dim], "grid": (others.HEADS, length // 64, others.BATCH)}
-        entries.append({"name": f"forward {what}, mfa alternative", "plans": [launch], **common})
+        entries.append({"name": f"forward {what}, mfa", "plans": [plans.plan(case)["forward"]], **common})
+        for tile, name in ALTERNATIVES.items():
+            found = plans.forward_by(name.format(dim, 2 if dim == 64 else 1), case)
+            entries.append({"name": f"forward {what}, mfa {tile}", "plans": [found], **common})
         entries.append({"name": f"forward {what}, MLX", "launch": others.mlx_launch(dim, length, causal), **common})
         entries.append(
             {"name": f"forward {what}, PyTorch", "launch": others.torch_launch(dim, length, causal), **common}

@@ -22,7 +22,7 @@ class Case:
     key_length: int = 417
     head_dim: int = 64
     value_dim: int = 0  # 0: as head_dim
-    family: str = "apple7"
+    direct: bool = False  # forward: fragments come straight from device memory
     window_left: int | None = None
     window_right: int | None = None  # 0: causal
     softcap: float = 0.0
@@ -45,7 +45,7 @@ class Case:
     def name(self) -> str:
         size = f"B{self.batch} H{self.query_heads}/{self.key_heads} L{self.query_length}x{self.key_length}"
         dims = f"D{self.head_dim}" + (f"/{self.value_dim}" if self.value_dim else "")
-        words = [self.group, self.dtype, size, dims, self.family]
+        words = [self.group, self.dtype, size, dims]
         for label, value in (
             ("left", self.window_left),
             ("right", self.window_right),
@@ -60,7 +60,7 @@ class Case:
         ):
             if value is not None:
                 words.append(f"{label}={value}")
-        words += [name for name in ("sinks", "alibi", "grad_lse", "interleaved") if getattr(self, name)]
+        words += [name for name in ("direct", "sinks", "alibi", "grad_lse", "interleaved") if getattr(self, name)]
         return " ".join(words)
 
 
@@ -88,7 +88,7 @@ def small() -> Iterator[Case]:
     for dim in (64, 128, 256):
         yield replace(base, head_dim=dim, backward="five_gemm", key_heads=2)
     for dtype, dim in product(DTYPES, (64, 128)):
-        yield replace(base, dtype=dtype, head_dim=dim, family="apple9", window_right=0, backward="")
+        yield replace(base, dtype=dtype, head_dim=dim, direct=True, window_right=0, backward="")
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
     for cache, page in (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("float8", 0)):
         yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, cache=cache,
@@ -104,7 +104,7 @@ def features() -> Iterator[Case]:
     for dtype, dim in product(("f16", "bf16"), (64, 128, 256)):
         yield replace(base, dtype=dtype, head_dim=dim, window_right=0, backward="five_gemm")
     for dtype, dim in product(DTYPES, (64, 128)):
-        yield replace(base, dtype=dtype, head_dim=dim, family="apple9", bias="mask", bias_sizes=(1, 1, 0, 0))
+        yield replace(base, dtype=dtype, head_dim=dim, direct=True, bias="mask", bias_sizes=(1, 1, 0, 0))
     yield replace(base, query_length=1024, key_length=4096, bias="mask", bias_sizes=(1, 1, 0, 0), backward="automatic")
 
 
@@ -120,7 +120,7 @@ def full() -> Iterator[Case]:
                    scratch_limit=16 << 30)  # fmt: skip
     for dtype, dim in product(DTYPES, (64, 128, 256)):
         yield Case("full", dtype, 1, 1, 1, 131072, 131072, dim, window_right=0)
-    yield Case("full", "f16", 1, 2, 1, 131072, 131072, 128, family="apple9")
+    yield Case("full", "f16", 1, 2, 1, 131072, 131072, 128, direct=True)
 
 
 def huge() -> Iterator[Case]:
@@ -128,7 +128,7 @@ def huge() -> Iterator[Case]:
     base = Case("huge", "f16", 1, 320, 320, 131072, 131072, 64, window_left=127, window_right=0, heads_checked=2)
     yield replace(base, backward="seven_gemm")
     yield replace(base, backward="seven_gemm", interleaved=True)
-    yield replace(base, family="apple9", interleaved=True)
+    yield replace(base, direct=True, interleaved=True)
     mask = Case("huge", "f16", 1, 1, 1, 65536, 65536, 64, bias_sizes=(1, 1, 0, 0))
     yield replace(mask, bias="mask", backward="seven_gemm")
     yield replace(mask, bias="same_dtype")
@@ -160,7 +160,7 @@ def repeated() -> Iterator[Case]:
     yield replace(base, backward="five_gemm")
     yield replace(base, dtype="bf16", head_dim=128, backward="five_gemm")
     yield replace(base, dtype="f32", backward="seven_gemm")
-    yield replace(base, family="apple9")
+    yield replace(base, direct=True)
     yield replace(base, batch=1, query_length=20_000, key_length=20_000, sequences=100, backward="seven_gemm")
     yield Case("repeat", "f16", 8, 32, 8, 1, 8192, 128, cache="int8", page_size=16, window_right=0)
 

@@ -47,7 +47,7 @@ def full_bias_sizes(case: Case) -> tuple[int, ...]:
 
 def problem(case: Case) -> dict[str, Any]:
     """The arguments of _native.plan()."""
-    names = "family dtype batch query_heads key_heads query_length key_length head_dim window_left window_right"
+    names = "dtype batch query_heads key_heads query_length key_length head_dim window_left window_right"
     fields: dict[str, Any] = {name: getattr(case, name) for name in names.split()}
     fields = {name: value for name, value in fields.items() if value is not None}
     value_dim = case.value_dim or case.head_dim
@@ -97,16 +97,43 @@ def as_data(plan: Any) -> dict[str, Any]:
     return {"params": bytes(plan.params).hex(), "splits": plan.params.splits, "launches": launches, **sizes}
 
 
+def forward_by(name: str, case: Case) -> dict[str, Any]:
+    """The plan of forward with an instance that tuning.def needn't choose."""
+    found = as_data(_native.plan(**fields_of(case)))
+    instance = next(each for each in _native.catalogue() if each.name == name)
+    tiles = -(-case.query_length // instance.rows)
+    found["launches"][-1] |= {
+        "kernel": name,
+        "grid": (case.query_heads, tiles, case.batch),
+        "group": (32 * instance.simdgroups, 1, 1),
+    }
+    return found
+
+
+def direct_instance(case: Case) -> str:
+    """The largest tile."""
+    found = [
+        each
+        for each in _native.catalogue()
+        if (each.kind, each.path, each.dtype, each.head_dim) == ("forward", "direct", case.dtype, case.head_dim)
+    ]
+    return str(max(found, key=lambda each: each.rows).name)
+
+
+def fields_of(case: Case) -> dict[str, Any]:
+    return problem(case) | {"has_correction": bool(case.backward) and case.dtype != "f32"}
+
+
 def plan(case: Case) -> dict[str, Any]:
-    fields = problem(case)
     if case.cache:
         return {
             "case": asdict(case),
             "name": case.name,
-            "forward": as_data(_native.plan_decode(**fields | cache_fields(case))),
+            "forward": as_data(_native.plan_decode(**problem(case) | cache_fields(case))),
         }
-    fields["has_correction"] = bool(case.backward) and case.dtype != "f32"
-    found = {"case": asdict(case), "name": case.name, "forward": as_data(_native.plan(**fields))}
+    fields = fields_of(case)
+    forward = forward_by(direct_instance(case), case) if case.direct else as_data(_native.plan(**fields))
+    found = {"case": asdict(case), "name": case.name, "forward": forward}
     if case.backward:
         wants_bias = case.bias in ("float32", "same_dtype")
         found["backward"] = as_data(
