@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mfa
+from mfa import _library
 
 MMA_VOLUME = 8 * 8 * 8
 
@@ -62,10 +63,16 @@ def test_dense_d128():
 
 
 def test_direct_reads_no_threadgroup_memory():
-    counters, launch = count(256, 64, family="apple9", dtype=torch.float32)
-    assert "direct" in launch.kernel
+    name = "forward_f16_d64_v64_direct_s4_r2_k32"
+    _library.prefer_instance(name)
+    try:
+        counters, launch = count(256, 64, family="apple9")
+    finally:
+        _library.prefer_instance(None)
+    assert launch.kernel == name
     assert counters.mma == dense_mmas(256, 64)
     assert counters.threadgroup_read_bytes == counters.threadgroup_barriers == launch.threadgroup_memory == 0
+    assert counters.device_read_bytes <= 1_048_576 + 32_768
 
 
 @pytest.mark.parametrize("family", ["apple7", "apple9"])
