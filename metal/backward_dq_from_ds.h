@@ -72,7 +72,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
         }
       }
 #pragma unroll
-      for (short s = 0; s < kSets<kHeadDim>; ++s) {
+      for (short s = 0; s < sets_of(kHeadDim); ++s) {
         Fragment<T> a[kSetFragments];  // K' as left operand: row r of fragment j is d = J*r + j
         load_right_transposed<kHeadDim>(a, Keys{keys}, k, s, lane);
 #pragma unroll
@@ -95,7 +95,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
 #pragma unroll
   for (short q = 0; q < kQueryTiles; ++q) {
 #pragma unroll
-    for (short s = 0; s < kSets<kHeadDim>; ++s) {
+    for (short s = 0; s < sets_of(kHeadDim); ++s) {
 #pragma unroll
       for (short e = 0; e < 2; ++e) {
         const int row = first_row + q * kFragment + lane.column + e;

@@ -117,7 +117,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
       device T* target = out + (sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
                                 row / params.group_size * params.out_strides[2]);
 #pragma unroll
-      for (short s = 0; s < kSets<kValueDim>; ++s) {
+      for (short s = 0; s < sets_of(kValueDim); ++s) {
         thread Fragment<float>* set = &rows.out[r][s * kSetFragments];
         if (is_split) {
           store_set<kValueDim>(partial_out + partial_index * value_dim, value_dim, set, s, inverse, rows.lane);

@@ -33,12 +33,11 @@ constant constexpr int kSetFragments = 4;  // fragments per set, but for a half 
 constant constexpr int kSetWidth = 32;     // values of the head dimension per set
 
 // Sets of a head dimension, which is a multiple of 16.
-template <int kDim>
-constant constexpr short kSets = (kDim + kSetWidth - 1) / kSetWidth;
+constexpr short sets_of(int dim) { return (dim + kSetWidth - 1) / kSetWidth; }
 
 template <int kDim>
 inline bool is_whole(short set) {
-  return kDim % kSetWidth == 0 || set < kSets<kDim> - 1;
+  return kDim % kSetWidth == 0 || set < sets_of(kDim) - 1;
 }
 
 template <int kDim>

@@ -18,7 +18,7 @@ struct HeldRows {
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-      for (short s = 0; s < kSets<kDim>; ++s) {
+      for (short s = 0; s < sets_of(kDim); ++s) {
         load_left<kDim>(&fragments[r][s * kSetFragments], rows, r, s, lane);
       }
     }
@@ -96,7 +96,7 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
   constexpr int kTogether = kColumnTiles % 2 == 0 ? 2 : 1;
   clear(result);
 #pragma unroll
-  for (short s = 0; s < kSets<kDim>; ++s) {
+  for (short s = 0; s < sets_of(kDim); ++s) {
     Fragment<T> a[kRowTiles][kSetFragments];
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
@@ -137,7 +137,7 @@ template <typename T, int kDim, int kRowTiles, int kInnerTiles, typename Rows>
 inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim / kFragment],
                                 thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane) {
 #pragma unroll
-  for (short s = 0; s < kSets<kDim>; ++s) {
+  for (short s = 0; s < sets_of(kDim); ++s) {
     const short first = s * kSetFragments;
     Fragment<float> part[kRowTiles][kSetFragments];
     clear(part);
@@ -187,7 +187,7 @@ inline void store_rows(device T* rows, long stride, int valid, int dim,
     const int row = r * kFragment + lane.row;
     if (row < valid) {
 #pragma unroll
-      for (short s = 0; s < kSets<kDim>; ++s) {
+      for (short s = 0; s < sets_of(kDim); ++s) {
         store_set<kDim>(rows + row * stride, dim, &tile[r][s * kSetFragments], s, factor[r], lane);
       }
     }

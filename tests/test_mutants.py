@@ -13,12 +13,13 @@ import torch
 from simulator_engine import build_kernels
 
 import mfa
+from mfa import _library
 
 METAL = Path(__file__).parent.parent / "metal"
 SOURCE = """
 #include "forward.h"
 namespace mfa {
-FORWARD(f16, staged, split, 64, 64, 4, 2, 32)
+FORWARD(f16, staged, split, 64, 64, 8, 2, 32)
 FORWARD(f16, staged, shared, 256, 256, 4, 1, 16)
 FORWARD(f16, direct, split, 64, 64, 4, 2, 32)
 }
@@ -41,7 +42,7 @@ SECOND = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (sees) {"
 SHARED = "      threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 D256 = {"dim": 256, "lengths": (40, 40)}
 ODD: dict[str, Any] = {"dim": 61}
-APPLE9 = {"family": "apple9"}
+DIRECT = {"family": "apple9", "kernel": "forward_f16_d64_v64_direct_s4_r2_k32"}
 UNCHECKED: dict[str, Any] = {"checks": ()}  # divergence is always found, but races would be found first
 
 MUTANTS = [
@@ -114,7 +115,7 @@ MUTANTS = [
         "row < valid ? load_quad",
         "true ? load_quad",
         "out of bounds",
-        APPLE9,
+        DIRECT,
     ),
     Mutant("output store unguarded", "tile.h", "if (row < valid) {", "if (true) {", "out of bounds|race"),
     Mutant("output store ignores Dv", "loader.h", "if (d + 4 + e < dim) {", "if (true) {", "out of bounds|race", ODD),
@@ -162,14 +163,19 @@ def run(
     dim: int = 64,
     lengths: tuple[int, int] = (150, 77),
     family: str = "apple7",
+    kernel: str | None = None,  # instead of the one that tuning.def chooses
     checks: tuple[str, ...] = ("races", "bounds"),  # what is uninitialised would often be found first
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
         torch.randn(1, 2, length, dim, generator=generator).half() for length in (lengths[0], lengths[1], lengths[1])
     )
-    with mfa.simulate(family, checks=checks, seed=seed, kernel_library=library):
-        mfa.attention(query, key, value, return_lse=True)
+    _library.prefer_instance(kernel)
+    try:
+        with mfa.simulate(family, checks=checks, seed=seed, kernel_library=library):
+            mfa.attention(query, key, value, return_lse=True)
+    finally:
+        _library.prefer_instance(None)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
@@ -182,5 +188,5 @@ def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
 def test_the_original_is_clean(tmp_path: Path) -> None:
     library = build(Path(shutil.copytree(METAL, tmp_path / "metal")))
     for seed in range(3):
-        for problem in ({}, D256, ODD, APPLE9):
+        for problem in ({}, D256, ODD, DIRECT):
             run(library, seed, checks=("races", "bounds", "uninitialised"), **problem)

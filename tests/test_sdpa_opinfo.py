@@ -48,9 +48,17 @@ def test_opinfo_samples(dtype: torch.dtype, device: Device, routed: list[Any]) -
             undropped = with_gradients(math_attention(*wide, kept=None, **options), wide)
             errors = [max(pair) for pair in zip(errors, largest_errors(fused, undropped), strict=True)]
         factor *= 8 if device.has_kernels else 2
+        # Where one key dominates a row, torch's own gradients of query and key are exact: P is 1, and dP - delta is 0.
+        # Kernels have delta from out, so that one rounding of a sum of products with the value remains.
+        query, key, value = (tensor.detach().abs() for tensor in inputs)
+        rounding = 0.0
+        if device.has_kernels:
+            kept_sum = float(value.float().sum(-1).max()) * (1 if kept is None else 2)  # dropout_p is 0.5
+            scale = query.shape[-1] ** -0.5
+            rounding = torch.finfo(torch.float32).eps * kept_sum * scale * float(max(query.max(), key.max()))
         rtol, atol = torch.testing._comparison.default_tolerances(dtype)
         for mine, reference, error in zip((out, *grads), exact, errors, strict=True):
-            torch.testing.assert_close(mine.double(), reference, rtol=rtol, atol=atol + factor * error)
+            torch.testing.assert_close(mine.double(), reference, rtol=rtol, atol=atol + factor * error + rounding)
     assert len(samples) >= 20
     assert len(routed) >= len(samples)
 
