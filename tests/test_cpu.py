@@ -107,7 +107,7 @@ def test_any_cut_gives_the_same(scratch: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_blocks, "SCRATCH_BYTES", scratch)
 
     @seed(scratch)
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(problems(dtypes=ALL_DTYPES))
     def holds(problem: Problem) -> None:
         check(problem, Device("cpu"))
