@@ -90,22 +90,24 @@ def attention_backward(
 def _fused_at_once(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, terms: Terms, scale: float
 ) -> list[Tensor] | None:
-    """Gradients of query, key and value from one call that copies nothing; None if that can't be.
+    """Gradients of query, key and value from one call that copies at most grad_out; None if that can't be.
 
     ATen's kernel makes B,L,H,D; for B,H,L,D heads become batches.
     """
-    tensors = (operand(grad_out, terms.dtype, value.shape[3]), query, key, value, out)
     visible = terms.window.rows()
     everything = (visible, terms.window.keys(visible)) == (slice(0, query.shape[2]), slice(0, key.shape[2]))
     whole, causal = terms.as_one_block(scale)
-    alike = all(
-        tensor.shape[:2] == query.shape[:2]
-        and not is_copied(tensor, terms.dtype, query.shape[3])
-        and heads_are_batches(tensor)
-        for tensor in tensors
-    )
-    if not (everything and whole and alike):
+
+    def fits(tensor: Tensor) -> bool:
+        alike = tensor.shape[:2] == query.shape[:2] and not is_copied(tensor, terms.dtype, query.shape[3])
+        return alike and heads_are_batches(tensor)
+
+    if not (everything and whole and all(map(fits, (query, key, value, out)))):
         return None
+    d_out = operand(grad_out, terms.dtype, value.shape[3])
+    if not fits(d_out):
+        return None
+    tensors = (d_out, query, key, value, out)
     folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
     found = _fused(*folded, lse.reshape(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
     return [grad.view(tensor.shape) for grad, tensor in zip(found, tensors[1:4], strict=True)]
