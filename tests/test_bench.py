@@ -4,7 +4,10 @@ import csv
 import json
 import math
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,26 +15,84 @@ import torch
 import mfa
 from mfa import _library, _native, simulator
 from mfa.bench import __main__ as bench
-from mfa.bench import autotune, backends, sweep
+from mfa.bench import autotune, backends, cases, memory, plots, timed
 
 TUNING = Path(__file__).parents[1] / "csrc" / "tuning.def"
 
 
+CASE = cases.Case("float32", 1, 2, 64, 32, False)
+
+
+def row(name: str, case: cases.Case = CASE, milliseconds: float = 1.0) -> timed.Row:
+    return timed.Row(case, False, name, milliseconds, 2.0, 3.0)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Options."""
+    return ["--csv", str(folder / "rows.csv"), "--json", str(folder / "rows.json")]
+
+
+def read(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    with (folder / "rows.csv").open(newline="") as file:
+        return list(csv.DictReader(file)), json.loads((folder / "rows.json").read_text())
+
+
 def test_a_sweep_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {"--csv": tmp_path / "rows.csv", "--json": tmp_path / "rows.json"}
     options = ["--device", "cpu", "--lengths", "64", "--dtypes", "float32", "--backward", "--seconds", "0.001"]
-    bench.main([*options, *(str(word) for pair in files.items() for word in pair)])
+    bench.main([*options, *files_of(tmp_path)])
     printed = capsys.readouterr().out.splitlines()
-    report = json.loads(files["--json"].read_text())
-    with files["--csv"].open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, report = read(tmp_path)
     assert f"torch {torch.__version__}" in printed[0]
     assert report["environment"]["torch"] == torch.__version__
-    assert len(rows) == len(report["rows"]) == len(printed) - 1 == 2 * 2 * len(backends.installed())
+    assert len(rows) == len(report["rows"]) == 2 * 2 * len(backends.installed())
     assert {row["backend"] for row in rows} >= {"mfa", "sdpa", "math"}
-    for row in report["rows"]:
-        assert row["milliseconds"] > 0
-        assert row["error"] == ""
+    for found, line in zip(report["rows"], printed[1:], strict=False):
+        assert found["milliseconds"] > 0
+        assert found["error"] == ""
+        assert f"{found['milliseconds']:.3f} ms" in line
+        assert f"{found['megabytes']:.1f} MB" in line
+    table = "\n".join(printed[1 + len(rows) :])
+    assert "float32 B1 H4 L64 D64 causal" in table
+    assert "1.00x" in table  # sdpa, as fast as itself
+
+
+def test_without_rich_there_are_the_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("rich.progress", "rich.console", "rich.table"):
+        monkeypatch.setitem(sys.modules, module, None)
+    bench.main(["--device", "cpu", "--lengths", "32", "--seconds", "0.001"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(backends.installed())
+
+
+def test_the_simulator_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--device", "simulator", "--lengths", "64", "--backward", *files_of(tmp_path)])
+    rows, report = read(tmp_path)
+    assert len(rows) == len(report["rows"]) == len(capsys.readouterr().out.splitlines()) - 1 == 4
+    by_problem = {(found["causal"], found["is_training"]): found for found in report["rows"]}
+    forward, training = by_problem[False, False], by_problem[False, True]
+    heads, fragments = 4, (64 // 8) ** 3
+    assert forward["mma"] == heads * 2 * fragments
+    assert training["mma"] >= heads * 7 * fragments
+    assert forward["kernels"].startswith("forward_f16_d64")
+    assert "backward_dkdv" in training["kernels"]
+    assert by_problem[True, False]["mma"] < forward["mma"]
+    assert forward["device_read_bytes"] >= 3 * heads * 64 * 64 * 2
+
+
+def test_counts_are_not_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "simulator", "--plots", str(tmp_path)])
+    assert "--plots" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Iterator[timed.Row]:
+        yield row("mfa")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timed, "rows", interrupted)
+    bench.main(["--device", "cpu", *files_of(tmp_path)])
+    rows, report = read(tmp_path)
+    assert [found["backend"] for found in rows] == [found["backend"] for found in report["rows"]] == ["mfa"]
 
 
 def test_backends_compute_the_same() -> None:
@@ -46,29 +107,52 @@ def test_what_a_backend_cannot_is_a_row_with_its_reason() -> None:
     def refuse(*_: object) -> torch.Tensor:
         raise RuntimeError("not for me\nbecause")
 
-    row = sweep.measure("other", sweep.Case("float32", 1, 1, 8, 8, False), refuse, "cpu", False, 0.001)
-    assert (row.milliseconds, row.error) == (None, "not for me")
-    assert sweep.line(row).endswith("not for me")
+    refused = timed.measure("other", CASE, refuse, "cpu", False, 0.001)
+    assert (refused.milliseconds, refused.error) == (None, "not for me")
+    assert str(refused).endswith("not for me")
+
+
+def test_memory_is_that_of_the_peak() -> None:
+    """The scores of the math backend, and a copy of them; of ours, what grows with the length."""
+    case = cases.Case("float32", 1, 2, 512, 32, False)
+    functions = backends.installed()
+    ours, math_ = (timed.measure(name, case, functions[name], "cpu", False, 0.001) for name in ("mfa", "math"))
+    scores, tensor = (4 * 2 * 512 * width / 2**20 for width in (512, 32))
+    assert ours.megabytes is not None
+    assert math_.megabytes is not None
+    assert 2 * scores <= math_.megabytes <= 3 * scores
+    assert tensor <= ours.megabytes <= 3 * tensor
+    assert memory.peak_bytes(lambda: [torch.empty(1000) for _ in range(3)], "cpu") == 12000
 
 
 def test_the_seed_is_in_its_suite() -> None:
-    assert sweep.Case("float16", 4, 8, 2048, 64, False) in sweep.cases("seed", ["float16"])
-    assert {case.batch * case.length for case in sweep.cases("flash", ["float16"])} == {16384}
+    assert cases.Case("float16", 4, 8, 2048, 64, False) in cases.cases("seed", ["float16"])
+    assert {case.batch * case.length for case in cases.cases("flash", ["float16"])} == {16384}
 
 
 def test_operations_are_those_of_flash_attention() -> None:
-    assert sweep.Case("float16", 4, 8, 2048, 64, True).operations(True) == 3.5 * 4 * 4 * 8 * 2048**2 * 64 / 2
+    assert cases.Case("float16", 4, 8, 2048, 64, True).operations(True) == 3.5 * 4 * 4 * 8 * 2048**2 * 64 / 2
+
+
+def test_speedups_are_over_sdpa_on_the_same_problem() -> None:
+    longer = CASE._replace(length=128)
+    rows = [row("mfa", milliseconds=1), row("sdpa", milliseconds=3), row("mfa", longer)]
+    assert list(timed.speedups(rows).values()) == [3, 1, None]
 
 
 def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is in the dependency group bench")
-    rows = [
-        sweep.Row(sweep.Case("float16", 1, 1, length, 64, False), name, False, 1.0, 2.0, 3.0)
-        for length in (64, 128)
-        for name in ("mfa", "sdpa")
-    ]
-    sweep.plot(rows, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["float16_D64.png"]
+    rows = [row(name, CASE._replace(length=length)) for length in (64, 128) for name in ("mfa", "sdpa")]
+    refused = timed.Row(CASE, False, "other", None, None, None, "not for me")
+    plots.plot([*rows, refused], {"chip": "Apple M1 Max", "gpu_cores": 24}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["float32_D32.png"]
+
+
+def test_the_roof_is_that_of_this_mac() -> None:
+    chip = plots.chip_of({"chip": "Apple M1 Max", "gpu_cores": 24})
+    assert chip is not None
+    assert (chip.name, chip.cores) == ("M1 Max", 24)
+    assert plots.chip_of({"chip": "Apple M9"}) is None
+    assert plots.chip_of({}) is None
 
 
 # ---- autotune -------------------------------------------------------------------------------------------------------
