@@ -8,13 +8,19 @@ namespace {
 
 // SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
 constexpr std::int64_t kWantedGroups = 12 * 16;
-// A part of the keys writes and reads back 8 bytes per row and value dimension. At 256 keys that is a sixteenth of its
-// K and V, for eight rows of 16 bits.
-constexpr std::int64_t kLeastPart = 256;
+// A part of the keys writes and reads back 8 bytes per row and value dimension: a sixteenth of its K and V, in 16 bits,
+// if it has so many keys per row. More than 256 keys would leave too few parts, fewer than 64 are too few steps.
+constexpr std::int64_t kPartKeysPerRow = 32;
+constexpr std::int64_t kLeastPart = 64, kMostLeastPart = 256;
+// Fewer keys are done before combine could start.
+constexpr std::int64_t kLeastSplit = 512;
 
-std::int64_t choose_splits(std::int64_t groups, std::int64_t keys) {
-  const std::int64_t most = std::max<std::int64_t>(1, keys / kLeastPart);
-  return std::clamp<std::int64_t>((kWantedGroups + groups - 1) / std::max<std::int64_t>(1, groups), 1, most);
+std::int64_t choose_splits(std::int64_t groups, std::int64_t rows, std::int64_t keys) {
+  if (keys < kLeastSplit) {
+    return 1;
+  }
+  const std::int64_t least = std::clamp(kPartKeysPerRow * rows, kLeastPart, kMostLeastPart);
+  return std::clamp<std::int64_t>((kWantedGroups + groups - 1) / std::max<std::int64_t>(1, groups), 1, keys / least);
 }
 
 }  // namespace
@@ -27,7 +33,9 @@ Plan plan_decode(const Problem& problem, const Cache& cache) {
   const Instance& decode = choose_decode(problem, start.bucket, rows);
   const std::int64_t tiles_of_rows = tiles(rows, decode.rows);
   const std::int64_t groups = problem.key_heads * tiles_of_rows * problem.batch;
-  const std::int64_t wanted = cache.splits > 0 ? cache.splits : choose_splits(groups, problem.key_length);
+  const std::int64_t wanted =
+      cache.splits > 0 ? cache.splits
+                       : choose_splits(groups, std::min<std::int64_t>(rows, decode.rows), problem.key_length);
   const std::int64_t blocks = std::max<std::int64_t>(1, tiles(problem.key_length, decode.block));
   const std::int64_t blocks_per_part = (blocks + wanted - 1) / wanted;
   const std::int64_t splits = (blocks + blocks_per_part - 1) / blocks_per_part;

@@ -117,27 +117,24 @@ struct Forward {
     }
   }
 
-  // Moves each row's maximum if it has to move, and what was accumulated under the old one with it.
+  // Moves each row's maximum if it has to move, and what was accumulated under the old one with it. No vote before the
+  // branch: a GPU skips it as well where no lane takes it.
   void rescale(float scale) {
-    float factor[kRowTiles];
-    bool moved = false;
 #pragma unroll
     for (short r = 0; r < kRowTiles; ++r) {
-      float largest = kMasked;
+      const float2 first = elements(score[r][0]);
+      float largest = max(first.x, first.y);
 #pragma unroll
-      for (short n = 0; n < kKeyTiles; ++n) {
+      for (short n = 1; n < kKeyTiles; ++n) {
         const float2 x = elements(score[r][n]);
         largest = max(largest, max(x.x, x.y));
       }
-      factor[r] = row[r].advance(row_max(largest) * scale);
-      moved = moved || factor[r] != 1;
-    }
-    if (simd_any(moved)) {
-#pragma unroll
-      for (short r = 0; r < kRowTiles; ++r) {
+      const float candidate = row_max(largest) * scale;
+      if (row[r].is_exceeded(candidate)) {
+        const float factor = row[r].move_to(candidate);
 #pragma unroll
         for (short j = 0; j < kValueDim / kFragment; ++j) {
-          elements(out[r][j]) *= factor[r];
+          elements(out[r][j]) *= factor;
         }
       }
     }

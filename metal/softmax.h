@@ -38,16 +38,15 @@ struct SoftmaxRow {
     sum = next;
   }
 
-  // Moves the maximum if it has to move; returns the factor for what was accumulated under the old one.
-  float advance(float candidate) {
-    if (candidate - maximum > kRescaleThreshold) {
-      const float factor = fast::exp2(maximum - candidate);
-      maximum = candidate;
-      sum *= factor;
-      excess *= factor;
-      return factor;
-    }
-    return 1;
+  bool is_exceeded(float candidate) const { return candidate - maximum > kRescaleThreshold; }
+
+  // Returns the factor for what else was accumulated under the old maximum.
+  float move_to(float candidate) {
+    const float factor = fast::exp2(maximum - candidate);
+    maximum = candidate;
+    sum *= factor;
+    excess *= factor;
+    return factor;
   }
 };
 

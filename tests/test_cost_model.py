@@ -107,15 +107,11 @@ def test_the_plan_has_only_kernels_of_the_table(chip: str) -> None:
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("dim", report.HEAD_DIMS)
 def test_forward_is_at_its_goals(dim: int, chip: Chip) -> None:
-    """85% of the peak on M1 and M2, 88% on M3 and M4; causal within 3 points; no pipe worse than MLX's.
-
-    Missed by a little: D 64 reaches 87.8% on M3 and M4 Max, and 87.4% on the 80 cores of M3 Ultra, among which the
-    threadgroups of this problem don't come out even.
-    """
+    """85% of the peak on M1 and M2, 88% on M3 and M4; causal within 3 points; no pipe worse than MLX's."""
     dense, causal = report.shape(dim), report.shape(dim, causal=True)
     (ours,) = model.forward(TABLE, dense, chip)
     share = report.utilisation(dense, 2, ours.seconds, chip)
-    assert share >= (0.85 if not chip.has_side_pipe else 0.874 if dim == 64 else 0.88)
+    assert share >= (0.88 if chip.has_side_pipe else 0.85)
     assert abs(share - report.utilisation(causal, 2, model.seconds(model.forward(TABLE, causal, chip)), chip)) < 0.03
     theirs = report.steel(TABLE, dense, chip).pipes
     assert [name for name, seconds in ours.pipes.items() if seconds > theirs[name] * 1.0001] == []
@@ -177,11 +173,12 @@ def test_decoding_reads_the_cache_once_and_no_faster_than_memory(problem: Decodi
 
 @given(decodings, chips)
 def test_the_plan_splits_nearly_as_well_as_can_be(problem: Decoding, chip: str) -> None:
-    """Of parts that have at least 256 keys, so that what is read is at most 1.1 times the cache."""
+    """Of parts that have 32 keys per row, so that what is read is at most 1.1 times the cache."""
     planned, best = (way(TABLE, problem, CHIPS[chip]) for way in (model_decode.planned, model_decode.best))
     assert best.seconds <= planned.seconds
     if problem.batch * problem.key_heads >= 4:  # with fewer, what is left of a GPU's bandwidth is beside the point
-        kernel, most = TABLE[planned.kernel], max(1, problem.keys // 256)
+        kernel = TABLE[planned.kernel]
+        most = problem.keys // min(256, max(64, 32 * problem.group))
         allowed = (model_decode.predict(kernel, problem, CHIPS[chip], splits) for splits in range(1, most + 1))
         assert planned.seconds <= 2 * min(prediction.seconds for prediction in allowed)
 

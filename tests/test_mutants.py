@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "a lane misses a shuffle",
         "forward_rows.h",
-        "factor[r] = row[r].advance(row_max(largest) * scale);",
-        "factor[r] = row[r].advance((lane.row == 5 && lane.column == 2 ? largest : row_max(largest)) * scale);",
+        "const float candidate = row_max(largest) * scale;",
+        "const float candidate = (lane.row == 5 && lane.column == 2 ? largest : row_max(largest)) * scale;",
         "divergent",
     ),
     Mutant(
