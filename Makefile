@@ -20,11 +20,12 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -n
 STAMP := .venv/stamp
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test test-mps host-cost lint format build wheel mac mac-check gpu-check clean help
+.PHONY: demo test test-slow test-mps host-cost lint format build wheel mac mac-check gpu-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
-	@echo "make test [ARGS=..]  pytest; ARGS go to pytest, for example ARGS='-k causal'"
+	@echo "make test [ARGS=..]  all tests but slow ones; ARGS go to pytest instead, for example ARGS='-k causal'"
+	@echo "make test-slow       the others: the wheel, coverage and mutants of the backend, all counts of the cost model"
 	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device"
 	@echo "make host-cost       on Linux: what a call costs the host, on the stand-in mps device"
 	@echo "make lint            ruff, mypy, clang-format, the MSL lint"
@@ -43,12 +44,15 @@ demo: build
 
 # With ARGS, only what they ask for.
 test: build $(STAMP)/test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(or $(ARGS),-m "not slow")
 	$(if $(ARGS)$(filter Darwin,$(PLATFORM)),,$(MAKE) test-mps)
 
-# In a process of its own: torch caches whether there is an mps device.
+test-slow: build $(STAMP)/test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+
+# In processes of its own: torch caches whether there is an mps device.
 test-mps: build $(STAMP)/test
-	PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -p no:xdist -m mps $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -n $(WORKERS) --dist worksteal -m mps $(ARGS)
 
 host-cost: build $(STAMP)/test
 	PYTHONPATH=tests $(BIN)/python -m driver.host_cost

@@ -8,7 +8,6 @@ from driver import coverage
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("driver"),
 ]
 
 

@@ -13,7 +13,6 @@ from driver import build
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("driver"),
 ]
 
 BIND = "encoder.setBuffer(static_cast<const MTL::Buffer*>(arguments[index].storage), arguments[index].offset, index);"

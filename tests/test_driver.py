@@ -11,7 +11,6 @@ from driver import build, control, selectors
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
-    pytest.mark.xdist_group("driver"),  # one process builds and holds it
 ]
 
 WORKS = [

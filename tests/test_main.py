@@ -6,27 +6,27 @@ import sys
 import pytest
 
 from mfa import attention, demo, support
-
-
-def run(*arguments: str) -> str:
-    command = [sys.executable, "-m", "mfa", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
+from mfa.__main__ import main
 
 
 @pytest.mark.parametrize("command", ["", "info", "demo", "bench"])
-def test_help(command: str) -> None:
-    assert run(*command.split(), "--help").startswith("usage: python -m mfa")
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*command.split(), "--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m mfa")
 
 
 def test_info_has_reasons_and_the_support_table() -> None:
-    text = run("info")
+    command = [sys.executable, "-m", "mfa", "info"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     for fact in ("family", "metallib", "archive", "system", "torch", "mps tensors", "simulator"):
         assert f"\n{fact}" in "\n" + text
     assert support.markdown() in text
 
 
-def test_demo_is_right() -> None:
-    text = run("demo")
+def test_demo_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["demo"])
+    text = capsys.readouterr().out
     assert text.count(" ok ") == len(demo.CASES)
     assert "WRONG" not in text
 
@@ -40,20 +40,19 @@ def test_demo_fails_when_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     assert any(" WRONG " in line for line in lines)
 
 
-def test_bench_prints_a_table() -> None:
-    text = run(
-        "bench", "--cpu", "--only", "float32 dense", "--lengths", "64", "--seconds", "0.02", "--rounds", "1", "--csv"
-    )
-    header, row = text.splitlines()
+def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "float32 dense", "--lengths", "64", "--seconds", "0.02", "--rounds", "1", "--csv"]
+    main(["bench", "--cpu", *options])
+    header, row = capsys.readouterr().out.splitlines()
     assert header == "case,torch_ms,mfa_ms,ratio,goal"
     assert row.startswith("float32 dense L=64,")
 
 
-def test_unknown_commands_and_options_are_refused() -> None:
-    for arguments in (["nothing"], ["demo", "--fast"], []):
-        done = subprocess.run([sys.executable, "-m", "mfa", *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert "usage: python -m mfa" in done.stderr
+@pytest.mark.parametrize("arguments", ["nothing", "demo --fast", ""])
+def test_unknown_commands_and_options_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments.split())
+    assert "usage: python -m mfa" in capsys.readouterr().err
 
 
 def test_importing_takes_little_beside_torch() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driver import build
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = os.environ.get("MFA_WHEEL_TORCH", torch.__version__).split()
@@ -61,7 +62,8 @@ def run(*command: object, **options: object) -> str:
 def build_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", folder)
-    run("nice", sys.executable, "-m", "pip", "wheel", *options, ROOT)  # in make's own build folder: little is compiled
+    with build.locked():  # in make's own build folder: little is compiled, by one process at a time
+        run("nice", sys.executable, "-m", "pip", "wheel", *options, ROOT)
     (wheel,) = folder.glob("*.whl")
     return wheel
 

@@ -2,7 +2,7 @@
 
 import argparse
 import platform
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 
@@ -36,14 +36,7 @@ def demo() -> None:
         print(line, flush=True)
 
 
-def bench() -> None:
-    """Benchmarks; everything behind `bench` goes to them."""
-    from .bench.__main__ import main
-
-    main(sys.argv[1:])
-
-
-def main() -> None:
+def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfa", description="Attention from Metal kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
@@ -56,11 +49,15 @@ def main() -> None:
         "simulator, and compares it with float64. Exits with 1 if a result is wrong.",
     )
     commands.add_parser("bench", help="timings, and what a model predicts; see bench --help", add_help=False)
-    arguments, rest = parser.parse_known_args()
-    if arguments.command != "bench" and rest:
+    arguments, rest = parser.parse_known_args(command_line)
+    if arguments.command == "bench":
+        from .bench.__main__ import main as bench
+
+        bench(rest)
+    elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    sys.argv[1:] = rest
-    {"info": info, "demo": demo, "bench": bench}[arguments.command]()
+    else:
+        {"info": info, "demo": demo}[arguments.command]()
 
 
 if __name__ == "__main__":
