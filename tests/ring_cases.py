@@ -106,6 +106,23 @@ def part_of_a_sequence_each(rank: int, size: int) -> None:
 
 
 @case
+def half_types_obey_the_rule(rank: int, size: int) -> None:
+    """Without the floor of `near`: parts are not rounded before they are merged or added up."""
+    for dtype, is_causal in itertools.product((torch.float16, torch.bfloat16), (False, True)):
+        inputs = [normal(1, 2, 192, 64, dtype=dtype, seed=seed) for seed in (1, 2, 3)]
+        rows = shares(192, size, uneven=False)[rank]
+        own = [x[:, :, rows] for x in inputs]
+        options = {"is_causal": is_causal}
+        actual = results(lambda *xs: mfa.context_parallel(*xs, return_lse=True, **options), own, rows)  # noqa: B023
+        whole = [lambda *xs, f=f: f(*xs, **options) for f in (oracle.attention, oracle.composition)]  # noqa: B023
+        expected, plain = results(whole[0], inputs, dtype=torch.float64), results(whole[1], inputs)
+        for i in (0, 2, 3, 4):
+            reference, torchs = expected[i][:, :, rows], plain[i][:, :, rows]
+            error, allowed = oracle.largest_error(actual[i], reference), oracle.tolerance(torchs, reference)
+            assert error <= allowed, (dtype, is_causal, i, rank, error / allowed)
+
+
+@case
 def the_same_again_bit_by_bit(rank: int, size: int) -> None:
     inputs = tensors()
     own = [x.chunk(size, dim=2)[rank] for x in inputs]

@@ -1,7 +1,7 @@
 """Keys and values go around in a ring of processes, while each keeps its queries (Liu et al. 2023, Ring Attention).
 
     forward, for the keys and values of each process, the own ones first:
-        out_s, lse_s <- attention of the own queries over them, if they see any
+        out_s, lse_s <- attention of the own queries over them, if they see any; out_s before it was rounded
         out, lse <- merge_attention(out, lse, out_s, lse_s)
     backward, in the same order, with w = exp(lse_s - lse):
         dout_s = w dout,  dlse_s = w (dlse + rowsum(dout * (out_s - out)))
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import _checks, simulator
 from ._blocks import HIDDEN, Window
+from ._cpu import empty_correction
 from ._index_checks import widened
 from ._ops import ops
 from .merge import merge_attention
@@ -48,6 +49,28 @@ class Part:
     window_left: int | None
     window_right: int | None
     is_visible: bool
+
+
+class _Result(NamedTuple):
+    """What `attention_forward_with_correction` returns."""
+
+    out: Tensor
+    lse: Tensor
+    correction: Tensor
+
+    @classmethod
+    def of(cls, exact: Tensor, lse: Tensor, dtype: torch.dtype) -> _Result:
+        out = exact.to(dtype)
+        correction = empty_correction(out)
+        if correction.numel():
+            largest = torch.finfo(correction.dtype).max
+            correction = (exact - out).clamp_(-largest, largest).to(correction.dtype)
+        return cls(out, lse, correction)
+
+    def exact(self) -> Tensor:
+        """Out before it was rounded, of at least float32."""
+        wide = self.out.to(torch.promote_types(self.out.dtype, torch.float32))
+        return wide + self.correction if self.correction.numel() else wide
 
 
 @dataclass(frozen=True)
@@ -161,29 +184,28 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, ring: Ring, terms: Terms
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        out, lse = None, None
+        exact, lse = None, None
         for part, keys, values in _around(ring, ring.parts(terms), key, value):
             is_own = part.source == ring.rank
             if not (part.is_visible or is_own):
                 continue
             # The own part is the first, and has the sink.
-            part_out, part_lse = _forward_part(query, keys, values, sinks if is_own else None, part, terms)
-            if out is None or lse is None:
-                out, lse = part_out.to(wide), part_lse
+            result = _forward_part(query, keys, values, sinks if is_own else None, part, terms)
+            if exact is None or lse is None:
+                exact, lse = result.exact(), result.lse
             else:
-                out, lse = merge_attention(out, lse, part_out.to(wide), part_lse)
-        assert out is not None
+                exact, lse = merge_attention(exact, lse, result.exact(), result.lse)
+        assert exact is not None
         assert lse is not None
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        whole = _Result.of(exact, lse, query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, *whole)
         ctx.ring, ctx.terms = ring, terms
-        return out, lse
+        return whole.out, whole.lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, out, lse = ctx.saved_tensors
+        query, key, value, sinks, *whole = ctx.saved_tensors
         ring, parts = ctx.ring, ctx.ring.parts(ctx.terms)
         wide = torch.promote_types(query.dtype, torch.float32)
         grad_query, grad_sinks = torch.zeros_like(query, dtype=wide), None
@@ -196,7 +218,8 @@ class _RingAttention(torch.autograd.Function):
             grads = torch.zeros(keys.numel() + values.numel(), dtype=wide, device=key.device)
             if part.is_visible or is_own:
                 of_part = _backward_part(
-                    *(grad_out, grad_lse, query, keys, values, out, lse, sinks if is_own else None), part, ctx.terms
+                    *(grad_out, grad_lse, query, keys, values, _Result(*whole), sinks if is_own else None),
+                    *(part, ctx.terms),
                 )
                 grad_query += of_part[0]
                 grads.copy_(torch.cat([of_part[1].flatten(), of_part[2].flatten()]))
@@ -219,13 +242,10 @@ def _scalars(query: Tensor, part: Part, terms: Terms) -> tuple[Any, ...]:
     return (scale, part.window_left, part.window_right, terms.softcap, 0.0, None)
 
 
-def _forward_part(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms
-) -> tuple[Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor] = ops.attention_forward(
-        query, key, value, None, sinks, None, *_scalars(query, part, terms)
+def _forward_part(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms) -> _Result:
+    return _Result(
+        *ops.attention_forward_with_correction(query, key, value, None, sinks, None, *_scalars(query, part, terms))
     )
-    return outputs
 
 
 def _backward_part(
@@ -234,21 +254,20 @@ def _backward_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    whole: _Result,
     sinks: Tensor | None,
     part: Part,
     terms: Terms,
 ) -> tuple[Tensor, ...]:
-    """What `attention_backward` returns for a part; out and lse are the whole's."""
-    part_out, part_lse = _forward_part(query, key, value, sinks, part, terms)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weight = torch.exp(part_lse - lse).masked_fill(part_lse == HIDDEN, 0)
-    moved = (grad_out.to(wide) * (part_out.to(wide) - out.to(wide))).sum(-1)
-    part_grad_out = (grad_out * weight.unsqueeze(-1)).to(query.dtype)
+    """What `attention_backward` returns for a part, in at least float32: in 16 bits each part would be rounded."""
+    result = _forward_part(query, key, value, sinks, part, terms)
+    out = result.exact()
+    grad_out, query, key, value = (tensor.to(out.dtype) for tensor in (grad_out, query, key, value))
+    weight = torch.exp(result.lse - whole.lse).masked_fill(result.lse == HIDDEN, 0)
+    moved = (grad_out * (out - whole.exact())).sum(-1)
     part_grad_lse = (weight * (grad_lse + moved)).to(torch.float32)
     grads: tuple[Tensor, ...] = ops.attention_backward(
-        *(part_grad_out, part_grad_lse, query, key, value, part_out, part_lse, None, sinks, None),
+        *(grad_out * weight.unsqueeze(-1), part_grad_lse, query, key, value, out, result.lse, None, sinks, None),
         *_scalars(query, part, terms),
         [True, True, True, False, sinks is not None, False],
     )
