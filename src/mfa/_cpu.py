@@ -148,7 +148,10 @@ def attention_forward(
             if local:
                 block = _operands(*block, dtype, width, value_width)
             factors = None if dropout is None else dropout.factors(batches, q_heads, rows, columns)
-            block_out, block_lse = _attend(*block, mask, scale, softcap, causal, factors)
+            if fused and mask is None:
+                block_out, block_lse = _attend_as_laid_out(*block, scale, causal)
+            else:
+                block_out, block_lse = _attend(*block, mask, scale, softcap, causal, factors)
             if sinks is not None:
                 block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
             block_out = block_out[..., :value_dim]
@@ -179,7 +182,7 @@ def _attend_plainly(
     window_right: int | None,
     exact_lse: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """What most calls ask for, in one call of ATen's kernel and no copies; None for anything else.
+    """What most calls ask for, in one call of ATen's kernel, on tensors as they are; None for anything else.
 
     Short calls are felt: all that Python does here takes as long as a tenth of L 512 in bfloat16.
     """
@@ -187,13 +190,21 @@ def _attend_plainly(
     causal = window_right is not None
     if window_left is not None or (causal and (window_right != length - key.shape[2] or scale <= 0)):
         return None
-    if query.dtype.itemsize == 2 and (exact_lse or batch * heads * length * dim < _MANY):
-        return None
-    if value.shape[3] != dim or not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+    is_half = query.dtype.itemsize == 2
+    if value.shape[3] != dim or (is_half and (exact_lse or batch * heads * length * dim < _MANY)):
         return None
     if query.numel() == 0 or key.numel() == 0:
         return None
-    out, lse = _attend_as_laid_out(query, key, value, scale, causal)
+    rows_are_contiguous = query.stride(3) == key.stride(3) == value.stride(3) == 1
+    if not (rows_are_contiguous or is_half):
+        return None
+    if causal and length < key.shape[2]:
+        key, value = key[:, :, :length], value[:, :, :length]  # no row sees the others
+    if rows_are_contiguous:
+        out, lse = _attend_as_laid_out(query, key, value, scale, causal)
+    else:  # copied, small as they are, so that results don't depend on the layout
+        out, lse = _attend_as_laid_out(query.contiguous(), key.contiguous(), value.contiguous(), scale, causal)
+        out = _laid_out(out, query)
     return out, lse.to(torch.float32).contiguous()
 
 

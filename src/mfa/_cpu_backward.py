@@ -87,13 +87,30 @@ def attention_backward(
     ]
 
 
+def _fused_as_laid_out(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> list[Tensor]:
+    """ATen's kernel makes B,L,H,D; where B,H,L,D is wanted, heads become batches."""
+    tensors = (grad_out, query, key, value, out)
+    if mask is not None or key.shape[1] != query.shape[1] or not all(map(heads_are_batches, tensors)):
+        return list(_fused(*tensors, lse, 0.0, causal, attn_mask=mask, scale=scale))
+    folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
+    found = _fused(*folded, lse.reshape(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
+    return [grad.view(tensor.shape) for grad, tensor in zip(found, tensors[1:4], strict=True)]
+
+
 def _fused_at_once(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, terms: Terms, scale: float
 ) -> list[Tensor] | None:
-    """Gradients of query, key and value from one call that copies at most grad_out; None if that can't be.
-
-    ATen's kernel makes B,L,H,D; for B,H,L,D heads become batches.
-    """
+    """Gradients of query, key and value from one call that copies at most grad_out; None if that can't be."""
     visible = terms.window.rows()
     everything = (visible, terms.window.keys(visible)) == (slice(0, query.shape[2]), slice(0, key.shape[2]))
     whole, causal = terms.as_one_block(scale)
@@ -107,10 +124,7 @@ def _fused_at_once(
     d_out = operand(grad_out, terms.dtype, value.shape[3])
     if not fits(d_out):
         return None
-    tensors = (d_out, query, key, value, out)
-    folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
-    found = _fused(*folded, lse.reshape(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
-    return [grad.view(tensor.shape) for grad, tensor in zip(found, tensors[1:4], strict=True)]
+    return _fused_as_laid_out(d_out, query, key, value, out, lse, None, scale, causal)
 
 
 def _add_fused(
@@ -151,9 +165,12 @@ def _add_fused(
             block_lse = block_lse.masked_fill(block_lse == HIDDEN, torch.finfo(dtype).max)  # such a row's P is 0
             mask = None if whole else terms.mask(batches, q_heads, rows, keys)
             block = d_out, q, k[:, :, keys], v[:, :, keys], o, block_lse
-            d_q, d_k, d_v = _fused(*block, 0.0, causal, attn_mask=mask, scale=scale)
-            dk[:, :, keys] += d_k
-            dv[:, :, keys] += d_v
+            d_q, d_k, d_v = _fused_as_laid_out(*block, mask, scale, causal)
+            if whole and d_k.shape == k.shape:
+                dk, dv = d_k, d_v
+            else:
+                dk[:, :, keys] += d_k
+                dv[:, :, keys] += d_v
             if grad_query is not None:
                 grad_query[part_of_query] = d_q[..., :dim]
         if grad_key is not None:
