@@ -9,17 +9,17 @@ namespace {
 // SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
 constexpr std::int64_t kWantedGroups = 12 * 16;
 // A part of the keys writes and reads back 8 bytes per row and value dimension: a sixteenth of its K and V, in 16 bits,
-// if it has so many keys per row. More than 256 keys would leave too few parts, fewer than 64 are too few steps.
-constexpr std::int64_t kPartKeysPerRow = 32;
-constexpr std::int64_t kLeastPart = 64, kMostLeastPart = 256;
+// if it has 32 keys per row. But no part is refused 256 keys, so that many rows find enough parts, and none has under
+// 64, which are two steps.
+constexpr std::int64_t kKeysPerRow = 32, kFewKeys = 64, kEnoughKeys = 256;
 // Fewer keys are done before combine could start.
-constexpr std::int64_t kLeastSplit = 512;
+constexpr std::int64_t kWorthSplitting = 512;
 
 std::int64_t choose_splits(std::int64_t groups, std::int64_t rows, std::int64_t keys) {
-  if (keys < kLeastSplit) {
+  if (keys < kWorthSplitting) {
     return 1;
   }
-  const std::int64_t least = std::clamp(kPartKeysPerRow * rows, kLeastPart, kMostLeastPart);
+  const std::int64_t least = std::clamp(kKeysPerRow * rows, kFewKeys, kEnoughKeys);
   return std::clamp<std::int64_t>((kWantedGroups + groups - 1) / std::max<std::int64_t>(1, groups), 1, keys / least);
 }
 

@@ -184,7 +184,7 @@ def _attend_plainly(
 ) -> tuple[Tensor, Tensor] | None:
     """What most calls ask for, in one call of ATen's kernel, on tensors as they are; None for anything else.
 
-    Short calls are felt: all that Python does here takes as long as a tenth of L 512 in bfloat16.
+    In a short call Python is felt: all of it together takes up to a tenth as long as L 512 in bfloat16.
     """
     batch, heads, length, dim = query.shape
     causal = window_right is not None

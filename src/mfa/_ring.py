@@ -3,7 +3,7 @@
     forward, for the keys and values of each process, the own ones first:
         out_s, lse_s <- attention of the own queries over them, if they see any; out_s before it was rounded
         out, lse <- merge_attention(out, lse, out_s, lse_s)
-    backward, in the same order, with w = exp(lse_s - lse):
+    backward, in the same order and in at least float32, with w = exp(lse_s - lse):
         dout_s = w dout,  dlse_s = w (dlse + rowsum(dout * (out_s - out)))
         dq += ...,  and dk, dv go around with their k and v, and come home
 
@@ -259,7 +259,7 @@ def _backward_part(
     part: Part,
     terms: Terms,
 ) -> tuple[Tensor, ...]:
-    """What `attention_backward` returns for a part, in at least float32: in 16 bits each part would be rounded."""
+    """What `attention_backward` returns for a part. In 16 bits each part would be rounded before they add up."""
     result = _forward_part(query, key, value, sinks, part, terms)
     out = result.exact()
     grad_out, query, key, value = (tensor.to(out.dtype) for tensor in (grad_out, query, key, value))

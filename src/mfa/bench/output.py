@@ -1,6 +1,5 @@
 """What a benchmark leaves: lines while it runs, a table at the end, and files."""
 
-import contextlib
 import csv
 import json
 import sys
@@ -51,19 +50,19 @@ def shown(rows: Iterable[Row], problems: int) -> Iterator[Row]:
 
 def print_summary(rows: Sequence[timed.Row]) -> None:
     """A line per problem, a column per backend. Nothing without rich: the lines had it all."""
-    with contextlib.suppress(ImportError):
+    try:
         from rich.console import Console
         from rich.table import Table
-
-        names = list(dict.fromkeys(row.backend for row in rows))
-        table = Table("problem", "", *names, caption="ms, times as fast as sdpa, MB at the peak")
-        faster = timed.speedups(rows)
-        cells = {(row.case, row.is_training, row.backend): cell(row, faster[row]) for row in rows}
-        for case, is_training in dict.fromkeys((row.case, row.is_training) for row in rows):
-            texts = [cells.get((case, is_training, name), "") for name in names]
-            table.add_row(str(case), "training" if is_training else "forward", *texts)
-        console = Console()
-        Console(width=None if console.is_terminal else 160).print(table)
+    except ImportError:
+        return
+    names = list(dict.fromkeys(row.backend for row in rows))
+    table = Table("problem", "", *names, caption="ms, times as fast as sdpa, MB at the peak")
+    faster = timed.speedups(rows)
+    cells = {(row.case, row.is_training, row.backend): cell(row, faster[row]) for row in rows}
+    for case, is_training in dict.fromkeys((row.case, row.is_training) for row in rows):
+        texts = [cells.get((case, is_training, name), "") for name in names]
+        table.add_row(str(case), "training" if is_training else "forward", *texts)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def cell(row: timed.Row, faster: float | None) -> str:
