@@ -1,6 +1,7 @@
 """The cost model: properties of its arithmetic, the table that it works from, and what it claims about itself."""
 
 import math
+from collections import Counter
 
 import count_kernels
 import pytest
@@ -242,6 +243,32 @@ def test_a_list_of_tiles_is_as_good_as_a_dense_batch(dim: int, chip: Chip) -> No
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def clocks_of_load(row_bytes: int, width: int) -> float:
+    """Per 64 bytes that a SIMD-group loads of such rows: quads (8 bytes per lane, K') or octets (16, V) of 16 bits.
+
+    The model assumes 16 banks of 4 bytes, which serve 64 bytes of neighbouring lanes at a time. Lanes: fragment.h.
+    """
+    addresses = []
+    for lane in range(32):
+        row, column = ((lane // 4) & 4) + (lane // 2) % 4, ((lane // 4) & 2) * 2 + lane % 2 * 2
+        addresses.append(column * row_bytes + 8 * row if width == 8 else row * row_bytes + 8 * column)
+    clocks = 0
+    for phase in range(0, 32, 64 // width):
+        words = {a // 4 + i for a in addresses[phase : phase + 64 // width] for i in range(width // 4)}
+        clocks += max(Counter(word % 16 for word in words).values())
+    return clocks / (32 * width / 64)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
+def test_what_is_read_in_one_way_has_no_conflicts(dim: int) -> None:
+    """Rows are padded as metal/geometry.h says: by 16 bytes, but for octets alone, by 32 where 64 bytes divide them."""
+    assert clocks_of_load(2 * dim + 16, 8) == 1
+    assert clocks_of_load(2 * dim + (32 if dim % 32 == 0 else 0), 16) == 1
+    assert clocks_of_load(2 * dim + 16, 16) == 2  # both
+    dkdv, dq = count_kernels.LOAD_CONFLICTS["backward_dkdv"], count_kernels.LOAD_CONFLICTS["backward_dq"]
+    assert (dkdv, dq) == ((1 + 2) / 2, (1 + 1 + 2) / 3)  # Q and dO in both ways; K in both, V as quads
 
 
 def test_every_tile_of_float16_is_counted() -> None:

@@ -46,7 +46,9 @@ class Kernel(NamedTuple):
     # Bytes per threadgroup, besides.
     tile_device_read: int
     tile_device_write: int
-    store_conflict: float  # how many times bank conflicts multiply the clocks of stores to threadgroup memory
+    # How many times bank conflicts multiply the clocks of loads from threadgroup memory, and of stores to it.
+    load_conflict: float
+    store_conflict: float
 
     @property
     def products(self) -> int:
