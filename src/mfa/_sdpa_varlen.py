@@ -1,7 +1,8 @@
 """The aten ops behind torch.nn.attention.varlen.varlen_attn, by mfa's ops. ATen itself has none for our devices.
 
 Flash attention's conventions: heads come after lengths, a window of -1 is open, causal and windows are aligned to the
-lower right of each sequence.
+lower right of each sequence. The ops hand out and lse from forward to backward, and nothing else: 16-bit gradients feel
+that out is rounded, which those of mfa's own ops don't.
 """
 
 from collections.abc import Callable
