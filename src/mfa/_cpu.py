@@ -49,6 +49,11 @@ def empty_correction(out: Tensor) -> Tensor:
     return torch.empty_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
 
 
+def lost_to_rounding(exact: Tensor, out: Tensor) -> Tensor:
+    """What a correction holds, in the dtype of `exact`."""
+    return (exact - out).clamp_(-_HALF_MAX, _HALF_MAX)
+
+
 def empty_gradients(query: Tensor, others: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     """Uninitialised gradients of the query and other inputs; shape [0] for what isn't wanted."""
     return tuple(
@@ -157,8 +162,7 @@ def attention_forward(
             block_out = block_out[..., :value_dim]
             out[batches, q_heads, rows] = block_out
             if correction is not None and correction.numel():
-                rounding = block_out - out[batches, q_heads, rows]
-                correction[batches, q_heads, rows] = rounding.clamp_(-_HALF_MAX, _HALF_MAX)
+                correction[batches, q_heads, rows] = lost_to_rounding(block_out, out[batches, q_heads, rows])
             lse[batches, q_heads, rows] = block_lse
     return out, lse
 

@@ -146,13 +146,15 @@ def _add_fused(
     width, group = max(dim, value_dim), query.shape[1] // key.shape[1]
     whole, causal = terms.as_one_block(scale)
     visible = window.rows()
+    at_once = whole and window.keys(visible) == slice(0, key.shape[2])
     block_rows = query.shape[2] if whole else window.block_rows()
     operand_bytes = 4 * width * (group * block_rows + key.shape[2]) * dtype.itemsize
     least = torch.get_num_threads()  # heads; each is one thread's
     cut = Cut.of(terms, len(query), key.shape[1], group, operand_bytes, 0, least)
     for batches, heads, q_heads in cut.chunks():
         k, v = (operand(tensor[batches, heads], dtype, width) for tensor in (key, value))
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        if not at_once:
+            dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys in [(visible, window.keys(visible))] if whole else cut.blocks():
             part_of_query = batches, q_heads, rows
             d_out, q, o = (operand(tensor[part_of_query], dtype, width) for tensor in (grad_out, query, out))
@@ -166,7 +168,7 @@ def _add_fused(
             mask = None if whole else terms.mask(batches, q_heads, rows, keys)
             block = d_out, q, k[:, :, keys], v[:, :, keys], o, block_lse
             d_q, d_k, d_v = _fused_as_laid_out(*block, mask, scale, causal)
-            if whole and d_k.shape == k.shape:
+            if at_once:
                 dk, dv = d_k, d_v
             else:
                 dk[:, :, keys] += d_k

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _checks, simulator
 from ._blocks import HIDDEN, Window
-from ._cpu import empty_correction
+from ._cpu import empty_correction, lost_to_rounding
 from ._index_checks import widened
 from ._ops import ops
 from .merge import merge_attention
@@ -63,8 +63,7 @@ class _Result(NamedTuple):
         out = exact.to(dtype)
         correction = empty_correction(out)
         if correction.numel():
-            largest = torch.finfo(correction.dtype).max
-            correction = (exact - out).clamp_(-largest, largest).to(correction.dtype)
+            correction.copy_(lost_to_rounding(exact, out))
         return cls(out, lse, correction)
 
     def exact(self) -> Tensor:

@@ -50,7 +50,8 @@ def _roofline(axis: Any, rows: Sequence[Row], chip: Chip | None) -> None:
         axis.plot([intensity(row) for row in timed], [row.teraflops for row in timed], marker="o", label=name)
     if chip:
         ridge = chip.peak / (chip.bandwidth * 1e9)
-        ends = [min(ridge, *map(intensity, rows)) / 2, ridge, 2 * max(ridge, *map(intensity, rows))]
+        reached = [ridge, *map(intensity, rows)]
+        ends = [min(reached) / 2, ridge, 2 * max(reached)]
         roof = [min(chip.peak, x * chip.bandwidth * 1e9) / 1e12 for x in ends]
         axis.plot(ends, roof, color="black", label=f"{chip.name}, float32")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")

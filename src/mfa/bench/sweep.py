@@ -17,7 +17,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[], metavar="L", help="instead of the suite's")
     parser.add_argument("--dims", nargs="+", type=int, default=[], metavar="D", help="instead of the suite's")
     parser.add_argument(
-        *("--device",),
+        "--device",
         choices=["mps", "cpu", "simulator"],
         default=None,
         help="default: mps if our kernels run on it, or else cpu. simulator: counts of what our kernels do, no times",

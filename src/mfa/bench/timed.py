@@ -67,9 +67,8 @@ def rows(problems: Sequence[Case], device: str, trains: Sequence[bool], seconds:
 def speedups(rows: Sequence[Row]) -> dict[Row, float | None]:
     """How many times as fast as sdpa on the same problem."""
     base = {(row.case, row.is_training): row.milliseconds for row in rows if row.backend == "sdpa"}
-    return {
-        row: theirs / row.milliseconds
-        if row.milliseconds and (theirs := base.get((row.case, row.is_training)))
-        else None
-        for row in rows
-    }
+    found: dict[Row, float | None] = {}
+    for row in rows:
+        theirs = base.get((row.case, row.is_training))
+        found[row] = theirs / row.milliseconds if theirs and row.milliseconds else None
+    return found
