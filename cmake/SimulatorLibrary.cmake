@@ -1,6 +1,6 @@
 # add_simulator_library(name MODE fast|count|asan SOURCES a.metal ... [INCLUDE_DIRECTORIES dir ...] [DEFINITIONS X=1 ...])
 # compiles each .metal for the simulator, rebuilt when a header changes, and links them to a shared library `name` against
-# the target mfa_simulator. Needs clang >= 19 on PATH or the ziglang package; see csrc/simulator/translate.py.
+# the target mfa_simulator. A warning is an error. Needs the package ziglang; see csrc/simulator/translate.py.
 set(MFA_TRANSLATE "${CMAKE_CURRENT_LIST_DIR}/../csrc/simulator/translate.py")
 
 function(add_simulator_library name)
@@ -18,7 +18,7 @@ function(add_simulator_library name)
     set(object "${directory}/${stem}.o")
     add_custom_command(
       OUTPUT "${object}"
-      COMMAND "${Python_EXECUTABLE}" "${translate}" --mode ${arg_MODE} ${arg_INCLUDE_DIRECTORIES} ${arg_DEFINITIONS}
+      COMMAND "${Python_EXECUTABLE}" "${translate}" --mode ${arg_MODE} --strict ${arg_INCLUDE_DIRECTORIES} ${arg_DEFINITIONS}
               --depfile "${object}.d" -o "${object}" "${source}"
       DEPENDS "${source}" "${translate}"
       DEPFILE "${object}.d"

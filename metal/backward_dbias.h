@@ -26,44 +26,46 @@ struct BackwardBias {
                 GuardedRows<T> grad_outs, const device float2* statistics, int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
     Fragment<float> dp[1][kKeyTiles];
-    multiply_transposed<T, kHeadDim>(score, ReadRows<T, kHeadDim, GuardedRows<T>>{queries}, keys, lane);
-    multiply_transposed<T, kValueDim>(dp, ReadRows<T, kValueDim, GuardedRows<T>>{grad_outs}, values, lane);
+    const ReadRows<T, kHeadDim, GuardedRows<T>> left_queries = {queries};
+    const ReadRows<T, kValueDim, GuardedRows<T>> left_grad_outs = {grad_outs};
+    multiply_transposed<T, kHeadDim>(score, left_queries, keys, lane);
+    multiply_transposed<T, kValueDim>(dp, left_grad_outs, values, lane);
     const int query = first_row + lane.row;
     const Range seen = query < params.query_length ? visible_keys(params, sequence, query) : Range{0, -1};
     const float2 row = query < params.query_length ? statistics[query] : float2(kUnseenLse, 0);
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kKeyTiles; ++n) {
       const int key = first_key + n * kFragment + lane.column;
       float2 derivative;
-      float2 p = probability(params, scores, elements(score[0][n]), int2(query), int2(key, key + 1), slope_log2,
-                             float2(row.x), derivative);
+      float2 p = probability(params, scores, score[0][n], int2(query), int2(key, key + 1), slope_log2, float2(row.x),
+                             derivative);
       p = seen.keep(p, key);
-      float2 grad = elements(dp[0][n]);
+      float2 grad = dp[0][n];
       if (has_dropout) {
         grad *= dropout.of_keys(query, key);
       }
-      elements(sum[0][n]) += p * (grad - row.y);
+      sum[0][n] += p * (grad - row.y);
     }
   }
 
   void sum_rows() {
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kKeyTiles; ++n) {
-      float2 x = elements(sum[0][n]);
+      float2 x = sum[0][n];
       x += simd_shuffle_xor(x, 2);
       x += simd_shuffle_xor(x, 4);
-      elements(sum[0][n]) = x + simd_shuffle_xor(x, 16);
+      sum[0][n] = x + simd_shuffle_xor(x, 16);
     }
   }
 
   // Afterwards element (row, 0) holds its row's sum.
   void sum_columns() {
     float2 x = float2(0);
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kKeyTiles; ++n) {
-      x += elements(sum[0][n]);
+      x += sum[0][n];
     }
-    elements(sum[0][0]) = float2(row_sum(x.x + x.y), 0);
+    sum[0][0] = float2(row_sum(x.x + x.y), 0);
   }
 };
 
@@ -125,17 +127,17 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
   device float* target = grad_bias + long(position.z) * params.bias_rows * params.bias_columns;
   if (one_row) {
     tile.sum_rows();
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kBlockKeys / kFragment; ++n) {
       if (lane.row == 0) {
-        partial[simdgroup][(n * kFragment + lane.column) / 2] = elements(tile.sum[0][n]);
+        partial[simdgroup][(n * kFragment + lane.column) / 2] = tile.sum[0][n];
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int column = own_key + lane_index;
     if (simdgroup == 0 && lane_index < kBlockKeys && column < params.bias_columns) {
       float total = 0;
-#pragma unroll
+      MFA_UNROLL
       for (short s = 0; s < kSimdgroups; ++s) {
         total += partial[s][lane_index / 2][lane_index % 2];
       }
@@ -145,13 +147,13 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
   }
   const int row = own_row + lane.row;
   if (row < params.query_length) {
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kBlockKeys / kFragment; ++n) {
-#pragma unroll
+      MFA_UNROLL
       for (short e = 0; e < 2; ++e) {
         const int column = own_key + n * kFragment + lane.column + e;
         if (column < params.bias_columns) {
-          target[long(row) * params.bias_columns + column] = elements(tile.sum[0][n])[e];
+          target[long(row) * params.bias_columns + column] = tile.sum[0][n][e];
         }
       }
     }

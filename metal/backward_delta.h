@@ -22,7 +22,6 @@ template <typename T, int kSimdgroups>
   const int valid = params.query_length - row;
   const long offset = batch * params.out_strides[0] + head * params.out_strides[1] + row * params.out_strides[2];
   const GuardedRows<T> outs = {out + offset, 0, valid, params.value_dim};
-  const GuardedRows<half> roundings = {correction + offset, 0, valid, params.value_dim};
   const GuardedRows<T> grads = {grad_out + batch * params.grad_out_strides[0] + head * params.grad_out_strides[1] +
                                     row * params.grad_out_strides[2],
                                 0, valid, params.value_dim};
@@ -32,7 +31,7 @@ template <typename T, int kSimdgroups>
     const Octet<T> y = grads.octet(0, 0, d);
     float4 low = float4(x.low), high = float4(x.high);
     if (has_correction) {
-      const Octet<half> rounding = roundings.octet(0, 0, d);
+      const Octet<half> rounding = GuardedRows<half>{correction + offset, 0, valid, params.value_dim}.octet(0, 0, d);
       low += float4(rounding.low);
       high += float4(rounding.high);
     }

@@ -50,22 +50,22 @@ struct BackwardKeys {
     multiply_transposed<T, kHeadDim>(p, key, queries, lane);
     const bool masked = !view.sees_all(first_query, kBlockQueries);
     float2 delta[kQueryTiles];
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
       // (lse, delta) of this lane's two queries.
       const float4 pair = *(const threadgroup float4*)(statistics + n * kFragment + lane.column);
       delta[n] = pair.yw;
-#pragma unroll
+      MFA_UNROLL
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
         const int query = first_query + n * kFragment + lane.column;
-        float2 x = probability(params, scores, elements(p[r][n]), int2(query, query + 1), int2(key_row), slope_log2,
-                               pair.xz, derivative[r][n]);
+        float2 x = probability(params, scores, p[r][n], int2(query, query + 1), int2(key_row), slope_log2, pair.xz,
+                               derivative[r][n]);
         if (masked) {
           const Range seen = key_row < sequence.key_length ? visible_queries(params, sequence, key_row) : Range{0, -1};
           x = seen.keep(x, query);
         }
-        elements(p[r][n]) = x;
+        p[r][n] = x;
       }
     }
     if (wants_grad_value && !has_dropout) {
@@ -73,11 +73,11 @@ struct BackwardKeys {
     }
     if (wants_grad_value && has_dropout) {
       Fragment<float> kept[kRowTiles][kQueryTiles];
-#pragma unroll
+      MFA_UNROLL
       for (short r = 0; r < kRowTiles; ++r) {
-#pragma unroll
+        MFA_UNROLL
         for (short n = 0; n < kQueryTiles; ++n) {
-          elements(kept[r][n]) = elements(p[r][n]) * kept_factor(dropout, first_query, r, n);
+          kept[r][n] = p[r][n] * kept_factor(dropout, first_query, r, n);
         }
       }
       multiply_accumulate<T, kValueDim>(grad_value, kept, grad_outs, lane);
@@ -85,25 +85,25 @@ struct BackwardKeys {
     if (wants_grad_key) {
       Fragment<float> dp[kRowTiles][kQueryTiles];
       multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
-#pragma unroll
+      MFA_UNROLL
       for (short n = 0; n < kQueryTiles; ++n) {
-#pragma unroll
+        MFA_UNROLL
         for (short r = 0; r < kRowTiles; ++r) {
-          float2 grad = elements(dp[r][n]);
+          float2 grad = dp[r][n];
           if (has_dropout) {
             grad *= kept_factor(dropout, first_query, r, n);
           }
-          grad = elements(p[r][n]) * (grad - delta[n]);
+          grad = p[r][n] * (grad - delta[n]);
           if (has_softcap) {
             grad *= derivative[r][n];
           }
-          elements(p[r][n]) = grad;
+          p[r][n] = grad;
         }
       }
       if (writes_score_gradient) {
-#pragma unroll
+        MFA_UNROLL
         for (short r = 0; r < kRowTiles; ++r) {
-#pragma unroll
+          MFA_UNROLL
           for (short n = 0; n < kQueryTiles; ++n) {
             score_gradient.store(p[r][n], first_key / kFragment + r, first_query / kFragment + n);
           }
@@ -169,7 +169,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     const HeadRows<T> head_grad_outs(grad_out, params.grad_out_strides, sequence.index, head, sequence.first_query,
                                      sequence.query_length, value_dim);
     const device float2* head_statistics = statistics + first_row_index(params, sequence, head);
-    const ScoreGradient blobs = {score_gradient, params, position.x * params.group_size + member, lane_index};
+    const ScoreGradient blobs(score_gradient, params, position.x * params.group_size + member, lane_index);
     const Scores<T> scores(params, sequence, bias, head);
     const MaskBlocks blocks(params, mask_classes, sequence.index, head);
     const float slope_log2 = slope_of(params, sequence, alibi_slopes, head);
@@ -200,7 +200,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   }
 
   float key_factor[kRowTiles], value_factor[kRowTiles];
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
     key_factor[r] = params.scale;
     value_factor[r] = 1;

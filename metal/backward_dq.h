@@ -36,7 +36,7 @@ struct BackwardQueries {
         sequence(sequence_),
         first_row(first_row_) {
     clear(grad_query);
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int row = first_row + r * kFragment + lane.row;
       const float2 row_statistics = row < sequence.query_length ? statistics[row] : float2(kUnseenLse, 0);
@@ -54,20 +54,20 @@ struct BackwardQueries {
     multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
     multiply_transposed<T, kValueDim>(dp, grad_out.operand, values, lane);
     const bool masked = !view.sees_all(first_key, kBlockKeys);
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int query = first_row + r * kFragment + lane.row;
       const Range seen = visible_keys(params, sequence, query);
-#pragma unroll
+      MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        float2 p = probability(params, scores, elements(ds[r][n]), int2(query), int2(key, key + 1), slope_log2,
-                               float2(lse[r]), derivative);
+        float2 p = probability(params, scores, ds[r][n], int2(query), int2(key, key + 1), slope_log2, float2(lse[r]),
+                               derivative);
         if (masked) {
           p = seen.keep(p, key);
         }
-        float2 grad = elements(dp[r][n]);
+        float2 grad = dp[r][n];
         if (has_dropout) {
           grad *= dropout.of_keys(query, key);
         }
@@ -79,7 +79,7 @@ struct BackwardQueries {
         if (has_softcap) {
           grad *= derivative;
         }
-        elements(ds[r][n]) = grad;
+        ds[r][n] = grad;
       }
     }
     multiply_accumulate<T, kHeadDim>(grad_query, ds, keys, lane);
@@ -155,7 +155,7 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   }
 
   float factor[kRowTiles];
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
     factor[r] = params.scale;
     if (wants_grad_alibi) {

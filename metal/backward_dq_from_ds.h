@@ -7,7 +7,6 @@
 #pragma once
 
 #include "backward.h"
-#include "mask_blocks.h"
 #include "score_gradient.h"
 
 namespace mfa {
@@ -58,32 +57,32 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
     is_first = false;
     stage_rows<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, head_keys.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
+    MFA_UNROLL
     for (short k = 0; k < kBlockKeys / kFragment; ++k) {
       Fragment<float> ds[kQueryTiles];
-#pragma unroll
+      MFA_UNROLL
       for (short q = 0; q < kQueryTiles; ++q) {
         const int row = first_row + q * kFragment;
-        elements(ds[q]) = float2(0);
+        ds[q] = float2(0);
         const int tile_key = first_key + k * kFragment;
         if (view_of_queries(params, sequence, row, row + kFragment).sees(tile_key, kFragment) &&
             blocks.classify<kFragment, kFragment>(row, tile_key) != kHidden) {
-          blobs.load(ds[q], first_key / kFragment + k, row / kFragment);
+          ds[q] = blobs.load(first_key / kFragment + k, row / kFragment);
         }
       }
-#pragma unroll
+      MFA_UNROLL
       for (short s = 0; s < sets_of(kHeadDim); ++s) {
         Fragment<T> a[kSetFragments];  // K' as left operand: row r of fragment j is d = J*r + j
         load_right_transposed<kHeadDim>(a, Keys{keys}, k, s, lane);
-#pragma unroll
+        MFA_UNROLL
         for (short j = 0; j < kSetFragments; ++j) {
           if (j >= fragments_of<kHeadDim>(s)) {
             continue;
           }
-#pragma unroll
+          MFA_UNROLL
           for (short q = 0; q < kQueryTiles; ++q) {
             thread Fragment<float>& c = result[q][s * kSetFragments + j];
-            simdgroup_multiply_accumulate(c, a[j], ds[q], c);
+            c = multiply_add(a[j], ds[q], c);
           }
         }
       }
@@ -92,19 +91,19 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
 
   // This lane holds d = J * lane.row + j of queries lane.column and lane.column + 1, J being the set's fragments.
   device T* out = grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1];
-#pragma unroll
+  MFA_UNROLL
   for (short q = 0; q < kQueryTiles; ++q) {
-#pragma unroll
+    MFA_UNROLL
     for (short s = 0; s < sets_of(kHeadDim); ++s) {
-#pragma unroll
+      MFA_UNROLL
       for (short e = 0; e < 2; ++e) {
         const int row = first_row + q * kFragment + lane.column + e;
         if (row < params.query_length) {
           float4 x = float4(0);
-#pragma unroll
+          MFA_UNROLL
           for (short j = 0; j < kSetFragments; ++j) {
             if (j < fragments_of<kHeadDim>(s)) {
-              x[j] = elements(result[q][s * kSetFragments + j])[e] * params.scale;
+              x[j] = result[q][s * kSetFragments + j][e] * params.scale;
             }
           }
           device T* target = out + row * params.grad_query_strides[2];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "layout.h"
+#include "types.h"
 
 namespace mfa {
 

@@ -63,7 +63,7 @@ struct CacheRows {
 
   CacheRows(Cache<T> cache, int first_key)
       : row_bytes(cache.row_stride * Cache<T>::element_size()), valid(cache.length - first_key), dim(cache.dim) {
-#pragma unroll
+    MFA_UNROLL
     for (short t = 0; t < kTiles; ++t) {
       tiles[t] = t * kFragment < valid ? cache.row(first_key + t * kFragment) : cache.base;
     }
@@ -77,7 +77,7 @@ struct CacheRows {
       return wide_quad(source, d);
     }
     vec<T, 4> x;
-#pragma unroll
+    MFA_UNROLL
     for (short e = 0; e < 4; ++e) {
       x[e] = is_valid && d + e < dim ? element(source, d + e) : T(0);
     }
@@ -99,7 +99,7 @@ struct CacheRows {
     }
     MFA_COUNT_FRAGMENT_LOAD();
     if (is_int8) {
-      return vec<T, 4>(*(const device char4*)(source + d));
+      return vec<T, 4>(float4(*(const device char4*)(source + d)));  // bfloat has no constructor from integers
     }
     const uchar4 x = *(const device uchar4*)(source + d);
     return vec<T, 4>(T(float8_value(x.x)), T(float8_value(x.y)), T(float8_value(x.z)), T(float8_value(x.w)));

@@ -11,12 +11,12 @@ namespace mfa {
 // holds.
 template <typename T, int kRowTiles, int kFragments>
 inline void keep_rounding(thread Fragment<float> (&tile)[kRowTiles][kFragments], thread float* factor) {
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
-#pragma unroll
+    MFA_UNROLL
     for (short j = 0; j < kFragments; ++j) {
-      const float2 x = elements(tile[r][j]) * factor[r];
-      elements(tile[r][j]) = clamp(x - float2(vec<T, 2>(x)), -float(HALF_MAX), float(HALF_MAX));
+      const float2 x = tile[r][j] * factor[r];
+      tile[r][j] = clamp(x - float2(vec<T, 2>(x)), -float(HALF_MAX), float(HALF_MAX));
     }
     factor[r] = 1;
   }

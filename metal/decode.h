@@ -35,13 +35,13 @@ inline void scale_columns(thread Rows& rows, thread const Cache<T>& cache, int f
   if (is_quantized) {
     // Each lane reads one scale, and all lanes share them.
     const float own = lane_index < Rows::kKeyTiles * kFragment ? cache.scale(first_key + lane_index) : 0;
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < Rows::kKeyTiles; ++n) {
       const ushort column = n * kFragment + rows.lane.column;
       const float2 scale = float2(simd_shuffle(own, column), simd_shuffle(own, column + 1));
-#pragma unroll
+      MFA_UNROLL
       for (short r = 0; r < Rows::kTiles; ++r) {
-        elements(rows.score[r][n]) *= scale;
+        rows.score[r][n] *= scale;
       }
     }
   }
@@ -104,7 +104,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
     rows.add_values(CacheRows<T, Rows::kKeyTiles>(values, first_key));
   }
 
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
     const int row = first_row + r * kFragment + rows.lane.row;
     const float sum = row_sum(rows.row[r].sum);
@@ -116,7 +116,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
       const long partial_index = index + long(part) * params.batch * params.query_heads * params.query_length;
       device T* target = out + (sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
                                 row / params.group_size * params.out_strides[2]);
-#pragma unroll
+      MFA_UNROLL
       for (short s = 0; s < sets_of(kValueDim); ++s) {
         thread Fragment<float>* set = &rows.out[r][s * kSetFragments];
         if (is_split) {

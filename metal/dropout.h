@@ -32,7 +32,7 @@ struct Dropout {
   uint4 draw(int query, int key) const {
     uint4 c = uint4(uint(key) / 8, query, head, offset);
     uint2 k = seed;
-#pragma unroll
+    MFA_UNROLL
     for (short round = 0; round < 7; ++round) {
       c = uint4(mulhi(0xCD9E8D57u, c.z) ^ c.y ^ k.x, 0xCD9E8D57u * c.z, mulhi(0xD2511F53u, c.x) ^ c.w ^ k.y,
                 0xD2511F53u * c.x);

@@ -2,7 +2,6 @@
 #define MFA_INSTANCES_WITHOUT_F16
 #define MFA_INSTANCES_WITHOUT_F32
 #include "forward.h"
-#include "mask_blocks.h"
 
 namespace mfa {
 #include "instances.def"

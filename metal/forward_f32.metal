@@ -2,7 +2,6 @@
 #define MFA_INSTANCES_WITHOUT_F16
 #define MFA_INSTANCES_WITHOUT_BF16
 #include "forward.h"
-#include "mask_blocks.h"
 
 namespace mfa {
 #include "instances.def"

@@ -36,7 +36,7 @@ struct Forward {
         group(kPacked ? params.group_size : 1),
         view(view_of_queries(params, sequence_, query_of(first_row_), query_of(first_row_ + kRows - 1) + 1)) {
     clear(out);
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int row_head = head + (kPacked ? (first_row + r * kFragment + lane.row) % group : 0);
       if (has_sinks && counts_sink) {
@@ -63,32 +63,31 @@ struct Forward {
       scale = 1;
     }
     rescale(scale);
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const float maximum = row[r].maximum;
       float sum = 0;
       // The fma does not round its product, but the maximum is rounded: of huge scores the difference alone overflows
       // exp2. A branch, since computing both would cost three operations per score.
       if (fabs(maximum) > kExactProduct) {
-#pragma unroll
+        MFA_UNROLL
         for (short n = 0; n < kKeyTiles; ++n) {
-          const float2 rounded = elements(score[r][n]) * scale;  // within one expression the compiler may make an fma
-          elements(score[r][n]) = rounded - maximum;
+          const float2 rounded = score[r][n] * scale;  // within one expression the compiler may make an fma
+          score[r][n] = rounded - maximum;
         }
       } else {
-#pragma unroll
+        MFA_UNROLL
         for (short n = 0; n < kKeyTiles; ++n) {
-          elements(score[r][n]) = fma(elements(score[r][n]), float2(scale), float2(-maximum));
+          score[r][n] = fma(score[r][n], float2(scale), float2(-maximum));
         }
       }
-#pragma unroll
+      MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
-        const float2 p = fast::exp2(elements(score[r][n]));
+        const float2 p = fast::exp2(score[r][n]);
         sum += p.x + p.y;
-        elements(score[r][n]) = p;
+        score[r][n] = p;
         if (has_dropout) {
-          elements(score[r][n]) *=
-              dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
+          score[r][n] *= dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
         }
       }
       row[r].add(sum);
@@ -102,17 +101,16 @@ struct Forward {
 
   // kMasked is a sentinel of the scaled domain, hence the order.
   void modify_and_mask(constant AttentionParams& params, Scores<T> scores, int first_key) {
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int query = query_of(first_row + r * kFragment + lane.row);
       const Range keys = visible_keys(params, sequence, query);
-#pragma unroll
+      MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        const float2 x =
-            scores.apply(params, elements(score[r][n]), int2(query), int2(key, key + 1), slope_log2[r], derivative);
-        elements(score[r][n]) = float2(keys.has(key) ? x.x : kMasked, keys.has(key + 1) ? x.y : kMasked);
+        const float2 x = scores.apply(params, score[r][n], int2(query), int2(key, key + 1), slope_log2[r], derivative);
+        score[r][n] = float2(keys.has(key) ? x.x : kMasked, keys.has(key + 1) ? x.y : kMasked);
       }
     }
   }
@@ -120,21 +118,21 @@ struct Forward {
   // Moves each row's maximum if it has to move, and what was accumulated under the old one with it. No vote before the
   // branch: a GPU skips it as well where no lane takes it.
   void rescale(float scale) {
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
-      const float2 first = elements(score[r][0]);
+      const float2 first = score[r][0];
       float largest = max(first.x, first.y);
-#pragma unroll
+      MFA_UNROLL
       for (short n = 1; n < kKeyTiles; ++n) {
-        const float2 x = elements(score[r][n]);
+        const float2 x = score[r][n];
         largest = max(largest, max(x.x, x.y));
       }
       const float candidate = row_max(largest) * scale;
       if (row[r].is_exceeded(candidate)) {
         const float factor = row[r].move_to(candidate);
-#pragma unroll
+        MFA_UNROLL
         for (short j = 0; j < kValueDim / kFragment; ++j) {
-          elements(out[r][j]) *= factor;
+          out[r][j] *= factor;
         }
       }
     }
@@ -144,7 +142,7 @@ struct Forward {
              int head) {
     const int valid = sequence.query_length - first_row;
     float inverse[kRowTiles];
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const float sum = row_sum(row[r].sum);
       inverse[r] = sum == 0 ? 0 : 1 / sum;

@@ -14,6 +14,9 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
+#include "types.h"
+#include "unroll.h"
+
 namespace mfa {
 
 using namespace metal;
@@ -23,10 +26,6 @@ using namespace metal;
 #else
 #define MFA_COUNT_FRAGMENT_LOAD()
 #endif
-
-typedef half f16;
-typedef bfloat bf16;
-typedef float f32;
 
 constant constexpr int kFragment = 8;      // rows and columns
 constant constexpr int kSetFragments = 4;  // fragments per set, but for a half one at the end
@@ -45,13 +44,27 @@ inline short fragments_of(short set) {
   return is_whole<kDim>(set) ? kSetFragments : kSetFragments / 2;
 }
 
+// One lane's two elements of a matrix.
 template <typename T>
-using Fragment = simdgroup_matrix<T, 8, 8>;
+using Fragment = vec<T, 2>;
 
 // Apple's thread_elements() has a wider storage type; the reference cast is the one portable way to it.
 template <typename T>
-inline thread vec<T, 2>& elements(thread Fragment<T>& fragment) {
-  return reinterpret_cast<thread vec<T, 2>&>(fragment.thread_elements());
+inline thread Fragment<T>& elements(thread simdgroup_matrix<T, 8, 8>& matrix) {
+  return reinterpret_cast<thread Fragment<T>&>(matrix.thread_elements());
+}
+
+// A B + C. A matrix of Metal's own type exists only here: Apple's compiler gives arrays of them memory, not registers.
+template <typename A, typename B>
+inline Fragment<float> multiply_add(Fragment<A> a, Fragment<B> b, Fragment<float> c) {
+  simdgroup_matrix<A, 8, 8> left;
+  simdgroup_matrix<B, 8, 8> right;
+  simdgroup_matrix<float, 8, 8> sum;
+  elements(left) = a;
+  elements(right) = b;
+  elements(sum) = c;
+  simdgroup_multiply_accumulate(sum, left, right, sum);
+  return elements(sum);
 }
 
 struct Lane {
@@ -144,51 +157,49 @@ inline void store_octet(device float* target, Octet<float> x) {
 
 template <typename T>
 inline void fill_left(thread Fragment<T>* set, Octet<T> x) {
-#pragma unroll
+  MFA_UNROLL
   for (short j = 0; j < kSetFragments; ++j) {
-    elements(set[j]) = vec<T, 2>(x.low[j], x.high[j]);
+    set[j] = vec<T, 2>(x.low[j], x.high[j]);
   }
 }
 
 template <typename T>
 inline void fill_left(thread Fragment<T>* half_set, vec<T, 4> x) {
-  elements(half_set[0]) = x.xz;
-  elements(half_set[1]) = x.yw;
+  half_set[0] = x.xz;
+  half_set[1] = x.yw;
 }
 
 template <typename T>
 inline void fill_right_transposed(thread Fragment<T>* set, vec<T, 4> x, vec<T, 4> y) {
-#pragma unroll
+  MFA_UNROLL
   for (short j = 0; j < kSetFragments; ++j) {
-    elements(set[j]) = vec<T, 2>(x[j], y[j]);
+    set[j] = vec<T, 2>(x[j], y[j]);
   }
 }
 
 template <typename T>
 inline void fill_right_transposed(thread Fragment<T>* half_set, vec<T, 2> x, vec<T, 2> y) {
-  elements(half_set[0]) = vec<T, 2>(x.x, y.x);
-  elements(half_set[1]) = vec<T, 2>(x.y, y.y);
+  half_set[0] = vec<T, 2>(x.x, y.x);
+  half_set[1] = vec<T, 2>(x.y, y.y);
 }
 
 template <typename T>
 inline void fill_right(thread Fragment<T>* set, Octet<T> x) {
-  elements(set[0]) = x.low.xy;
-  elements(set[1]) = x.low.zw;
-  elements(set[2]) = x.high.xy;
-  elements(set[3]) = x.high.zw;
+  set[0] = x.low.xy;
+  set[1] = x.low.zw;
+  set[2] = x.high.xy;
+  set[3] = x.high.zw;
 }
 
 template <typename T>
 inline void fill_right(thread Fragment<T>* half_set, vec<T, 4> x) {
-  elements(half_set[0]) = x.xy;
-  elements(half_set[1]) = x.zw;
+  half_set[0] = x.xy;
+  half_set[1] = x.zw;
 }
 
 // The neighbours that a lane holds of a result accumulated over `right` sets: eight of a whole one, four of a half one.
-inline Octet<float> octet_of(thread Fragment<float>* set) {
-  return {float4(elements(set[0]), elements(set[1])), float4(elements(set[2]), elements(set[3]))};
-}
+inline Octet<float> octet_of(thread Fragment<float>* set) { return {float4(set[0], set[1]), float4(set[2], set[3])}; }
 
-inline float4 quad_of(thread Fragment<float>* half_set) { return float4(elements(half_set[0]), elements(half_set[1])); }
+inline float4 quad_of(thread Fragment<float>* half_set) { return float4(half_set[0], half_set[1]); }
 
 }  // namespace mfa

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "features.h"
+#include "unroll.h"
 
 namespace mfa {
 

@@ -75,7 +75,7 @@ struct GuardedRows {
       return load_quad(source);
     }
     vec<T, 4> x;
-#pragma unroll
+    MFA_UNROLL
     for (short e = 0; e < 4; ++e) {
       x[e] = row < valid && d + e < dim ? source[e] : T(0);
     }
@@ -89,7 +89,7 @@ struct GuardedRows {
       return load_octet(source);
     }
     Octet<T> x;
-#pragma unroll
+    MFA_UNROLL
     for (short e = 0; e < 4; ++e) {
       x.low[e] = row < valid && d + e < dim ? source[e] : T(0);
       x.high[e] = row < valid && d + 4 + e < dim ? source[4 + e] : T(0);
@@ -155,7 +155,7 @@ inline void store_octet_guarded(device T* row, Octet<float> x, int d, int dim) {
     store_octet(row + d, y);
     return;
   }
-#pragma unroll
+  MFA_UNROLL
   for (short e = 0; e < 4; ++e) {
     if (d + e < dim) {
       row[d + e] = y.low[e];
@@ -173,7 +173,7 @@ inline void store_quad_guarded(device T* row, float4 x, int d, int dim) {
     *(device vec<T, 4>*)(row + d) = y;
     return;
   }
-#pragma unroll
+  MFA_UNROLL
   for (short e = 0; e < 4; ++e) {
     if (d + e < dim) {
       row[d + e] = y[e];
@@ -183,7 +183,7 @@ inline void store_quad_guarded(device T* row, float4 x, int d, int dim) {
 
 template <typename T>
 inline void store_pair_guarded(device T* row, float2 x, int d, int dim) {
-#pragma unroll
+  MFA_UNROLL
   for (short e = 0; e < 2; ++e) {
     if (d + e < dim) {
       row[d + e] = T(x[e]);
@@ -206,7 +206,7 @@ inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_i
       *(threadgroup uint4*)target = *(const device uint4*)source;
       continue;
     }
-#pragma unroll
+    MFA_UNROLL
     for (short e = 0; e < kChunk; ++e) {
       target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);
     }

@@ -3,7 +3,7 @@
 // this.
 #pragma once
 
-#include "mask_blocks.h"
+#include "mask_classes.h"
 #include "softmax.h"
 
 namespace mfa {

@@ -9,31 +9,33 @@
 namespace mfa {
 
 struct ScoreGradient {
-  device float* head;  // first blob of a head
+  device float* scratch;
   int query_tiles, key_tiles;
+  long first_tile;  // of the head
   ushort lane_index;
 
   // `head_index` counts the heads that the scratch holds.
-  ScoreGradient(device float* scratch, constant AttentionParams& params, int head_index, ushort lane)
-      : query_tiles((params.query_length + kFragment - 1) / kFragment),
+  ScoreGradient(device float* scratch_, constant AttentionParams& params, int head_index, ushort lane)
+      : scratch(scratch_),
+        query_tiles((params.query_length + kFragment - 1) / kFragment),
         key_tiles((params.key_length + kFragment - 1) / kFragment),
-        lane_index(lane) {
-    head = scratch + (long(head_index) * query_tiles * key_tiles) * (kFragment * kFragment);
+        first_tile(long(head_index) * query_tiles * key_tiles),
+        lane_index(lane) {}
+
+  device Fragment<float>* blob(int key_tile, int query_tile) const {
+    const long tile = first_tile + long(query_tile) * key_tiles + key_tile;
+    return (device Fragment<float>*)(scratch + tile * (kFragment * kFragment)) + lane_index;
   }
 
-  device float2* blob(int key_tile, int query_tile) const {
-    return (device float2*)(head + (long(query_tile) * key_tiles + key_tile) * (kFragment * kFragment)) + lane_index;
-  }
-
-  void store(thread Fragment<float>& fragment, int key_tile, int query_tile) const {
+  void store(Fragment<float> fragment, int key_tile, int query_tile) const {
     if (key_tile < key_tiles && query_tile < query_tiles) {
-      *blob(key_tile, query_tile) = elements(fragment);
+      *blob(key_tile, query_tile) = fragment;
     }
   }
 
-  void load(thread Fragment<float>& fragment, int key_tile, int query_tile) const {
+  Fragment<float> load(int key_tile, int query_tile) const {
     MFA_COUNT_FRAGMENT_LOAD();
-    elements(fragment) = *blob(key_tile, query_tile);
+    return *blob(key_tile, query_tile);
   }
 };
 

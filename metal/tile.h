@@ -15,9 +15,9 @@ struct HeldRows {
 
   template <typename Rows>
   void load(Rows rows, Lane lane) {
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
-#pragma unroll
+      MFA_UNROLL
       for (short s = 0; s < sets_of(kDim); ++s) {
         load_left<kDim>(&fragments[r][s * kSetFragments], rows, r, s, lane);
       }
@@ -25,7 +25,7 @@ struct HeldRows {
   }
 
   void fill(thread Fragment<T>* set, short r, short s, Lane) const {
-#pragma unroll
+    MFA_UNROLL
     for (short j = 0; j < kSetFragments; ++j) {
       if (j < fragments_of<kDim>(s)) {
         set[j] = fragments[r][s * kSetFragments + j];
@@ -59,11 +59,11 @@ struct OwnOperand<T, reread, kRowTiles, kDim, Rows> {
 
 template <int kRowTiles, int kColumnTiles>
 inline void clear(thread Fragment<float> (&tile)[kRowTiles][kColumnTiles]) {
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
-#pragma unroll
+    MFA_UNROLL
     for (short n = 0; n < kColumnTiles; ++n) {
-      elements(tile[r][n]) = float2(0);
+      tile[r][n] = float2(0);
     }
   }
 }
@@ -77,12 +77,12 @@ constant constexpr bool kSumsInParts = sizeof(T) == 4;
 template <int kRowTiles, int kColumnTiles, int kPartTiles>
 inline void add_part(thread Fragment<float> (&result)[kRowTiles][kColumnTiles],
                      thread Fragment<float> (&part)[kRowTiles][kPartTiles], short first, short columns) {
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
-#pragma unroll
+    MFA_UNROLL
     for (short c = 0; c < kPartTiles; ++c) {
       if (c < columns) {
-        elements(result[r][first + c]) += elements(part[r][c]);
+        result[r][first + c] += part[r][c];
       }
     }
   }
@@ -95,33 +95,33 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
   // Column tiles loaded together: with two row tiles, four independent accumulation chains hide the latency of an MMA.
   constexpr int kTogether = kColumnTiles % 2 == 0 ? 2 : 1;
   clear(result);
-#pragma unroll
+  MFA_UNROLL
   for (short s = 0; s < sets_of(kDim); ++s) {
     Fragment<T> a[kRowTiles][kSetFragments];
-#pragma unroll
+    MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       left.fill(a[r], r, s, lane);
     }
-#pragma unroll
+    MFA_UNROLL
     for (short first = 0; first < kColumnTiles; first += kTogether) {
       Fragment<T> b[kTogether][kSetFragments];
-#pragma unroll
+      MFA_UNROLL
       for (short c = 0; c < kTogether; ++c) {
         load_right_transposed<kDim>(b[c], rows, first + c, s, lane);
       }
       Fragment<float> part[kRowTiles][kTogether];
       clear(part);
-#pragma unroll
+      MFA_UNROLL
       for (short j = 0; j < kSetFragments; ++j) {
         if (j >= fragments_of<kDim>(s)) {
           continue;
         }
-#pragma unroll
+        MFA_UNROLL
         for (short c = 0; c < kTogether; ++c) {
-#pragma unroll
+          MFA_UNROLL
           for (short r = 0; r < kRowTiles; ++r) {
             thread Fragment<float>& sum = kSumsInParts<T> ? part[r][c] : result[r][first + c];
-            simdgroup_multiply_accumulate(sum, a[r][j], b[c][j], sum);
+            sum = multiply_add(a[r][j], b[c][j], sum);
           }
         }
       }
@@ -136,24 +136,24 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
 template <typename T, int kDim, int kRowTiles, int kInnerTiles, typename Rows>
 inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim / kFragment],
                                 thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane) {
-#pragma unroll
+  MFA_UNROLL
   for (short s = 0; s < sets_of(kDim); ++s) {
     const short first = s * kSetFragments;
     Fragment<float> part[kRowTiles][kSetFragments];
     clear(part);
-#pragma unroll
+    MFA_UNROLL
     for (short k = 0; k < kInnerTiles; ++k) {
       Fragment<T> b[kSetFragments];
       load_right<kDim>(b, rows, k, s, lane);
-#pragma unroll
+      MFA_UNROLL
       for (short j = 0; j < kSetFragments; ++j) {
         if (j >= fragments_of<kDim>(s)) {
           continue;
         }
-#pragma unroll
+        MFA_UNROLL
         for (short r = 0; r < kRowTiles; ++r) {
           thread Fragment<float>& sum = kSumsInParts<T> ? part[r][j] : result[r][first + j];
-          simdgroup_multiply_accumulate(sum, left[r][k], b[j], sum);
+          sum = multiply_add(left[r][k], b[j], sum);
         }
       }
     }
@@ -182,11 +182,11 @@ template <typename T, int kDim, int kRowTiles>
 inline void store_rows(device T* rows, long stride, int valid, int dim,
                        thread Fragment<float> (&tile)[kRowTiles][kDim / kFragment], thread const float* factor,
                        Lane lane) {
-#pragma unroll
+  MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
     const int row = r * kFragment + lane.row;
     if (row < valid) {
-#pragma unroll
+      MFA_UNROLL
       for (short s = 0; s < sets_of(kDim); ++s) {
         store_set<kDim>(rows + row * stride, dim, &tile[r][s * kSetFragments], s, factor[r], lane);
       }

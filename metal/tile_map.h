@@ -18,7 +18,7 @@ inline int exclusive_sum(int x, threadgroup int* sums, ushort simdgroup, ushort 
   threadgroup_barrier(mem_flags::mem_threadgroup);
   int before = 0;
   total = 0;
-#pragma unroll
+  MFA_UNROLL
   for (short s = 0; s < kSimdgroups; ++s) {
     before += s < simdgroup ? sums[s] : 0;
     total += sums[s];

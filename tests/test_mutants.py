@@ -165,7 +165,7 @@ def run(
     family: str = "apple7",
     kernel: str | None = None,  # instead of the one that tuning.def chooses
     checks: tuple[str, ...] = ("races", "bounds"),  # what is uninitialised would often be found first
-) -> None:
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
         torch.randn(1, 2, length, dim, generator=generator).half() for length in (lengths[0], lengths[1], lengths[1])
@@ -173,7 +173,7 @@ def run(
     _library.prefer_instance(kernel)
     try:
         with mfa.simulate(family, checks=checks, seed=seed, kernel_library=library):
-            mfa.attention(query, key, value, return_lse=True)
+            return mfa.attention(query, key, value, return_lse=True)[0]
     finally:
         _library.prefer_instance(None)
 
@@ -190,3 +190,9 @@ def test_the_original_is_clean(tmp_path: Path) -> None:
     for seed in range(3):
         for problem in ({}, D256, ODD, DIRECT):
             run(library, seed, checks=("races", "bounds", "uninitialised"), **problem)
+
+
+def test_a_forgotten_accumulator_is_seen(tmp_path: Path) -> None:
+    """Registers have no shadow, so every variable starts as NaN."""
+    mutant = Mutant("accumulator not cleared", "tile.h", "  clear(result);\n", "", "")
+    assert run(build(patched(mutant, tmp_path / "metal")), 1).isnan().any()

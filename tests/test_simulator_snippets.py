@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import simulator_engine  # noqa: F401  (finds csrc/simulator)
+import translate
 from lint import lint
 from translate import CompileError, compile_file
 
@@ -88,6 +90,13 @@ REJECTED = [
     body("float4-to-half4", "float4 x = float4(d[0]); half4 y = x; h[0] = y.x;", "cannot initialize"),
     body("int4-to-float4", "int4 x = int4(1); float4 y = x; d[0] = y.x;", "cannot initialize"),
     body("float4-plus-half4", "d[0] = (float4(1) + half4(1)).x;", "convert between|cannot convert"),
+    body(
+        "int-vector-to-bfloat",
+        "char4 x = char4(1); vec<bfloat, 4> y = vec<bfloat, 4>(x); b[0] = y.x;",
+        "built from floats",
+    ),
+    body("narrowing-in-braces", "struct Pair { int x, y; }; Pair pair = {lane, 0}; d[0] = pair.x;", "narrow"),
+    body("narrowing-to-a-constructor", "struct S { int x; S(int y) : x(y) {} }; S s = {lane}; d[0] = s.x;", "narrow"),
     body("as-type-of-another-size", "d[0] = as_type<float>(h[0]);", "different sizes"),
     # overloads
     body("max-of-float-and-half", "d[0] = max(d[0], h[0]);", "ambiguous"),
@@ -280,6 +289,15 @@ def test_accepted(verdicts: dict[str, str], snippet: Snippet) -> None:
     assert verdicts[snippet.name] == ""
 
 
+def test_strict_refuses_a_warning(tmp_path: Path) -> None:
+    source = tmp_path / "unused.metal"
+    source.write_text("void g(int x) { int y; }\n")
+    compile_file(source, None, mode="fast")
+    with pytest.raises(CompileError, match=r"unused\.metal:1:.*unused (variable|parameter)"):
+        compile_file(source, None, mode="fast", strict=True)
+
+
+ABSENT = "kernel void f(device float* d, const device float* x [[buffer(1), function_constant(has_x)]])"
 LINTED = [
     ("float g(float* x) { return *x; }", "parameter 'float[*] x'"),
     ("float g(const float& x) { return x; }", "parameter 'const float& x'"),
@@ -302,6 +320,9 @@ LINTED = [
     ("void g() { goto end; end:; }", "goto"),
     ("void g() { half8 x; }", "half8"),
     ("void g() { vec<half, 8> x; }", "vec<half, 8>"),
+    (f"{ABSENT} {{ auto y = x + 1; }}", "arithmetic on 'x', which exists only where has_x is on"),
+    (f"{ABSENT} {{ if (is_other) {{ *d = x[0]; }} }}", "arithmetic on 'x', which exists only where has_x is on"),
+    (f"{ABSENT} {{ if (has_x) {{ *d = 0; }} *d = x[0]; }}", "arithmetic on 'x', which exists only where has_x is on"),
 ]
 
 
@@ -331,3 +352,21 @@ def test_lint_is_quiet_on_torch() -> None:
     assert spec.origin is not None
     header = Path(spec.origin).parent / "include/ATen/native/mps/kernels/PrefillAttention.h"
     assert lint([header]) == []
+
+
+def test_only_a_compiler_that_was_tried_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one on PATH is never looked for; one that MFA_CLANG names must be of a version that our tests have run with."""
+    other = tmp_path / "clang"
+    other.write_text("#!/bin/sh\necho clang version 19.1.7\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    find = translate.compiler.__wrapped__  # not cached
+    assert str(other) not in find()
+    monkeypatch.setenv("MFA_CLANG", str(other))
+    with pytest.raises(CompileError, match=r"MFA_CLANG: .* is version 19; .* tried with 22 only"):
+        find()
+    other.write_text("#!/bin/sh\necho clang version 22.0.1\n")
+    assert find() == (str(other),)
+    monkeypatch.setenv("MFA_CLANG", str(tmp_path / "missing"))
+    with pytest.raises(CompileError, match=r"MFA_CLANG: .*missing"):
+        find()

@@ -180,6 +180,29 @@ def check_words(text: str, report: Report) -> None:
         report(found.start(), "goto")
 
 
+def check_absent_arguments(text: str, function: Function, report: Report) -> None:
+    """Arithmetic on a kernel's argument where its function constant may be off: there is no pointer then."""
+    for begin, end in split_commas(text, *function.parameters):
+        found = re.search(r"(\w+)\s*\[\[.*function_constant\s*\(\s*(\w+)", text[begin:end], re.S)
+        if not found:
+            continue
+        name, constant = found.groups()
+        guards = re.finditer(rf"\bif\s*(?=\([^{{}};]*\b{constant}\b)", text[slice(*function.body)])
+        guarded = [guarded_span(text, function.body[0] + guard.end()) for guard in guards]
+        for use in re.compile(rf"\b{name}\s*[+\[-]|[+-]\s*{name}\b").finditer(text, *function.body):
+            statement = text[max(text.rfind(c, 0, use.start()) for c in ";{}") : use.start()]
+            is_chosen = re.search(rf"\b{constant}\b[^:]*\?", statement)
+            if not is_chosen and not any(a <= use.start() < b for a, b in guarded):
+                report(use.start(), f"arithmetic on '{name}', which exists only where {constant} is on")
+
+
+def guarded_span(text: str, condition: int) -> tuple[int, int]:
+    """What an `if` guards; `condition` is the offset of its parenthesis."""
+    begin = match_bracket(text, condition)
+    block = re.compile(r"\s*\{").match(text, begin)
+    return begin, match_bracket(text, block.end() - 1) if block else text.index(";", begin)
+
+
 def check_recursion(texts: dict[str, str], known: dict[str, list[Function]], reports: dict[str, Report]) -> None:
     """Among functions that are neither templates nor overloaded: elsewhere a name does not tell who is called."""
     count: dict[str, int] = {}
@@ -216,6 +239,8 @@ def lint(files: Sequence[str | Path]) -> list[Finding]:
             check_parameters(text, function, reports[file])
             check_threadgroup_variables(text, function, reports[file])
             check_casts(text, function, reports[file])
+            if function.is_kernel:
+                check_absent_arguments(text, function, reports[file])
     check_recursion(texts, known, reports)
     return sorted(findings)
 

@@ -86,22 +86,23 @@ LANGUAGE = [
     "-cl-single-precision-constant",
     "-fno-lax-vector-conversions",
     "-fno-sanitize=undefined",
-    "-Wno-everything",
-    "-Wreturn-type",
-    "-Wuninitialized",
-    "-Wimplicit-float-conversion",
-    "-Wdouble-promotion",
-    "-Wno-implicit-int-float-conversion",
 ]
+# filter_diagnostics() reads what these say.
+WARNINGS = ["-Wimplicit-float-conversion", "-Wdouble-promotion", "-Wno-implicit-int-float-conversion"]
+STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-error=implicit-float-conversion", "-Wno-error=double-promotion"]
+PATTERN = "-ftrivial-auto-var-init=pattern"  # variables start as NaN, so that what was forgotten is seen
 MODES = {
     "fast": "-O2 -DMFA_SIM_FAST",
-    "count": "-O2 -g1 -gdwarf-4 -DMFA_SIM_COUNT -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 "
+    "count": f"{PATTERN} -O2 -g1 -gdwarf-4 -DMFA_SIM_COUNT -fsanitize=thread -mllvm -tsan-instrument-func-entry-exit=0 "
     "-mllvm -tsan-instrument-atomics=0 -mllvm -tsan-instrument-read-before-write=1 "
     "-fno-vectorize -fno-slp-vectorize -mprefer-vector-width=128",
-    "asan": "-O1 -g -gdwarf-4 -DMFA_SIM_ASAN -fsanitize=address,undefined -fno-sanitize=vptr,function "
+    "asan": f"{PATTERN} -O1 -g -gdwarf-4 -DMFA_SIM_ASAN -fsanitize=address,undefined -fno-sanitize=vptr,function "
     "-fno-sanitize-recover=undefined",
 }
 MACHINES = {"x86_64": "-march=x86-64-v3", "aarch64": "-march=armv8.2-a+fp16", "arm64": "-march=armv8.2-a+fp16"}
+
+
+TRIED_VERSIONS = (22,)  # of clang, by our tests; that of the package ziglang is one
 
 
 class CompileError(Exception):
@@ -110,18 +111,22 @@ class CompileError(Exception):
 
 @functools.cache
 def compiler() -> tuple[str, ...]:
-    """A clang of version 19 or later from PATH, else the one inside the ziglang package."""
-    for name in ("clang", *(f"clang-{version}" for version in range(30, 18, -1))):
-        path = shutil.which(name)
-        if path is None:
-            continue
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    """The clang inside the ziglang package, so that neither verdicts nor counts depend on what a machine has installed;
+    or the one that MFA_CLANG names."""
+    if chosen := os.environ.get("MFA_CLANG"):
+        try:
+            text = subprocess.run([chosen, "--version"], capture_output=True, text=True, check=False).stdout
+        except OSError as error:
+            raise CompileError(f"MFA_CLANG: {error}") from None
         version = re.search(r"clang version (\d+)", text)
-        if version and int(version[1]) >= 19 and "Apple" not in text:
-            return (path,)
+        if version is None or int(version[1]) not in TRIED_VERSIONS:
+            found = f"version {version[1]}" if version else "no clang"
+            tried = ", ".join(map(str, TRIED_VERSIONS))
+            raise CompileError(f"MFA_CLANG: {chosen} is {found}; kernels have been tried with {tried} only")
+        return (chosen,)
     spec = importlib.util.find_spec("ziglang")
     if spec is None or spec.origin is None:
-        raise CompileError("the simulator needs clang >= 19 on PATH or the ziglang package")
+        raise CompileError("the simulator's compiler is missing: install the package ziglang")
     return (str(Path(spec.origin).parent / "zig"), "clang", f"--target={platform.machine()}-linux-gnu")
 
 
@@ -180,9 +185,11 @@ def compile_file(
     include_dirs: Sequence[str | Path] = (),
     defines: Sequence[str] = (),
     flat: bool = False,
+    strict: bool = False,
     depfile: str | Path | None = None,
 ) -> str:
-    """One .metal -> one object, or a check of the source alone when `output` is None. Returns the warnings."""
+    """One .metal -> one object, or a check of the source alone when `output` is None. Returns the warnings; `strict`
+    makes errors of them."""
     flags = [f"-D{name}" for name in [*PREDEFINED, *defines]] + [f"-I{path}" for path in include_dirs]
     machine = MACHINES.get(platform.machine(), "-O2")
     with tempfile.TemporaryDirectory() as directory:
@@ -197,7 +204,8 @@ def compile_file(
         shim = ["-isystem", str(MSL / "freestanding"), "-include", str(MSL / "shim.h")]
         shim += ["-DMFA_SIM_FLAT"] if flat else []
         result = ["-fsyntax-only"] if output is None else ["-c", "-o", str(output)]
-        warnings = run([*compiler(), *LANGUAGE, machine, *MODES[mode].split(), *shim, str(file), *result])
+        flags = [*LANGUAGE, *WARNINGS, *(STRICT if strict else []), machine, *MODES[mode].split(), *shim]
+        warnings = run([*compiler(), *flags, str(file), *result])
     if output is not None:
         check_symbols(Path(output))
     return warnings
@@ -277,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-I", dest="include_dirs", action="append", default=[], metavar="DIR")
     parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--flat", action="store_true", help="no address spaces (third-party code only)")
+    parser.add_argument("--strict", action="store_true", help="every warning is an error")
     parser.add_argument("--depfile")
     options = parser.parse_args(arguments)
     try:

@@ -79,6 +79,7 @@ MFA_SIM_INLINE constexpr T to(A x) {
 template <typename V, typename A>
 MFA_SIM_INLINE constexpr V convert(A x) {
   using T = element_of<V>;
+  static_assert(!__is_same(T, bfloat) || !__is_integral(element_of<A>), "a vector of bfloat is built from floats");
   if constexpr (__is_same(V, A)) {
     return x;
   } else if constexpr (__is_same(T, bool) || __is_same(element_of<A>, bool) || (sizeof(T) == 2 && sizeof(x[0]) == 2)) {

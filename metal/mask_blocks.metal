@@ -1,0 +1,6 @@
+// Classes of masks.
+#include "mask_blocks.h"
+
+namespace mfa {
+#include "instances.def"
+}
