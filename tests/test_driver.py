@@ -32,6 +32,8 @@ WORKS = [
     "archive",
     "stream_runs",
     "exception_passes",
+    "foundation_raises",
+    "text_that_is_not_utf8",
     "million_messages",
 ]
 
@@ -83,6 +85,9 @@ BROKEN = {
     "torch_encoder_ended": ("shared-encoder", "endEncoding on torch's encoder"),
     "off_queue": ("off-queue", "commandEncoder()"),
     "nested_queue": ("queue-deadlock", "never returns"),
+    "pipeline_of_another_gpu": ("device", "belongs to another GPU than the encoder"),
+    "buffer_of_another_gpu": ("device", "belongs to another GPU than the encoder (kernel 'scale')"),
+    "library_of_another_gpu": ("device", "is asked of another GPU than its library's"),
 }
 
 # Found in destructors, which must not throw.

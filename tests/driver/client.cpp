@@ -459,6 +459,46 @@ SCENARIO(nested_queue) {
   on_stream([] { on_stream([] {}); });
 }
 
+// A second GPU beside the system's default.
+struct TwoGpus {
+  TwoGpus() { mfa_driver_set_device_count(2); }
+  ~TwoGpus() { mfa_driver_set_device_count(1); }
+  MTL::Device* second() const {
+    static const auto all = NS::TransferPtr(MTLCopyAllDevices());  // MTL:: asks for macOS
+    return all->object<MTL::Device>(1);
+  }
+};
+
+SCENARIO(pipeline_of_another_gpu) {
+  const TwoGpus gpus;
+  Rig rig;
+  const auto queue = NS::TransferPtr(gpus.second()->newCommandQueue());
+  CHECK(gpus.second()->registryID() != rig.device->registryID() && queue->device() == gpus.second());
+  const auto state = rig.pipeline();
+  rig.queue = queue;
+  rig.run([&](auto* encoder) { encoder->setComputePipelineState(state.get()); });
+}
+
+SCENARIO(buffer_of_another_gpu) {
+  const TwoGpus gpus;
+  Rig rig;
+  const auto state = rig.pipeline();
+  const auto foreign = NS::TransferPtr(gpus.second()->newBuffer(256, MTL::ResourceStorageModeShared));
+  rig.run([&](auto* encoder) {
+    encoder->setComputePipelineState(state.get());
+    encoder->setBuffer(foreign.get(), 0, 0);
+  });
+}
+
+SCENARIO(library_of_another_gpu) {
+  const TwoGpus gpus;
+  Rig rig;
+  const auto function = rig.function("scale", rig.constants().get());
+  NS::Error* error = nullptr;
+  const auto state = NS::TransferPtr(gpus.second()->newComputePipelineState(function.get(), &error));
+  CHECK(!state);
+}
+
 SCENARIO(exception_passes) {
   bool caught = false;
   try {
@@ -467,6 +507,25 @@ SCENARIO(exception_passes) {
     caught = std::strcmp(e.what(), "from the block") == 0;
   }
   CHECK(caught);
+}
+
+SCENARIO(foundation_raises) {
+  const Rig rig;
+  mfa_driver_raise_at("length");
+  bool caught = false;
+  try {
+    rig.input->length();
+  } catch (const std::exception&) {
+  } catch (...) {
+    caught = true;
+  }
+  CHECK(caught && rig.input->length() == kCount * sizeof(float));
+}
+
+SCENARIO(text_that_is_not_utf8) {
+  const Pool pool;
+  for (const char* bad : {"\xff", "a\x80", "\xc3", "\xe2\x82", "\xf8\x88\x80\x80\x80"}) CHECK(text(bad) == nullptr);
+  CHECK(text("\xc3\xa9 \xe2\x82\xac \xf0\x9f\x8d\x8f")->length() > 0);
 }
 
 // ---- crashes, for a process of their own

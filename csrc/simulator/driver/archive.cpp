@@ -54,11 +54,11 @@ void set_url(ArchiveDescriptor* self, const void* url) {
 }
 void* get_url(ArchiveDescriptor* self) { return lend(self->url.get()); }
 
-void* new_archive(Device*, const void* descriptor, void** error) {
+void* new_archive(Device* self, const void* descriptor, void** error) {
   const auto* d =
       expect<ArchiveDescriptor>(descriptor, "MTLBinaryArchiveDescriptor", "newBinaryArchiveWithDescriptor:error:");
   if (d == nullptr) return nullptr;
-  const Ref<Archive> archive(make<Archive>());
+  const Ref<Archive> archive(make<Archive>(self));
   if (d->url && !read(*archive, d->url->path)) {
     set_error(error, kDomain, kInvalidFile,
               "the binary archive " + d->url->path + " is missing, damaged or for another device");
@@ -92,7 +92,7 @@ bool serialize(Archive* self, const void* url, void** error) {
   return false;
 }
 
-void* device(Archive*) { return lend(default_device()); }
+void* device(Archive* self) { return lend(self->device); }
 void* get_label(Archive* self) { return give_autoreleased(make<String>(self->label)); }
 void set_label(Archive* self, const void* label) { self->label = text_of(label, "setLabel:"); }
 

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "device.h"
 #include "findings.h"
 #include "foundation.h"
 #include "runtime.h"
@@ -37,14 +36,15 @@ void did_modify(Buffer* self, Range range) {
            static_cast<unsigned long long>(self->length), self->describe().c_str());
   }
 }
-void* device(Buffer*) { return lend(default_device()); }
+void* device(Buffer* self) { return lend(self->device); }
 void* get_label(Buffer* self) { return give_autoreleased(make<String>(self->label)); }
 void set_label(Buffer* self, const void* label) { self->label = text_of(label, "setLabel:"); }
 
 }  // namespace
 
-Buffer::Buffer(std::uint64_t size, std::uint64_t resource_options, void* memory, HeldBlock deallocator)
+Buffer::Buffer(Device* of, std::uint64_t size, std::uint64_t resource_options, void* memory, HeldBlock deallocator)
     : Object("MTLBuffer"),
+      device(of),
       length(size),
       options(resource_options),
       deallocator_(std::move(deallocator)),

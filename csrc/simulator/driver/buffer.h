@@ -3,6 +3,7 @@
 #pragma once
 
 #include "block.h"
+#include "device.h"
 #include "object.h"
 
 namespace mfa::driver {
@@ -11,13 +12,14 @@ class Buffer final : public Object {
  public:
   // `memory` null: fresh memory, all 0xFF (NaN in every float format), which ends at a guard page, up to 16 bytes of
   // slack.
-  Buffer(std::uint64_t size, std::uint64_t resource_options, void* memory, HeldBlock deallocator);
+  Buffer(Device* of, std::uint64_t size, std::uint64_t resource_options, void* memory, HeldBlock deallocator);
   ~Buffer() override;
 
   void* handle() override { return handle_; }
   std::uint64_t extent() const override { return extent_; }
   void dispose() override;
 
+  Device* const device;
   const std::uint64_t length, options;
   char* contents;  // also of private buffers: the GPU's view
   std::string label;

@@ -56,6 +56,9 @@ void mfa_driver_set_device(int present, int family, int os_major, int os_minor) 
     s.os_minor = os_minor;
   });
 }
+void mfa_driver_set_device_count(int count) {
+  change([=](Settings& s) { s.devices = count; });
+}
 void mfa_driver_set_kernel_library(const char* path) {
   change([=](Settings& s) { s.kernel_library = path; });
 }
@@ -86,6 +89,7 @@ void mfa_driver_clear_findings() { clear_findings(); }
 char* mfa_driver_live_objects() { return strdup(live_objects().c_str()); }
 uint64_t mfa_driver_live_count() { return live_count(); }
 uint64_t mfa_driver_message_count() { return message_count(); }
+void mfa_driver_raise_at(const char* selector) { raise_at(selector); }
 uint64_t mfa_driver_allocated_bytes() { return allocated_bytes(); }
 char* mfa_driver_methods() { return strdup(list_methods().c_str()); }
 char* mfa_driver_compilations() {
@@ -94,6 +98,11 @@ char* mfa_driver_compilations() {
   return strdup(text.c_str());
 }
 void mfa_driver_forget_compilations() { forget_compilations(); }
+char* mfa_driver_compiled_sources() {
+  std::string text;
+  for (const std::string& source : compiled_sources()) text += source + "\n";
+  return strdup(text.c_str());
+}
 
 uint64_t mfa_driver_launch_count() { return launches().size(); }
 int mfa_driver_launch_at(uint64_t i, mfa_driver_launch* out) {
@@ -115,7 +124,7 @@ void mfa_driver_clear_launches() { clear_launches(); }
 void* mfa_driver_new_buffer(uint64_t size, void* memory) {
   if (size == 0) return nullptr;
   call.caller = __builtin_return_address(0);
-  return give(make<Buffer>(size, 0, memory, HeldBlock()));
+  return give(make<Buffer>(torch_device(), size, 0, memory, HeldBlock()));
 }
 void* mfa_driver_contents(void* buffer) {
   const auto* b = dynamic_cast<const Buffer*>(find(buffer));

@@ -19,6 +19,8 @@ void mfa_driver_set_mode(int mode);
 void mfa_driver_set_execution(int execution);
 // Not present until this says so.
 void mfa_driver_set_device(int present, int family, int os_major, int os_minor);
+// Of two devices the first is the system's default, and torch's stream is on the second. Before the stream's first use.
+void mfa_driver_set_device_count(int count);
 void mfa_driver_set_kernel_library(const char* path);
 void mfa_driver_set_checks(uint32_t checks, uint64_t seed);  // MFA_SIM_CHECK_*; for instrumented libraries
 // 0: functions may be specialised with some constants of their library missing; for libraries of unrelated kernels.
@@ -33,11 +35,13 @@ void mfa_driver_clear_findings(void);
 
 char* mfa_driver_live_objects(void);  // one a line, with the place of creation
 uint64_t mfa_driver_live_count(void);
-uint64_t mfa_driver_message_count(void);  // objc_msgSend, so far
+uint64_t mfa_driver_message_count(void);         // objc_msgSend, so far
+void mfa_driver_raise_at(const char* selector);  // the next such message raises an NSException
 uint64_t mfa_driver_allocated_bytes(void);
 char* mfa_driver_methods(void);       // "-[MTLBuffer length] u64:", one a line
 char* mfa_driver_compilations(void);  // "count key", one a line
 void mfa_driver_forget_compilations(void);
+char* mfa_driver_compiled_sources(void);  // the first line of what each newLibraryWithSource was given, one a line
 
 struct mfa_driver_launch {
   char kernel[256];

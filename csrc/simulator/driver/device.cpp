@@ -19,7 +19,9 @@ constexpr int kGenerations[] = {13, 14, 15, 17};
 
 int family_row() { return std::clamp(settings().family, 7, 10) - 7; }
 
-std::string device_name() { return std::string("Apple ") + kChips[family_row()] + " (software driver)"; }
+std::string device_name(const Device& device) {
+  return std::string("Apple ") + kChips[family_row()] + " (software driver" + (device.index > 0 ? ", second)" : ")");
+}
 
 class Architecture final : public Object {
  public:
@@ -33,8 +35,8 @@ void* architecture_name(Architecture*) {
   return give_autoreleased(make<String>(format("applegpu_g%dg", kGenerations[family_row()])));
 }
 
-void* name(Device*) { return give_autoreleased(make<String>(device_name())); }
-std::uint64_t registry_id(Device*) { return 1; }
+void* name(Device* self) { return give_autoreleased(make<String>(device_name(*self))); }
+std::uint64_t registry_id(Device* self) { return static_cast<std::uint64_t>(self->index) + 1; }
 bool supports_family(Device*, std::int64_t family) {
   const Settings s = settings();
   if (family > 1000 && family <= 1000 + s.family) return true;   // Apple1 ...
@@ -52,35 +54,36 @@ std::uint64_t current_allocated(Device*) { return allocated_bytes(); }
 bool yes(Device*) { return true; }
 bool no(Device*) { return false; }
 
-void* new_buffer_over(std::uint64_t length, std::uint64_t options, void* memory, HeldBlock deallocator) {
+void* new_buffer_over(Device* self, std::uint64_t length, std::uint64_t options, void* memory, HeldBlock deallocator) {
   if (length == 0) {
     report("empty-buffer", "a buffer of 0 bytes is asked for; Metal returns nil");
     return nullptr;
   }
-  return give(make<Buffer>(length, options, memory, std::move(deallocator)));
+  return give(make<Buffer>(self, length, options, memory, std::move(deallocator)));
 }
-void* new_buffer(Device*, std::uint64_t length, std::uint64_t options) {
-  return new_buffer_over(length, options, nullptr, HeldBlock());
+void* new_buffer(Device* self, std::uint64_t length, std::uint64_t options) {
+  return new_buffer_over(self, length, options, nullptr, HeldBlock());
 }
-void* new_buffer_with_bytes(Device*, const void* bytes, std::uint64_t length, std::uint64_t options) {
-  void* handle = new_buffer_over(length, options, nullptr, HeldBlock());
+void* new_buffer_with_bytes(Device* self, const void* bytes, std::uint64_t length, std::uint64_t options) {
+  void* handle = new_buffer_over(self, length, options, nullptr, HeldBlock());
   if (handle != nullptr) {
     const auto* from = static_cast<const char*>(bytes);
     std::copy(from, from + length, static_cast<Buffer*>(find(handle))->contents);
   }
   return handle;
 }
-void* new_buffer_no_copy(Device*, void* bytes, std::uint64_t length, std::uint64_t options, const void* deallocator) {
+void* new_buffer_no_copy(Device* self, void* bytes, std::uint64_t length, std::uint64_t options,
+                         const void* deallocator) {
   constexpr std::uintptr_t kApplePage = 16384;
   if (reinterpret_cast<std::uintptr_t>(bytes) % kApplePage != 0 || length % kApplePage != 0) {
     report("page-aligned", "newBufferWithBytesNoCopy: pointer and length must be multiples of the page, 16384 bytes");
     return nullptr;
   }
-  return new_buffer_over(length, options, bytes, HeldBlock(deallocator));
+  return new_buffer_over(self, length, options, bytes, HeldBlock(deallocator));
 }
 
-void* new_queue(Device*) { return give(make<CommandQueue>()); }
-void* new_queue_with_count(Device*, std::uint64_t) { return give(make<CommandQueue>()); }
+void* new_queue(Device* self) { return give(make<CommandQueue>(self)); }
+void* new_queue_with_count(Device* self, std::uint64_t) { return new_queue(self); }
 
 class CaptureManager final : public Object {
  public:
@@ -93,12 +96,16 @@ void* capture_manager(Class*) {
 bool is_capturing(CaptureManager*) { return false; }
 bool supports_destination(CaptureManager*, std::int64_t) { return false; }
 
+Device* device_at(int index) {
+  static Device* const devices[] = {make<Device>(0), make<Device>(1)};
+  return devices[index];
+}
+
 }  // namespace
 
-Device* default_device() {
-  static Device* const device = make<Device>();
-  return device;
-}
+Device* default_device() { return device_at(0); }
+
+Device* torch_device() { return device_at(settings().devices - 1); }
 
 void define_device() {
   define("MTLDevice")
@@ -142,7 +149,8 @@ void* MTLCreateSystemDefaultDevice() {
 void* MTLCopyAllDevices() {
   call.caller = __builtin_return_address(0);
   auto* array = make<Array>();
-  if (settings().present) array->items.emplace_back(default_device());
+  const Settings s = settings();
+  for (int i = 0; s.present && i < s.devices; ++i) array->items.emplace_back(device_at(i));
   return give(array);
 }
 

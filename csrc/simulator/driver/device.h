@@ -6,10 +6,12 @@ namespace mfa::driver {
 
 class Device final : public Object {
  public:
-  Device() : Object("MTLDevice") { immortal = true; }
+  explicit Device(int number) : Object("MTLDevice"), index(number) { immortal = true; }
+  const int index;
 };
 
-Device* default_device();
+Device* default_device();  // the system's, of index 0
+Device* torch_device();    // that of torch's stream and buffers: the last of Settings::devices
 
 struct Size {
   std::uint64_t width, height, depth;

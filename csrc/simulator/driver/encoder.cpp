@@ -28,9 +28,19 @@ Slot* slot(Encoder* self, std::uint64_t index, const char* what) {
   return nullptr;
 }
 
+bool check_device(Encoder* self, const Object& object, const Device* device, const char* what) {
+  if (device == self->device()) return true;
+  report("device", "%s: %s belongs to another GPU than the encoder%s", what, object.describe().c_str(),
+         who(*self).c_str());
+  return false;
+}
+
 void set_pipeline(Encoder* self, const void* state) {
   if (!encoding(self, "setComputePipelineState:")) return;
-  self->bindings.pipeline = expect<Pipeline>(state, "MTLComputePipelineState", "setComputePipelineState:");
+  constexpr const char* kWhat = "setComputePipelineState:";
+  auto* pipeline = expect<Pipeline>(state, "MTLComputePipelineState", kWhat);
+  if (pipeline != nullptr && !check_device(self, *pipeline, pipeline->device(), kWhat)) pipeline = nullptr;
+  self->bindings.pipeline = pipeline;
   self->bindings.pipeline_op = self->op;
 }
 
@@ -48,7 +58,8 @@ void set_buffer(Encoder* self, const void* handle, std::uint64_t offset, std::ui
   s->bound = false;
   if (handle == nullptr) return;
   auto* buffer = expect<Buffer>(handle, "MTLBuffer", kWhat);
-  if (buffer == nullptr || !check_offset(self, *buffer, offset, index, kWhat)) return;
+  if (buffer == nullptr || !check_device(self, *buffer, buffer->device, kWhat)) return;
+  if (!check_offset(self, *buffer, offset, index, kWhat)) return;
   if (s->buffer.get() != buffer) s->buffer = buffer;
   s->offset = offset;
   s->bound = true;
@@ -153,7 +164,7 @@ void signpost(Encoder* self, const void* name) {
 }
 void* get_label(Encoder* self) { return give_autoreleased(make<String>(self->label)); }
 void set_label(Encoder* self, const void* label) { self->label = text_of(label, "setLabel:"); }
-void* device(Encoder*) { return lend(default_device()); }
+void* device(Encoder* self) { return lend(self->device()); }
 
 }  // namespace
 

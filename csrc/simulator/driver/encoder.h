@@ -12,6 +12,7 @@ class Encoder final : public Object {
   explicit Encoder(CommandBuffer* to) : Object("MTLComputeCommandEncoder"), buffer(to) {}
   void dispose() override;
   void end();
+  Device* device() const { return buffer->queue->device; }
 
   Ref<CommandBuffer> buffer;
   Bindings bindings;

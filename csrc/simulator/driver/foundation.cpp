@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <bit>
 #include <cstdlib>
+#include <string_view>
 #include <thread>
 
 #include "findings.h"
@@ -25,6 +27,17 @@ bool encodable(std::uint64_t encoding) {
   return false;
 }
 
+// As far as an ordinary defect goes: bytes that begin no character, or lack what they announce.
+bool is_utf8(std::string_view text) {
+  for (std::size_t i = 0; i < text.size();) {
+    const int ones = std::countl_one(static_cast<unsigned char>(text[i++]));
+    if (ones == 1 || ones > 4) return false;
+    for (int rest = ones; rest > 1; --rest, ++i)
+      if (i == text.size() || std::countl_one(static_cast<unsigned char>(text[i])) != 1) return false;
+  }
+  return true;
+}
+
 void* string_empty(Class*) { return give_autoreleased(make<String>()); }
 void* string_with_string(Class*, const void* other) {
   return give_autoreleased(make<String>(text_of(other, "stringWithString:")));
@@ -34,7 +47,7 @@ void* string_with_cstring(Class*, const char* text, std::uint64_t encoding) {
     report("string", "stringWithCString:encoding: is given a null pointer");
     return nullptr;
   }
-  return encodable(encoding) ? give_autoreleased(make<String>(text)) : nullptr;
+  return encodable(encoding) && is_utf8(text) ? give_autoreleased(make<String>(text)) : nullptr;
 }
 void* string_init_string(String* self, const void* other) {
   self->text = text_of(other, "initWithString:");
@@ -70,7 +83,10 @@ void* error_domain(Error* self) { return give_autoreleased(make<String>(self->do
 void* error_text(Error* self) { return give_autoreleased(make<String>(self->text)); }
 void* error_user_info(Error*) { return nullptr; }
 
-void* url_file(Class*, const void* path) { return give_autoreleased(make<Url>(text_of(path, "fileURLWithPath:"))); }
+void* url_file(Class*, const void* path) {
+  if (path == nullptr) throw NSException{};  // as Foundation does
+  return give_autoreleased(make<Url>(text_of(path, "fileURLWithPath:")));
+}
 void* url_init_file(Url* self, const void* path) {
   self->path = text_of(path, "initFileURLWithPath:");
   return self->handle();

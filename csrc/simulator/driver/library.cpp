@@ -4,9 +4,9 @@
 
 #include <fstream>
 #include <iterator>
+#include <mutex>
 
 #include "constants.h"
-#include "device.h"
 #include "dispatch.h"
 #include "findings.h"
 #include "foundation.h"
@@ -23,55 +23,62 @@ enum : std::int64_t { kUnsupported = 1, kInternal = 2, kCompileFailure = 3, kFun
 // library of the settings.
 constexpr const char* kMagic = "mfa-simulator-metallib\n";
 
-void* load(const std::string& path, void** error) {
+void* load(Device* device, const std::string& path, void** error) {
   char text[1024] = {};
   const mfa_sim_library* engine = mfa_sim_open(path.c_str(), text, sizeof text);
-  if (engine != nullptr) return give(make<Library>(engine, path));
+  if (engine != nullptr) return give(make<Library>(device, engine, path));
   set_error(error, kDomain, kInternal, text);
   return nullptr;
 }
 
-void* load_metallib(const std::string& text, const std::string& directory, void** error) {
+void* load_metallib(Device* device, const std::string& text, const std::string& directory, void** error) {
   if (!text.starts_with(kMagic)) {
     set_error(error, kDomain, kUnsupported, "Invalid library file");
     return nullptr;
   }
   std::string name = text.substr(std::string(kMagic).size());
   name.erase(std::min(name.find('\n'), name.size()));
-  if (name.empty()) return load(settings().kernel_library, error);
-  return load(name[0] == '/' ? name : directory + name, error);
+  if (name.empty()) return load(device, settings().kernel_library, error);
+  return load(device, name[0] == '/' ? name : directory + name, error);
 }
+
+std::mutex lock;
+std::vector<std::string> sources;
 
 std::string directory_of(const std::string& path) { return path.substr(0, path.rfind('/') + 1); }
 
-void* library_with_file(const std::string& path, void** error) {
+void* library_with_file(Device* device, const std::string& path, void** error) {
   std::ifstream file(path, std::ios::binary);
   if (!file) {
     set_error(error, kDomain, kUnsupported, "library not found: " + path);
     return nullptr;
   }
-  return load_metallib(std::string(std::istreambuf_iterator(file), {}), directory_of(path), error);
+  return load_metallib(device, std::string(std::istreambuf_iterator(file), {}), directory_of(path), error);
 }
 
-void* library_with_data(Device*, const void* data, void** error) {
+void* library_with_data(Device* self, const void* data, void** error) {
   const auto* d = expect<Data>(data, "dispatch_data", "newLibraryWithData:error:");
-  return d == nullptr ? nullptr : load_metallib(d->bytes(), directory_of(settings().kernel_library), error);
+  return d == nullptr ? nullptr : load_metallib(self, d->bytes(), directory_of(settings().kernel_library), error);
 }
-void* library_with_url(Device*, const void* url, void** error) {
+void* library_with_url(Device* self, const void* url, void** error) {
   const auto* u = expect<Url>(url, "NSURL", "newLibraryWithURL:error:");
-  return u == nullptr ? nullptr : library_with_file(u->path, error);
+  return u == nullptr ? nullptr : library_with_file(self, u->path, error);
 }
-void* library_with_path(Device*, const void* path, void** error) {
-  return library_with_file(text_of(path, "newLibraryWithFile:error:"), error);
+void* library_with_path(Device* self, const void* path, void** error) {
+  return library_with_file(self, text_of(path, "newLibraryWithFile:error:"), error);
 }
 // There is no MSL compiler here: every source is taken for that of the settings' library, unless it says #error.
-void* library_with_source(Device*, const void* source, const void*, void** error) {
+void* library_with_source(Device* self, const void* source, const void*, void** error) {
   const std::string text = text_of(source, "newLibraryWithSource:options:error:");
   if (text.empty() || text.find("#error") != std::string::npos) {
     set_error(error, kDomain, kCompileFailure, "program_source: error: " + (text.empty() ? "empty source" : text));
     return nullptr;
   }
-  return load(settings().kernel_library, error);
+  {
+    const std::lock_guard guard(lock);
+    sources.push_back(text.substr(0, text.find('\n')));
+  }
+  return load(self, settings().kernel_library, error);
 }
 
 void* function_names(Library* self) {
@@ -110,11 +117,12 @@ void* new_function_constants(Library* self, const void* name, const void* values
   return new_function_with(self, text_of(name, "newFunctionWithName:constantValues:error:"), values, error);
 }
 
-void* device(Object*) { return lend(default_device()); }
+void* device(Library* self) { return lend(self->device); }
 void* get_label(Library* self) { return give_autoreleased(make<String>(self->label)); }
 void set_label(Library* self, const void* label) { self->label = text_of(label, "setLabel:"); }
 std::int64_t library_type(Library*) { return 0; }  // executable
 
+void* function_device(Function* self) { return lend(self->library->device); }
 void* function_name(Function* self) { return give_autoreleased(make<String>(self->kernel->name)); }
 void* function_label(Function* self) { return give_autoreleased(make<String>(self->label)); }
 void set_function_label(Function* self, const void* label) { self->label = text_of(label, "setLabel:"); }
@@ -162,6 +170,11 @@ std::string Function::key() const {
   return text;
 }
 
+std::vector<std::string> compiled_sources() {
+  const std::lock_guard guard(lock);
+  return sources;
+}
+
 void define_library() {
   define_constants();
   extend("MTLDevice")
@@ -183,7 +196,7 @@ void define_library() {
       .method<&function_label>("label")
       .method<&set_function_label>("setLabel:")
       .method<&function_type>("functionType")
-      .method<&device>("device");
+      .method<&function_device>("device");
   define("MTLFunctionDescriptor", &make_object<FunctionDescriptor>)
       .class_method<&function_descriptor>("functionDescriptor")
       .method<&set_descriptor_name>("setName:")

@@ -7,14 +7,15 @@
 #include <vector>
 
 #include "../engine.h"
-#include "object.h"
+#include "device.h"
 
 namespace mfa::driver {
 
 class Library final : public Object {
  public:
-  Library(const mfa_sim_library* library, std::string where)
-      : Object("MTLLibrary"), engine(library), path(std::move(where)) {}
+  Library(Device* of, const mfa_sim_library* library, std::string where)
+      : Object("MTLLibrary"), device(of), engine(library), path(std::move(where)) {}
+  Device* const device;
   const mfa_sim_library* engine;
   std::string path, label;
 };
@@ -32,5 +33,7 @@ class Function final : public Object {
   std::map<int, Bytes> constants;  // by index
   std::string label;
 };
+
+std::vector<std::string> compiled_sources();  // the first line of each, in order
 
 }  // namespace mfa::driver

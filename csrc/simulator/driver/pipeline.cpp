@@ -42,10 +42,14 @@ bool is_removed(const Function& function, const mfa_sim_parameter& parameter) {
   return false;
 }
 
-void* build(const PipelineDescriptor& descriptor, std::uint64_t options, void** error) {
+void* build(Device* device, const PipelineDescriptor& descriptor, std::uint64_t options, void** error) {
   Function* function = descriptor.function.get();
   if (function == nullptr) {
     set_error(error, kDomain, 3, "computeFunction must not be nil");
+    return nullptr;
+  }
+  if (function->library->device != device) {
+    report("device", "a pipeline of %s is asked of another GPU than its library's", function->describe().c_str());
     return nullptr;
   }
   if (const auto reason = unspecialised(*function)) {
@@ -70,20 +74,20 @@ void* build(const PipelineDescriptor& descriptor, std::uint64_t options, void** 
   return give(pipeline);
 }
 
-void* with_function(Device*, const void* function, void** error) {
+void* with_function(Device* self, const void* function, void** error) {
   PipelineDescriptor descriptor;
   descriptor.function = expect<Function>(function, "MTLFunction", "newComputePipelineStateWithFunction:error:");
-  return descriptor.function ? build(descriptor, 0, error) : nullptr;
+  return descriptor.function ? build(self, descriptor, 0, error) : nullptr;
 }
 void* with_function_options(Device* self, const void* function, std::uint64_t, void** reflection, void** error) {
   if (reflection != nullptr) *reflection = nullptr;
   return with_function(self, function, error);
 }
-void* with_descriptor(Device*, const void* descriptor, std::uint64_t options, void** reflection, void** error) {
+void* with_descriptor(Device* self, const void* descriptor, std::uint64_t options, void** reflection, void** error) {
   if (reflection != nullptr) *reflection = nullptr;
   const auto* d = expect<PipelineDescriptor>(descriptor, "MTLComputePipelineDescriptor",
                                              "newComputePipelineStateWithDescriptor:options:reflection:error:");
-  return d == nullptr ? nullptr : build(*d, options, error);
+  return d == nullptr ? nullptr : build(self, *d, options, error);
 }
 
 void set_label(PipelineDescriptor* self, const void* label) { self->label = text_of(label, "setLabel:"); }
@@ -111,7 +115,7 @@ std::uint64_t max_threads(Pipeline* self) { return self->max_threads; }
 std::uint64_t width(Pipeline*) { return MFA_SIM_LANES; }
 std::uint64_t static_memory(Pipeline* self) { return self->static_threadgroup_memory; }
 void* label(Pipeline* self) { return give_autoreleased(make<String>(self->label)); }
-void* device(Pipeline*) { return lend(default_device()); }
+void* device(Pipeline* self) { return lend(self->device()); }
 
 }  // namespace
 

@@ -26,6 +26,7 @@ class Pipeline final : public Object {
  public:
   Pipeline(Function* of, std::string name, std::uint64_t threads);
   const char* kernel() const { return function->kernel->name; }
+  Device* device() const { return function->library->device; }
 
   Ref<Function> function;
   std::string label;  // the descriptor's, or the function's name
@@ -37,7 +38,8 @@ class Pipeline final : public Object {
 
 class Archive final : public Object {
  public:
-  Archive() : Object("MTLBinaryArchive") {}
+  explicit Archive(Device* of) : Object("MTLBinaryArchive"), device(of) {}
+  Device* const device;
   std::set<std::string> keys;  // Function::key()
   std::string label;
 };

@@ -12,7 +12,8 @@ namespace {
 
 void* command_buffer(CommandQueue* self) { return give_autoreleased(make<CommandBuffer>(self)); }
 void* command_buffer_with(CommandQueue* self, const void*) { return command_buffer(self); }
-void* device(Object*) { return lend(default_device()); }
+void* device_of_queue(CommandQueue* self) { return lend(self->device); }
+void* device_of_buffer(CommandBuffer* self) { return lend(self->queue->device); }
 void* queue_label(CommandQueue* self) { return give_autoreleased(make<String>(self->label)); }
 void set_queue_label(CommandQueue* self, const void* label) { self->label = text_of(label, "setLabel:"); }
 
@@ -134,7 +135,7 @@ void define_queue() {
   define("MTLCommandQueue")
       .method<&command_buffer>("commandBuffer")
       .method<&command_buffer_with>("commandBufferWithDescriptor:")
-      .method<&device>("device")
+      .method<&device_of_queue>("device")
       .method<&queue_label>("label")
       .method<&set_queue_label>("setLabel:");
   define("MTLCommandBuffer")
@@ -154,7 +155,7 @@ void define_queue() {
       .method<&no_time>("kernelStartTime")
       .method<&no_time>("kernelEndTime")
       .method<&queue_of>("commandQueue")
-      .method<&device>("device")
+      .method<&device_of_buffer>("device")
       .method<&buffer_label>("label")
       .method<&set_buffer_label>("setLabel:")
       .method<&retained_references>("retainedReferences");

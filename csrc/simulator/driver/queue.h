@@ -17,12 +17,13 @@ class Encoder;
 
 class CommandQueue final : public Object {
  public:
-  CommandQueue() : Object("MTLCommandQueue") {}
+  explicit CommandQueue(Device* of) : Object("MTLCommandQueue"), device(of) {}
   void dispose() override;
 
   // Runs what was committed, up to and with `last`; null: everything.
   void run_until(const CommandBuffer* last);
 
+  Device* const device;
   std::mutex mutex;
   std::deque<Ref<CommandBuffer>> committed;  // not yet run
   std::string label;

@@ -36,6 +36,11 @@ Tables& tables() {
   return *instance;
 }
 
+std::atomic<const Selector*> raising = nullptr;
+
+// Foundation raises an NSException, which to C++ is none of its own.
+void raise_foreign() { throw NSException{}; }
+
 void raise_pending() { throw std::runtime_error(std::exchange(pending, {})); }
 
 // The method that a wrong message runs instead.
@@ -205,6 +210,8 @@ Object* expect_object(const void* handle, const char* class_name, const char* wh
 
 std::uint64_t message_count() { return messages; }
 
+void raise_at(const char* selector) { raising = selector_named(selector); }
+
 }  // namespace mfa::driver
 
 using namespace mfa::driver;
@@ -218,6 +225,8 @@ __attribute__((visibility("hidden"))) Imp mfa_driver_resolve(void* self, const S
   const bool counts = selector == counting[0] || selector == counting[1] || selector == counting[2];
   call.caller = caller;
   ++messages;
+  if (const Selector* wanted = selector; raising == selector && raising.compare_exchange_strong(wanted, nullptr))
+    return &raise_foreign;
   const char* name = selector->name.c_str();
   if (self == nullptr && counts) return &mfa_driver_zero;  // NS::SharedPtr does so
   if (self == nullptr) return refuse(note("nil", "'%s' is sent to nil", name));

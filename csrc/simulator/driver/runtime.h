@@ -104,6 +104,9 @@ Class& extend(const char* name);  // one that another file has defined
 std::string list_methods();
 std::uint64_t message_count();  // sent so far by clients
 
+struct NSException {};
+void raise_at(const char* selector);  // the next such message raises an NSException
+
 template <typename T>
 Object* make_object() {
   return make<T>();

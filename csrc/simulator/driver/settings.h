@@ -14,7 +14,8 @@ enum class Execution {
 
 struct Settings {
   bool present = false;  // false: MTLCreateSystemDefaultDevice() returns null, as on a machine without a GPU
-  int family = 7;        // Apple GPU family
+  int devices = 1;       // or 2
+  int family = 7;        // Apple GPU family, of all devices
   int os_major = 15, os_minor = 0;
   std::string kernel_library;  // what newLibrary with source or an unnamed metallib stands for
   Execution execution = Execution::eager;

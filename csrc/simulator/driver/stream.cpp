@@ -27,7 +27,7 @@ void sync(Queue& queue, Work& work) {
 
 }  // namespace
 
-Stream::Stream() : queue_(make<Queue>("metal gpu stream")), commands_(make<CommandQueue>()) {}
+Stream::Stream() : queue_(make<Queue>("metal gpu stream")), commands_(make<CommandQueue>(torch_device())) {}
 
 void Stream::run(void* context, void (*work)(void*)) {
   auto block = [&] {
