@@ -15,7 +15,7 @@ function(add_metal_backend target)
   set(embedded "${CMAKE_CURRENT_BINARY_DIR}/kernel_sources.cpp")
   add_custom_command(
     OUTPUT "${embedded}"
-    COMMAND "${Python_EXECUTABLE}" "${embed}" "${embedded}" ${kernels}
+    COMMAND "${Python_EXECUTABLE}" "${embed}" --compiler "${CMAKE_CXX_COMPILER}" "${embedded}" ${kernels}
     DEPENDS "${embed}" ${kernels} ${headers}
     COMMENT "Embedding the kernels' source"
     VERBATIM)

@@ -41,7 +41,7 @@ function(add_simulated_metal target)
   set(embedded "${CMAKE_CURRENT_BINARY_DIR}/kernel_sources.cpp")
   add_custom_command(
     OUTPUT "${embedded}"
-    COMMAND "${Python_EXECUTABLE}" "${MFA_EMBED_KERNELS}" "${embedded}" ${kernels}
+    COMMAND "${Python_EXECUTABLE}" "${MFA_EMBED_KERNELS}" --compiler "${CMAKE_CXX_COMPILER}" "${embedded}" ${kernels}
     DEPENDS "${MFA_EMBED_KERNELS}" ${kernels} ${headers}
     COMMENT "Embedding the kernels' source"
     VERBATIM)

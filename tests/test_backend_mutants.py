@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 BIND = "encoder.setBuffer(static_cast<const MTL::Buffer*>(arguments[index].storage), arguments[index].offset, index);"
-TAKE = "auto function = NS::TransferPtr(library->newFunction("
+TAKE = "auto function = NS::TransferPtr(library.newFunction("
 
 # What is planted -> (file, old text, new text, what the driver says).
 MUTANTS = {

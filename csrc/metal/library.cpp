@@ -60,6 +60,7 @@ void Library::embed() {
     Unit& unit = units_.emplace_back();
     unit.name = source.name;
     unit.source = source.text;
+    unit.kernels.insert(source.kernels.begin(), source.kernels.end());
   }
   description_ = "compiled from source at run time";
 }
@@ -71,30 +72,27 @@ void Library::compile(Unit& unit) {
   NS::Error* error = nullptr;
   unit.library = NS::TransferPtr(device_->newLibrary(ns_string(unit.source), options.get(), &error));
   if (!unit.library) throw std::runtime_error("Metal can't compile " + unit.name + ".metal: " + text_of(error));
-  unit.kernels = names_of(*unit.library.get());
 }
 
-MTL::Library* Library::find(const std::string& kernel) {
-  // A source takes seconds to compile, so the one that the kernel's name begins with comes first.
-  std::vector<Unit*> order;
-  for (Unit& unit : units_)
-    order.insert(unit.source && kernel.starts_with(unit.name) ? order.begin() : order.end(), &unit);
-  for (Unit* unit : order) {
-    const std::lock_guard lock(unit->mutex);
-    if (!unit->library) compile(*unit);
-    if (unit->kernels.contains(kernel)) return unit->library.get();
+MTL::Library& Library::of(const std::string& kernel) {
+  for (Unit& unit : units_) {
+    if (!unit.kernels.contains(kernel)) continue;
+    const std::lock_guard lock(unit.mutex);
+    if (!unit.library) compile(unit);
+    return *unit.library.get();
   }
-  return nullptr;
+  throw std::runtime_error(
+      "kernel " + kernel +
+      (units_.front().source ? " is in none of the sources that mfa carries" : " is missing from " + description_));
 }
 
 NS::SharedPtr<MTL::Function> Library::function(const Launch& launch) {
-  MTL::Library* library = find(launch.kernel);
-  if (!library) throw std::runtime_error("kernel " + std::string(launch.kernel) + " is missing from " + description_);
+  MTL::Library& library = of(launch.kernel);
   auto values = NS::TransferPtr(MTL::FunctionConstantValues::alloc()->init());
   for (const Constant& constant : launch.constants)
     values->setConstantValue(&constant.value, MTL::DataTypeBool, NS::UInteger{constant.index});
   NS::Error* error = nullptr;
-  auto function = NS::TransferPtr(library->newFunction(ns_string(launch.kernel), values.get(), &error));
+  auto function = NS::TransferPtr(library.newFunction(ns_string(launch.kernel), values.get(), &error));
   if (!function)
     throw std::runtime_error("Metal can't specialise " + std::string(launch.kernel) + ": " + text_of(error));
   return function;

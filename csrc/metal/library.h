@@ -18,6 +18,7 @@ namespace mfa::metal {
 struct KernelSource {
   const char* name;  // of the file, without its suffix
   const char* text;
+  std::span<const char* const> kernels;  // host names
 };
 
 std::span<const KernelSource> kernel_sources();
@@ -34,7 +35,7 @@ class Library {
   const std::string& description() const { return description_; }  // paths, or where the source came from
 
  private:
-  // One metallib, or one source that is compiled when a kernel of it is asked for.
+  // One metallib, or one source that is compiled when one of its kernels is asked for.
   struct Unit {
     std::string name;              // of the source
     const char* source = nullptr;  // null for a metallib
@@ -46,7 +47,7 @@ class Library {
   void load(const std::filesystem::path& file, Notes& notes);
   void embed();
   void compile(Unit& unit);
-  MTL::Library* find(const std::string& kernel);
+  MTL::Library& of(const std::string& kernel);  // compiles one source at most
 
   MTL::Device* device_;
   std::deque<Unit> units_;  // in order of preference

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from driver import process
+from driver import build, process
 
 import mfa
 from mfa import __main__, _library, _metal, _native
@@ -68,6 +68,22 @@ def test_kernels_come_from_source_without_a_metallib(bare: Path) -> None:
     assert report["info"]["metallib"] == "compiled from source at run time"
     assert report["info"]["notes"][0] == f"there is no {bare / 'mfa.metallib'}"
     assert "compiled from source when they are first used" in report["info"]["notes"][1]
+
+
+@pytest.mark.parametrize("first", ["combine_bf16_t128", "tile_map_of_keys_s8", "mask_blocks_f32_s4"])
+def test_one_source_is_compiled_for_a_kernel(first: str, bare: Path) -> None:
+    library = str(bare / "libmfa.so")
+    report = json.loads(process.run("sources_case", first, MFA_LIBRARY_UNDER_TEST=library, MFA_CACHE_DIR=""))
+    assert report["findings"] == []
+    sources = [f'#line 1 "{path.name}"' for path in sorted((build.REPOSITORY / "metal").glob("*.metal"))]
+    assert len(report["compiled"][first]) == 1
+    assert sorted(line for lines in report["compiled"].values() for line in lines) == sources  # each once in all
+
+
+def test_a_kernel_in_no_source_is_named(bare: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        process.run("sources_case", "no_such_kernel", MFA_LIBRARY_UNDER_TEST=str(bare / "libmfa.so"), MFA_CACHE_DIR="")
+    assert "kernel no_such_kernel is in none of the sources that mfa carries" in failure.value.stderr
 
 
 def test_a_damaged_metallib_is_not_used(bare: Path) -> None:
