@@ -51,6 +51,11 @@ NS::SharedPtr<MTL::BinaryArchive> Archive::open(const NS::URL* url, NS::Error** 
 
 void Archive::load() {
   const Pool pool;
+  if (!ns_string(file_.string())) {
+    notes_.add("there is no archive of pipelines: the path of the cache, see MFA_CACHE_DIR, is not UTF-8");
+    file_.clear();
+    return;
+  }
   NS::Error* error = nullptr;
   std::error_code ignored;
   if (fs::exists(file_, ignored)) {

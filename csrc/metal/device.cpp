@@ -2,6 +2,7 @@
 
 #include <cctype>
 #include <tuple>
+#include <utility>
 
 namespace mfa::metal {
 namespace {
@@ -41,14 +42,23 @@ bool Device::is_system_at_least(int major, int minor) const {
   return std::tuple(system_version.majorVersion, system_version.minorVersion) >= std::tuple(major, minor);
 }
 
-Device open_device() {
+Device default_device() {
+  const Pool pool;
+  auto handle = NS::TransferPtr(MTL::CreateSystemDefaultDevice());
+  // Metal has no default for a process without Core Graphics, and lists its GPUs all the same.
+  const auto all = NS::TransferPtr(handle ? nullptr : MTL::CopyAllDevices());
+  if (all && all->count() > 0) handle = NS::RetainPtr(all->object<MTL::Device>(0));
+  return describe(std::move(handle));
+}
+
+Device describe(NS::SharedPtr<MTL::Device> handle) {
   const Pool pool;
   Device device;
   NS::ProcessInfo* process = NS::ProcessInfo::processInfo();
   device.system = text_of(process->operatingSystemVersionString());
   device.system_version = process->operatingSystemVersion();
 
-  device.handle = NS::TransferPtr(MTL::CreateSystemDefaultDevice());
+  device.handle = std::move(handle);
   if (!device.handle) {
     device.why_not = "this machine has no GPU that Metal can use";
     return device;

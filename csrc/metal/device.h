@@ -17,10 +17,15 @@ struct Device {
   std::string system;  // "Version 14.5 (Build 23F79)"
   NS::OperatingSystemVersion system_version{};
   std::string why_not;  // empty if the kernels run here
+  std::string note;     // what is unusual, if anything
 
   bool is_system_at_least(int major, int minor) const;
 };
 
-Device open_device();
+// Describes a GPU; null stands for a machine without one.
+Device describe(NS::SharedPtr<MTL::Device> handle);
+
+// The GPU that Metal recommends. That of torch's tensors may be another: see device_of() in torch_queue.h.
+Device default_device();
 
 }  // namespace mfa::metal

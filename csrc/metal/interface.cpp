@@ -4,7 +4,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,12 +20,16 @@ std::filesystem::path library_directory() {
   return std::filesystem::path(info.dli_fname).parent_path();
 }
 
-// One for the process, made by the first MPS op and never destroyed: Metal and torch may be gone before our statics.
-// If it throws, the next call tries again.
-MetalLauncher& process_launcher() {
+// One each for the process, made by the first MPS op and never destroyed: Metal and torch may be gone before our
+// statics. If it throws, the next call tries again.
+metal::TorchQueue& process_queue() {
   static metal::TorchQueue& queue = *new metal::TorchQueue(metal::find_torch_functions());
+  return queue;
+}
+
+MetalLauncher& process_launcher() {
   static MetalLauncher& launcher =
-      *new MetalLauncher(metal::open_device(), queue, library_directory(), metal::default_cache_directory());
+      *new MetalLauncher(process_queue(), library_directory(), metal::default_cache_directory());
   return launcher;
 }
 
@@ -42,34 +45,29 @@ char* reason(Function&& function) {
   try {
     function();
     return nullptr;
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  }
-}
-
-// The functions of torch that the backend needs, or why they are not there.
-std::string why_no_torch() {
-  try {
-    metal::find_torch_functions();
-    return "";
-  } catch (const std::exception& error) {
-    return error.what();
+  } catch (...) {
+    return strdup(metal::text_of_current_exception().c_str());
   }
 }
 
 metal::JsonObject info() {
   metal::JsonObject json;
   json.add("torch", metal::torch_version());
-  const metal::Device device = metal::open_device();
+  std::vector<std::string> why_not;
+  metal::Device device = metal::default_device();
+  if (device.handle) {  // without a GPU it's no wonder that torch can't use one
+    try {
+      device = metal::device_of(process_queue());
+    } catch (...) {
+      why_not.push_back(metal::text_of_current_exception());
+    }
+  }
+  if (!device.why_not.empty()) why_not.insert(why_not.begin(), device.why_not);
   json.add("name", device.name);
   json.add("architecture", device.architecture);
   json.add("generation", device.generation);
   json.add("family", device.why_not.empty() ? "apple" + std::to_string(static_cast<int>(device.family)) : "");
   json.add("system", device.system);
-  std::vector<std::string> why_not;
-  if (!device.why_not.empty()) why_not.push_back(device.why_not);
-  if (device.handle)  // without a GPU it's no wonder
-    if (const std::string reason = why_no_torch(); !reason.empty()) why_not.push_back(reason);
   json.add("why_not", why_not);
   if (!why_not.empty()) return json;
 
@@ -86,8 +84,8 @@ metal::JsonObject info() {
 Launcher& metal_launcher() {
   try {
     return process_launcher();
-  } catch (const std::exception& error) {
-    throw std::runtime_error("attention on MPS tensors needs Metal, but " + std::string(error.what()));
+  } catch (...) {
+    throw std::runtime_error("attention on MPS tensors needs Metal, but " + metal::text_of_current_exception());
   }
 }
 

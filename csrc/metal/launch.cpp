@@ -49,16 +49,17 @@ void encode(MTL::ComputeCommandEncoder& encoder, const Pipeline& pipeline, const
 
 }  // namespace
 
-MetalLauncher::MetalLauncher(metal::Device device, metal::TorchQueue& queue,
-                             const std::filesystem::path& library_directory,
+MetalLauncher::MetalLauncher(metal::TorchQueue& queue, const std::filesystem::path& library_directory,
                              const std::filesystem::path& cache_directory)
-    : device_(usable(std::move(device))),
+    : device_(usable(metal::device_of(queue))),
       queue_(queue),
       library_(device_, library_directory, notes_),
       archive_(device_, library_.hash(), cache_directory, notes_),
-      pipelines_(device_, library_, archive_) {}
+      pipelines_(device_, library_, archive_) {
+  if (!device_.note.empty()) notes_.add(device_.note);
+}
 
-void MetalLauncher::run(const Plan& plan, const Arguments& arguments) {
+void MetalLauncher::run(const Plan& plan, const Arguments& arguments) try {
   // Pipelines come before the block: while it runs, every op on this stream waits.
   std::vector<std::pair<const Launch*, std::shared_ptr<const Pipeline>>> steps;
   steps.reserve(plan.launches.size());
@@ -69,6 +70,10 @@ void MetalLauncher::run(const Plan& plan, const Arguments& arguments) {
     for (const auto& [launch, pipeline] : steps) encode(encoder, *pipeline, *launch, plan.params, arguments);
   };
   queue_.run(std::cref(encode_all));  // a copy would be on the heap
+} catch (const std::exception&) {
+  throw;
+} catch (...) {
+  throw std::runtime_error(metal::text_of_current_exception());
 }
 
 void MetalLauncher::clear_cache() {

@@ -17,7 +17,7 @@ class MetalLauncher final : public Launcher {
  public:
   // Metallibs are looked for in `library_directory`, the pipeline archive is in `cache_directory`.
   // Throws std::runtime_error with the reason why the kernels can't run here.
-  MetalLauncher(metal::Device device, metal::TorchQueue& queue, const std::filesystem::path& library_directory,
+  MetalLauncher(metal::TorchQueue& queue, const std::filesystem::path& library_directory,
                 const std::filesystem::path& cache_directory);
 
   Family family() const override { return device_.family; }

@@ -7,6 +7,7 @@
 #endif
 #include <Foundation/Foundation.hpp>
 #include <Metal/Metal.hpp>
+#include <exception>
 #include <string>
 
 namespace mfa::metal {
@@ -23,7 +24,19 @@ class Pool {
   NS::SharedPtr<NS::AutoreleasePool> pool_;
 };
 
-// Autoreleased: valid while the current Pool lives.
+// What is wrong, in words: only in a catch block. What Foundation raises is no std::exception, and torch and Python
+// know nothing else.
+inline std::string text_of_current_exception() {
+  try {
+    throw;
+  } catch (const std::exception& error) {
+    return error.what();
+  } catch (...) {
+    return "Metal raised an exception of Objective-C";
+  }
+}
+
+// Autoreleased: valid while the current Pool lives. Null for what is not UTF-8.
 inline NS::String* ns_string(const std::string& text) {
   return NS::String::string(text.c_str(), NS::UTF8StringEncoding);
 }

@@ -74,10 +74,11 @@ AOTIMetalKernelFunctionHandle TorchQueue::ticket() {
   const std::lock_guard lock(mutex_);
   if (ticket_) return ticket_;
   AOTIMetalShaderLibraryHandle library = nullptr;
+  AOTIMetalKernelFunctionHandle function = nullptr;
   if (functions_.create_shader_library("kernel void mfa_nop() {}", &library) != AOTI_TORCH_SUCCESS ||
-      functions_.get_kernel_function(library, "mfa_nop", &ticket_) != AOTI_TORCH_SUCCESS)
+      functions_.get_kernel_function(library, "mfa_nop", &function) != AOTI_TORCH_SUCCESS)
     throw std::runtime_error("torch " + torch_version() + " can't compile an empty Metal kernel");
-  return ticket_;
+  return ticket_ = function;
 }
 
 void TorchQueue::run(const std::function<void(MTL::ComputeCommandEncoder&)>& encode) {
@@ -87,6 +88,22 @@ void TorchQueue::run(const std::function<void(MTL::ComputeCommandEncoder&)>& enc
   if (call.error) std::rethrow_exception(call.error);
   if (failure != AOTI_TORCH_SUCCESS)
     throw std::runtime_error("torch " + torch_version() + " can't run a block on its Metal stream");
+}
+
+NS::SharedPtr<MTL::Device> TorchQueue::device() {
+  NS::SharedPtr<MTL::Device> device;
+  run([&](MTL::ComputeCommandEncoder& encoder) { device = NS::RetainPtr(encoder.device()); });
+  return device;
+}
+
+Device device_of(TorchQueue& queue) {
+  const Device standard = default_device();
+  if (!standard.why_not.empty()) return standard;
+  Device device = describe(queue.device());
+  if (device.handle && device.handle->registryID() != standard.handle->registryID())
+    device.note = "torch uses " + device.name + ", which is not the system's default GPU, " + standard.name +
+                  ": mfa's kernels run where torch's tensors are";
+  return device;
 }
 
 }  // namespace mfa::metal

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <string>
 
-#include "metal.h"
+#include "device.h"
 
 namespace mfa::metal {
 
@@ -24,7 +24,7 @@ struct TorchFunctions {
 // lacks.
 TorchFunctions find_torch_functions();
 
-std::string torch_version();  // "2.13.0", or "of unknown version"
+std::string torch_version();  // "2.13.0"
 
 class TorchQueue {
  public:
@@ -34,6 +34,8 @@ class TorchQueue {
   // What it throws is thrown here.
   void run(const std::function<void(MTL::ComputeCommandEncoder&)>& encode);
 
+  NS::SharedPtr<MTL::Device> device();  // that the stream's work runs on
+
  private:
   AOTIMetalKernelFunctionHandle ticket();
 
@@ -41,5 +43,9 @@ class TorchQueue {
   std::mutex mutex_;
   AOTIMetalKernelFunctionHandle ticket_ = nullptr;
 };
+
+// The GPU that the kernels must be compiled for: torch's. Where the system's default can't run them it is that one,
+// with the reason: torch is not asked, since it may have no stream then. Throws like TorchQueue::run().
+Device device_of(TorchQueue& queue);
 
 }  // namespace mfa::metal

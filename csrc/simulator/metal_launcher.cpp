@@ -109,7 +109,7 @@ bool is_instrumented(const std::string& kernel_library) {
 
 struct SimulatorLauncher::Backend {
   metal::TorchQueue queue{stream_functions()};
-  MetalLauncher launcher{metal::open_device(), queue, {}, {}};  // kernels "from source", no archive
+  MetalLauncher launcher{queue, {}, {}};  // kernels "from source", no archive
 };
 
 SimulatorLauncher::SimulatorLauncher(const std::string& kernel_library, Family family, std::uint32_t checks,

@@ -37,7 +37,7 @@ def _text(call: Callable[..., int | None], *arguments: object) -> str | None:
 def info() -> dict[str, Any] | None:
     """The GPU and what the backend found, see csrc/metal/interface.h; None if there is no backend in this build.
 
-    Logs, once each, what is slower than it could be, and why.
+    Logs, once each, what is not as usual, and why.
     """
     backend = _backend()
     if backend is None:

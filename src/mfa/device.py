@@ -20,7 +20,10 @@ class DeviceInfo:
 
 
 def device_info() -> DeviceInfo:
-    """What the machine has, and, where `mps` tensors can't be used, the reasons."""
+    """What the machine has, and, where `mps` tensors can't be used, the reasons.
+
+    It is about the GPU of torch's tensors. A log message says so if that is not the system's default.
+    """
     backend = _metal.info()
     has_mps = torch.backends.mps.is_available()
     reasons = ["this build of mfa has no Metal backend"] if backend is None else list(backend["why_not"])

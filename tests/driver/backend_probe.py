@@ -1,6 +1,6 @@
 """One process of tests/mps/test_backend.py: what the backend says of a device, as JSON.
 
-python -m driver.backend_probe PRESENT FAMILY OS_MAJOR OS_MINOR
+python -m driver.backend_probe PRESENT FAMILY OS_MAJOR OS_MINOR [DEVICES]
 """
 
 import json
@@ -14,8 +14,9 @@ from mfa import _metal
 from . import stand_in
 
 
-def main(*device: str) -> None:
-    stand_in.DRIVER.library.mfa_driver_set_device(*map(int, device))
+def main(present: str, family: str, major: str, minor: str, devices: str = "1") -> None:
+    stand_in.DRIVER.library.mfa_driver_set_device(int(present), int(family), int(major), int(minor))
+    stand_in.DRIVER.library.mfa_driver_set_device_count(int(devices))
     info = _metal.info() or {}
     query, key, value = (torch.randn(1, 2, 20, 64, device="mps") for _ in range(3))
     exact = torch.nn.functional.scaled_dot_product_attention(query.cpu(), key.cpu(), value.cpu())

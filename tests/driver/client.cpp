@@ -464,7 +464,7 @@ struct TwoGpus {
   TwoGpus() { mfa_driver_set_device_count(2); }
   ~TwoGpus() { mfa_driver_set_device_count(1); }
   MTL::Device* second() const {
-    static const auto all = NS::TransferPtr(MTLCopyAllDevices());  // MTL:: asks for macOS
+    static const auto all = NS::TransferPtr(MTL::CopyAllDevices());
     return all->object<MTL::Device>(1);
   }
 };

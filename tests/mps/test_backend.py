@@ -1,12 +1,13 @@
 """csrc/metal on other machines than the usual one: devices that can't, no metallib, a torch without MPS."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -84,6 +85,76 @@ def test_a_kernel_in_no_source_is_named(bare: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         process.run("sources_case", "no_such_kernel", MFA_LIBRARY_UNDER_TEST=str(bare / "libmfa.so"), MFA_CACHE_DIR="")
     assert "kernel no_such_kernel is in none of the sources that mfa carries" in failure.value.stderr
+
+
+def test_kernels_run_on_torchs_gpu(tmp_path: Path) -> None:
+    """Where it isn't the system's default, which Metal's validation would notice in every launch."""
+    report = probe(tmp_path, *M1, "2")
+    assert report["result"] < 1e-5
+    assert report["info"]["name"] == "Apple M1 (software driver, second)"
+    assert report["info"]["why_not"] == []
+    assert report["info"]["notes"] == [
+        "torch uses Apple M1 (software driver, second), which is not the system's default GPU, Apple M1 (software "
+        "driver): mfa's kernels run where torch's tensors are"
+    ]
+
+
+def test_no_default_gpu_is_needed(tmp_path: Path) -> None:
+    report = probe(tmp_path, "2", *M1[1:])
+    assert report["result"] < 1e-5
+    assert report["info"]["why_not"] == []
+
+
+def test_nothing_leaks(stand_in: Any) -> None:
+    class Missing:
+        kernel = "no_such_kernel"
+        constants: ClassVar[dict[str, bool]] = {}
+
+    def everything() -> None:
+        _metal.info()
+        mfa.precompile(64, dtype=torch.float32)
+        with pytest.raises(RuntimeError):
+            _metal.precompile([Missing()])  # type: ignore[list-item]
+        stand_in.DRIVER.library.mfa_driver_raise_at(b"setComputeFunction:")
+        mfa.clear_cache()
+        with pytest.raises(RuntimeError):
+            mfa.precompile(64, dtype=torch.float32)
+        mfa.clear_cache()
+
+    everything()
+    before = stand_in.DRIVER.live()
+    for _ in range(3):
+        everything()
+    assert len(stand_in.DRIVER.live()) == len(before), stand_in.DRIVER.live()[len(before) :]
+
+
+def test_a_cache_path_that_is_no_text_is_only_noted(tmp_path: Path) -> None:
+    cache = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    report = json.loads(process.run("backend_probe", *M1, MFA_CACHE_DIR=cache))
+    assert report["result"] < 1e-5
+    assert report["info"]["archive"] == ""
+    assert any("is not UTF-8" in note for note in report["info"]["notes"])
+
+
+@pytest.mark.parametrize("selector", ["dispatchThreadgroups:threadsPerThreadgroup:", "setComputeFunction:"])
+def test_what_foundation_raises_is_an_error_of_the_op(selector: str, stand_in: Any) -> None:
+    mfa.clear_cache()
+    tensors = [torch.randn(1, 2, 20, 64, device="mps") for _ in range(3)]
+    stand_in.DRIVER.library.mfa_driver_raise_at(selector.encode())
+    with pytest.raises(RuntimeError, match="Metal raised an exception of Objective-C"):
+        mfa.attention(*tensors)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(tensor.cpu() for tensor in tensors))
+    torch.testing.assert_close(mfa.attention(*tensors).cpu(), exact)
+
+
+def test_what_foundation_raises_is_an_error_in_python(stand_in: Any) -> None:
+    mfa.clear_cache()
+    stand_in.DRIVER.library.mfa_driver_raise_at(b"setComputeFunction:")
+    with pytest.raises(RuntimeError, match="Metal raised an exception of Objective-C"):
+        mfa.precompile(64, dtype=torch.float32)
+    stand_in.DRIVER.library.mfa_driver_raise_at(b"registryID")
+    assert mfa.device_info().why_not == "Metal raised an exception of Objective-C"
+    assert mfa.device_info().why_not is None
 
 
 def test_a_damaged_metallib_is_not_used(bare: Path) -> None:

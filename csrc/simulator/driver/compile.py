@@ -21,7 +21,7 @@ def command(metal_cpp_directory: Path) -> list[str]:
     resources = ()
     if Path(compiler[0]).name == "zig":  # its own headers lie where only zig looks for them
         resources = ("-resource-dir", str(Path(compiler[0]).parent / "lib"))
-    includes = ["-isystem", str(HERE / "include"), "-isystem", str(metal_cpp_directory)]
+    includes = ["-I", str(HERE / "include"), "-isystem", str(metal_cpp_directory)]
     # NS::SharedPtr sends release to null, from which clang would conclude that it never is null, and drop later checks.
     language = ["-x", "c++", "-std=c++20", "-fblocks", "-fPIC", "-fno-delete-null-pointer-checks", "-Wall", "-Wextra"]
     return [*compiler, *resources, *language, *includes]

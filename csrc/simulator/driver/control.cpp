@@ -51,6 +51,7 @@ void mfa_driver_set_execution(int execution) {
 void mfa_driver_set_device(int present, int family, int os_major, int os_minor) {
   change([=](Settings& s) {
     s.present = present != 0;
+    s.has_default = present == 1;
     s.family = family;
     s.os_major = os_major;
     s.os_minor = os_minor;

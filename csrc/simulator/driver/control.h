@@ -17,7 +17,8 @@ void mfa_driver_free(char* text);
 void mfa_driver_set_mode(int mode);
 // execution: 0 eager, 1 lazy (when someone waits), 2 nothing (validate only).
 void mfa_driver_set_execution(int execution);
-// Not present until this says so.
+// Not present until this says so; with `present` 2 the GPU is listed, but Metal has no default, as it is in a process
+// without Core Graphics.
 void mfa_driver_set_device(int present, int family, int os_major, int os_minor);
 // Of two devices the first is the system's default, and torch's stream is on the second. Before the stream's first use.
 void mfa_driver_set_device_count(int count);

@@ -143,7 +143,8 @@ extern "C" {
 
 void* MTLCreateSystemDefaultDevice() {
   call.caller = __builtin_return_address(0);
-  return settings().present ? give(default_device()) : nullptr;
+  const Settings s = settings();
+  return s.present && s.has_default ? give(default_device()) : nullptr;
 }
 
 void* MTLCopyAllDevices() {
