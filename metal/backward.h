@@ -1,9 +1,9 @@
 // What the backward kernels share: P recomputed from the saved log-sum-exp, and dS = P * (dP - delta).
 #pragma once
 
-#include "dropout.h"
+#include "arguments.h"
 #include "mask.h"
-#include "score.h"
+#include "rules.h"
 #include "tile.h"
 
 namespace mfa {
@@ -14,11 +14,11 @@ constant constexpr float kUnseenLse = 3e38f;
 
 // P of two neighbours, from products q.k. `derivative` is d score / d (scale product).
 template <typename T>
-inline float2 probability(constant AttentionParams& params, Scores<T> scores, float2 product, int2 query, int2 key,
-                          float slope_log2, float2 lse, thread float2& derivative) {
+inline float2 probability(constant AttentionParams& params, Rules<T> rules, float2 product, int2 query, int2 key,
+                          float2 lse, thread float2& derivative) {
   float2 exponent;
-  if (scores.are_modified()) {
-    exponent = scores.apply(params, product, query, key, slope_log2, derivative) - lse;
+  if (rules.scores.are_modified()) {
+    exponent = rules.scores.apply(params, product, query, key, rules.slope_log2, derivative) - lse;
   } else {
     exponent = fma(product, float2(params.scale_log2), -lse);
   }

@@ -21,9 +21,9 @@ struct BackwardBias {
   explicit BackwardBias(ushort lane_index) : lane(lane_index) { clear(sum); }
 
   // Eight queries from first_row on, kBlockKeys keys from first_key on.
-  void add_tile(constant AttentionParams& params, Sequence sequence, Scores<T> scores, float slope_log2,
-                Dropout dropout, GuardedRows<T> queries, GuardedRows<T> keys, GuardedRows<T> values,
-                GuardedRows<T> grad_outs, const device float2* statistics, int first_row, int first_key) {
+  void add_tile(constant AttentionParams& params, Sequence sequence, Rules<T> rules, GuardedRows<T> queries,
+                GuardedRows<T> keys, GuardedRows<T> values, GuardedRows<T> grad_outs, const device float2* statistics,
+                int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
     Fragment<float> dp[1][kKeyTiles];
     const ReadRows<T, kHeadDim, GuardedRows<T>> left_queries = {queries};
@@ -37,12 +37,11 @@ struct BackwardBias {
     for (short n = 0; n < kKeyTiles; ++n) {
       const int key = first_key + n * kFragment + lane.column;
       float2 derivative;
-      float2 p = probability(params, scores, score[0][n], int2(query), int2(key, key + 1), slope_log2, float2(row.x),
-                             derivative);
+      float2 p = probability(params, rules, score[0][n], int2(query), int2(key, key + 1), float2(row.x), derivative);
       p = seen.keep(p, key);
       float2 grad = dp[0][n];
       if (has_dropout) {
-        grad *= dropout.of_keys(query, key);
+        grad *= rules.dropout.of_keys(query, key);
       }
       sum[0][n] += p * (grad - row.y);
     }
@@ -71,14 +70,11 @@ struct BackwardBias {
 
 template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dbias(
-    const device T* query [[buffer(kQuery)]], const device T* key [[buffer(kKey)]],
-    const device T* value [[buffer(kValue)]], const device T* grad_out [[buffer(kGradOut)]],
+    MFA_TENSOR_ARGUMENTS, const device T* grad_out [[buffer(kGradOut)]],
     const device float2* statistics [[buffer(kStatistics)]], const device uchar* bias [[buffer(kBias)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* grad_bias [[buffer(kGradBias)]], constant AttentionParams& params [[buffer(kParams)]],
-    uint3 position [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane_index [[thread_index_in_simdgroup]]) {
+    device float* grad_bias [[buffer(kGradBias)]], MFA_PLACE_ARGUMENTS) {
   threadgroup float2 partial[kSimdgroups][kBlockKeys / 2];  // column sums, where rows broadcast
   const bool one_row = params.bias_rows == 1;
   const bool one_column = params.bias_columns == 1;
@@ -100,20 +96,17 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
     for (int h = bias_head; h < head_end; ++h) {
       const int key_head = h / params.group_size;
       const Sequence sequence = {b, params.query_length, params.key_length, 0, 0};
-      const HeadRows<T> queries(query, params.query_strides, b, h, 0, params.query_length, head_dim);
-      const HeadRows<T> grad_outs(grad_out, params.grad_out_strides, b, h, 0, params.query_length, value_dim);
-      const HeadRows<T> keys(key, params.key_strides, b, key_head, 0, params.key_length, head_dim);
-      const HeadRows<T> values(value, params.value_strides, b, key_head, 0, params.key_length, value_dim);
-      const Scores<T> scores(params, sequence, bias, h);
-      const float slope_log2 = slope_of(params, sequence, alibi_slopes, h);
-      const Dropout dropout(params, sequence, rng_state, h);
+      const HeadRows<T> queries = query_rows(query, params.query_strides, sequence, h, head_dim);
+      const HeadRows<T> grad_outs = query_rows(grad_out, params.grad_out_strides, sequence, h, value_dim);
+      const HeadRows<T> keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
+      const HeadRows<T> values = key_rows(value, params.value_strides, sequence, key_head, value_dim);
+      const Rules<T> rules(params, sequence, bias, nullptr, alibi_slopes, rng_state, h);
       for (int row = own_row; row < row_end; row += kSimdgroups * kFragment) {
         const View view = view_of_queries(params, sequence, row, row + kFragment);
         for (int first = own_key; first < key_end; first += kBlockKeys) {
           if (view.sees(first, kBlockKeys)) {
-            tile.add_tile(params, sequence, scores, slope_log2, dropout, queries.from(row), keys.from(first),
-                          values.from(first), grad_outs.from(row), statistics + first_row_index(params, sequence, h),
-                          row, first);
+            tile.add_tile(params, sequence, rules, queries.from(row), keys.from(first), values.from(first),
+                          grad_outs.from(row), statistics + first_row_index(params, sequence, h), row, first);
           }
         }
       }

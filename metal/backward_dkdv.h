@@ -42,9 +42,8 @@ struct BackwardKeys {
   }
 
   template <typename Queries, typename GradOuts>
-  void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Queries queries,
-                 GradOuts grad_outs, const threadgroup float2* statistics, int first_query,
-                 ScoreGradient score_gradient) {
+  void add_block(constant AttentionParams& params, Rules<T> rules, Queries queries, GradOuts grad_outs,
+                 const threadgroup float2* statistics, int first_query, ScoreGradient score_gradient) {
     Fragment<float> p[kRowTiles][kQueryTiles];
     float2 derivative[kRowTiles][kQueryTiles];
     multiply_transposed<T, kHeadDim>(p, key, queries, lane);
@@ -59,8 +58,8 @@ struct BackwardKeys {
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
         const int query = first_query + n * kFragment + lane.column;
-        float2 x = probability(params, scores, p[r][n], int2(query, query + 1), int2(key_row), slope_log2, pair.xz,
-                               derivative[r][n]);
+        float2 x =
+            probability(params, rules, p[r][n], int2(query, query + 1), int2(key_row), pair.xz, derivative[r][n]);
         if (masked) {
           const Range seen = key_row < sequence.key_length ? visible_queries(params, sequence, key_row) : Range{0, -1};
           x = seen.keep(x, query);
@@ -77,7 +76,7 @@ struct BackwardKeys {
       for (short r = 0; r < kRowTiles; ++r) {
         MFA_UNROLL
         for (short n = 0; n < kQueryTiles; ++n) {
-          kept[r][n] = p[r][n] * kept_factor(dropout, first_query, r, n);
+          kept[r][n] = p[r][n] * kept_factor(rules.dropout, first_query, r, n);
         }
       }
       multiply_accumulate<T, kValueDim>(grad_value, kept, grad_outs, lane);
@@ -91,7 +90,7 @@ struct BackwardKeys {
         for (short r = 0; r < kRowTiles; ++r) {
           float2 grad = dp[r][n];
           if (has_dropout) {
-            grad *= kept_factor(dropout, first_query, r, n);
+            grad *= kept_factor(rules.dropout, first_query, r, n);
           }
           grad = p[r][n] * (grad - delta[n]);
           if (has_softcap) {
@@ -121,19 +120,13 @@ struct BackwardKeys {
 
 template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockQueries>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dkdv(
-    const device T* query [[buffer(kQuery)]], const device T* key [[buffer(kKey)]],
-    const device T* value [[buffer(kValue)]], const device T* grad_out [[buffer(kGradOut)]],
+    MFA_TENSOR_ARGUMENTS, const device T* grad_out [[buffer(kGradOut)]],
     const device float2* statistics [[buffer(kStatistics)]],
     device T* grad_key [[buffer(kGradKey), function_constant(wants_grad_key)]],
     device T* grad_value [[buffer(kGradValue), function_constant(wants_grad_value)]],
     device float* score_gradient [[buffer(kScoreGradient), function_constant(writes_score_gradient)]],
-    const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
-    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
-    const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
-    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]], MFA_LAYOUT_ARGUMENTS,
-    constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
-    uint3 position [[threadgroup_position_in_grid]], ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
+    MFA_SCORE_ARGUMENTS, MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, constant int& first_unit [[buffer(kFirstUnit)]],
+    ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
   typedef StagedRows<T, kHeadDim, both> Queries;
@@ -151,10 +144,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   const int first_key = first_tile_key + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
-  const HeadRows<T> keys(key, params.key_strides, sequence.index, key_head, sequence.first_key, sequence.key_length,
-                         head_dim);
-  const HeadRows<T> values(value, params.value_strides, sequence.index, key_head, sequence.first_key,
-                           sequence.key_length, value_dim);
+  const HeadRows<T> keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
+  const HeadRows<T> values = key_rows(value, params.value_strides, sequence, key_head, value_dim);
   BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(params, sequence, keys.from(first_key),
                                                                       values.from(first_key), first_key, lane_index);
 
@@ -164,16 +155,12 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   bool is_first = true;
   for (int member = 0; member < params.group_size; ++member) {
     const int head = key_head * params.group_size + member;
-    const HeadRows<T> head_queries(query, params.query_strides, sequence.index, head, sequence.first_query,
-                                   sequence.query_length, head_dim);
-    const HeadRows<T> head_grad_outs(grad_out, params.grad_out_strides, sequence.index, head, sequence.first_query,
-                                     sequence.query_length, value_dim);
+    const HeadRows<T> head_queries = query_rows(query, params.query_strides, sequence, head, head_dim);
+    const HeadRows<T> head_grad_outs = query_rows(grad_out, params.grad_out_strides, sequence, head, value_dim);
     const device float2* head_statistics = statistics + first_row_index(params, sequence, head);
     const ScoreGradient blobs(score_gradient, params, position.x * params.group_size + member, lane_index);
-    const Scores<T> scores(params, sequence, bias, head);
-    const MaskBlocks blocks(params, mask_classes, sequence.index, head);
-    const float slope_log2 = slope_of(params, sequence, alibi_slopes, head);
-    const Dropout dropout(params, sequence, rng_state, head);
+    const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
+    thread const MaskBlocks& blocks = rules.blocks;
     for (int block = begin; block < end; ++block) {
       const int first_query = block * kBlockQueries;
       if (blocks.classify<kBlockQueries, kSimdgroups * kRows>(first_query, first_tile_key) == kHidden) {
@@ -193,8 +180,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
       if (rows.view.sees(first_query, kBlockQueries) && mask_class != kHidden) {
-        rows.add_block(params, scores.in_block(mask_class), slope_log2, dropout, Queries{queries}, GradOuts{grad_outs},
-                       row_statistics, first_query, blobs);
+        rows.add_block(params, rules.in_block(mask_class), Queries{queries}, GradOuts{grad_outs}, row_statistics,
+                       first_query, blobs);
       }
     }
   }

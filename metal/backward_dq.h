@@ -47,8 +47,7 @@ struct BackwardQueries {
   }
 
   template <typename Keys, typename Values>
-  void add_block(constant AttentionParams& params, Scores<T> scores, float slope_log2, Dropout dropout, Keys keys,
-                 Values values, int first_key) {
+  void add_block(constant AttentionParams& params, Rules<T> rules, Keys keys, Values values, int first_key) {
     Fragment<float> ds[kRowTiles][kKeyTiles];
     Fragment<float> dp[kRowTiles][kKeyTiles];
     multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
@@ -62,14 +61,13 @@ struct BackwardQueries {
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        float2 p = probability(params, scores, ds[r][n], int2(query), int2(key, key + 1), slope_log2, float2(lse[r]),
-                               derivative);
+        float2 p = probability(params, rules, ds[r][n], int2(query), int2(key, key + 1), float2(lse[r]), derivative);
         if (masked) {
           p = seen.keep(p, key);
         }
         float2 grad = dp[r][n];
         if (has_dropout) {
-          grad *= dropout.of_keys(query, key);
+          grad *= rules.dropout.of_keys(query, key);
         }
         grad = p * (grad - delta[r]);
         if (wants_grad_alibi) {
@@ -88,17 +86,11 @@ struct BackwardQueries {
 
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq(
-    const device T* query [[buffer(kQuery)]], const device T* key [[buffer(kKey)]],
-    const device T* value [[buffer(kValue)]], const device T* grad_out [[buffer(kGradOut)]],
+    MFA_TENSOR_ARGUMENTS, const device T* grad_out [[buffer(kGradOut)]],
     const device float2* statistics [[buffer(kStatistics)]], device T* grad_query [[buffer(kGradQuery)]],
-    const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
-    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
-    const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
-    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_LAYOUT_ARGUMENTS,
-    constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
-    uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
+    device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_SCORE_ARGUMENTS,
+    MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, uint3 grid [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
   typedef StagedRows<T, kHeadDim, both> Keys;
@@ -115,22 +107,16 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   const int first_row = first_tile_row + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
-  const HeadRows<T> queries(query, params.query_strides, sequence.index, head, sequence.first_query,
-                            sequence.query_length, head_dim);
-  const HeadRows<T> grad_outs(grad_out, params.grad_out_strides, sequence.index, head, sequence.first_query,
-                              sequence.query_length, value_dim);
-  const HeadRows<T> head_keys(key, params.key_strides, sequence.index, key_head, sequence.first_key,
-                              sequence.key_length, head_dim);
-  const HeadRows<T> head_values(value, params.value_strides, sequence.index, key_head, sequence.first_key,
-                                sequence.key_length, value_dim);
+  const HeadRows<T> queries = query_rows(query, params.query_strides, sequence, head, head_dim);
+  const HeadRows<T> grad_outs = query_rows(grad_out, params.grad_out_strides, sequence, head, value_dim);
+  const HeadRows<T> head_keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
+  const HeadRows<T> head_values = key_rows(value, params.value_strides, sequence, key_head, value_dim);
   const long first_index = first_row_index(params, sequence, head);
   BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
       params, sequence, queries.from(first_row), grad_outs.from(first_row), statistics + first_index, first_row,
       Lane(lane_index));
-  const Scores<T> scores(params, sequence, bias, head);
-  const MaskBlocks blocks(params, mask_classes, sequence.index, head);
-  const float slope_log2 = slope_of(params, sequence, alibi_slopes, head);
-  const Dropout dropout(params, sequence, rng_state, head);
+  const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
+  thread const MaskBlocks& blocks = rules.blocks;
 
   const View view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
   const int begin = view.first_block(kBlockKeys);
@@ -150,7 +136,7 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
-      rows.add_block(params, scores.in_block(mask_class), slope_log2, dropout, Keys{keys}, Values{values}, first_key);
+      rows.add_block(params, rules.in_block(mask_class), Keys{keys}, Values{values}, first_key);
     }
   }
 

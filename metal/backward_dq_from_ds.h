@@ -15,11 +15,9 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_from_ds(
     const device T* key [[buffer(kKey)]], device float* score_gradient [[buffer(kScoreGradient)]],
     device T* grad_query [[buffer(kGradQuery)]],
-    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
-    constant AttentionParams& params [[buffer(kParams)]], constant int& first_unit [[buffer(kFirstUnit)]],
-    uint3 position [[threadgroup_position_in_grid]], uint3 grid [[threadgroups_per_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane_index [[thread_index_in_simdgroup]]) {
+    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]], MFA_PLACE_ARGUMENTS,
+    constant int& first_unit [[buffer(kFirstUnit)]], uint3 grid [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kQueryTiles * kFragment;
   typedef StagedRows<T, kHeadDim, quads> Keys;
@@ -36,7 +34,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const int first_tile_row = tile * kSimdgroups * kRows;
   const int first_row = first_tile_row + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
-  const HeadRows<T> head_keys(key, params.key_strides, batch, key_head, 0, params.key_length, head_dim);
+  const HeadRows<T> head_keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
   const MaskBlocks blocks(params, mask_classes, batch, head);
   const ScoreGradient blobs(score_gradient, params, position.x, lane_index);
 

@@ -85,8 +85,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
   // Q beside O takes more registers than a thread of M1 has at D 128 with two row tiles, and nearly all at D 256.
   constexpr Own kOwn = kRowTiles * kHeadDim > 192 ? reread : held;
   const OwnOperand<T, kOwn, kRowTiles, kHeadDim, PackedRows<T>> queries(packed, rows.lane);
-  const Scores<T> scores(params, sequence, nullptr, head);
-  const Dropout dropout(params, sequence, nullptr, head);
+  const Rules<T> rules(params, sequence, nullptr, nullptr, alibi_slopes, nullptr, head);
   const Cache<T> keys(params, key, block_table, key_scale, params.key_strides, params.key_scale_strides, sequence.index,
                       key_head, sequence.key_length, head_dim);
   const Cache<T> values(params, value, block_table, value_scale, params.value_strides, params.value_scale_strides,
@@ -99,7 +98,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
     const int first_key = block * kBlockKeys;
     rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(keys, first_key));
     scale_columns(rows, keys, first_key, lane_index);
-    rows.softmax(params, scores, dropout, first_key);
+    rows.softmax(params, rules, first_key);
     scale_columns(rows, values, first_key, lane_index);
     rows.add_values(CacheRows<T, Rows::kKeyTiles>(values, first_key));
   }

@@ -49,29 +49,23 @@ struct ForwardTile {
       : sequence(tile.sequence),
         head(head_),
         first_row(tile.index * block_queries),
-        queries(query, params.query_strides, sequence.index, head, sequence.first_query, sequence.query_length,
-                head_dim),
-        keys(key, params.key_strides, sequence.index, head / params.group_size, sequence.first_key, sequence.key_length,
-             head_dim),
-        values(value, params.value_strides, sequence.index, head / params.group_size, sequence.first_key,
-               sequence.key_length, value_dim) {}
+        queries(query_rows(query, params.query_strides, sequence, head, head_dim)),
+        keys(key_rows(key, params.key_strides, sequence, head / params.group_size, head_dim)),
+        values(key_rows(value, params.value_strides, sequence, head / params.group_size, value_dim)) {}
 };
+
+#define FORWARD_ARGUMENTS                                                                                       \
+  MFA_TENSOR_ARGUMENTS, device T *out [[buffer(kOut)]], MFA_SCORE_ARGUMENTS,                                    \
+      const device float *sinks [[buffer(kSinks), function_constant(has_sinks)]],                               \
+      device float *lse [[buffer(kLse), function_constant(writes_lse)]],                                        \
+      device half *correction [[buffer(kCorrection), function_constant(has_correction)]], MFA_LAYOUT_ARGUMENTS, \
+      MFA_PLACE_ARGUMENTS, uint3 grid [[threadgroups_per_grid]]
 
 // K and V go through threadgroup memory, which the SIMD-groups share.
 template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
-[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_staged(
-    const device T* query [[buffer(kQuery)]], const device T* key [[buffer(kKey)]],
-    const device T* value [[buffer(kValue)]], device T* out [[buffer(kOut)]],
-    const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
-    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
-    const device float* sinks [[buffer(kSinks), function_constant(has_sinks)]],
-    const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
-    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* lse [[buffer(kLse), function_constant(writes_lse)]],
-    device half* correction [[buffer(kCorrection), function_constant(has_correction)]], MFA_LAYOUT_ARGUMENTS,
-    constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
-    uint3 grid [[threadgroups_per_grid]], ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane_index [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_staged(FORWARD_ARGUMENTS,
+                                                                                    ushort thread_index
+                                                                                    [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kBlockQueries = kSimdgroups * kRowTiles * kFragment;
   typedef StagedRows<T, kHeadDim, quads> Keys;
@@ -90,9 +84,8 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Rows;
   Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRowTiles * kFragment, sinks, alibi_slopes, tile.head,
             true, lane_index);
-  const Scores<T> scores(params, tile.sequence, bias, tile.head);
-  const MaskBlocks blocks(params, mask_classes, tile.sequence.index, tile.head);
-  const Dropout dropout(params, tile.sequence, rng_state, tile.head);
+  const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
+  thread const MaskBlocks& blocks = rules.blocks;
   const QueryOperand<T, kMemory, kRowTiles, kHeadDim, kSimdgroups> queries(
       keys + kBlockKeys * larger(Keys::kStride, Values::kStride), tile.queries.from(tile.first_row), thread_index,
       simdgroup, rows.lane);
@@ -120,7 +113,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sees) {
       rows.multiply_keys(queries.operand, Keys{keys});
-      rows.softmax(params, scores.in_block(mask_class), dropout, first_key);
+      rows.softmax(params, rules.in_block(mask_class), first_key);
     }
     if (kMemory == shared) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -136,28 +129,15 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
 
 // Fragments come straight from device memory: no barrier, and each SIMD-group walks its own key blocks.
 template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
-[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_direct(
-    const device T* query [[buffer(kQuery)]], const device T* key [[buffer(kKey)]],
-    const device T* value [[buffer(kValue)]], device T* out [[buffer(kOut)]],
-    const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
-    const device uchar* mask_classes [[buffer(kMaskClasses), function_constant(has_mask_blocks)]],
-    const device float* sinks [[buffer(kSinks), function_constant(has_sinks)]],
-    const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
-    const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
-    device float* lse [[buffer(kLse), function_constant(writes_lse)]],
-    device half* correction [[buffer(kCorrection), function_constant(has_correction)]], MFA_LAYOUT_ARGUMENTS,
-    constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
-    uint3 grid [[threadgroups_per_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane_index [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_direct(FORWARD_ARGUMENTS) {
   constexpr int kRows = kRowTiles * kFragment;
   const ForwardTile<T> tile(
       params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
       key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
   Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
                                                               sinks, alibi_slopes, tile.head, true, lane_index);
-  const Scores<T> scores(params, tile.sequence, bias, tile.head);
-  const MaskBlocks blocks(params, mask_classes, tile.sequence.index, tile.head);
-  const Dropout dropout(params, tile.sequence, rng_state, tile.head);
+  const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
+  thread const MaskBlocks& blocks = rules.blocks;
   const QueryOperand<T, split, kRowTiles, kHeadDim, kSimdgroups> queries(nullptr, tile.queries.from(tile.first_row), 0,
                                                                          simdgroup, rows.lane);
   const int end = rows.view.end_block(kBlockKeys);
@@ -170,7 +150,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     const GuardedRows<T> keys = tile.keys.from(first_key);
     const GuardedRows<T> values = tile.values.from(first_key);
     rows.multiply_keys(queries.operand, DeviceRows<T>{keys.base, keys.stride, keys.valid});
-    rows.softmax(params, scores.in_block(mask_class), dropout, first_key);
+    rows.softmax(params, rules.in_block(mask_class), first_key);
     rows.add_values(DeviceRows<T>{values.base, values.stride, values.valid});
   }
   rows.store(params, out, lse, correction, tile.head);

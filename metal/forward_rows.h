@@ -1,10 +1,10 @@
 // The inner steps of the forward pass, on the rows of one SIMD-group: S = Q K', scores, online softmax, O += P V.
 #pragma once
 
+#include "arguments.h"
 #include "correction.h"
-#include "dropout.h"
 #include "mask.h"
-#include "score.h"
+#include "rules.h"
 #include "tile.h"
 
 namespace mfa {
@@ -55,11 +55,11 @@ struct Forward {
   }
 
   // P = softmax step of the scores that S makes.
-  void softmax(constant AttentionParams& params, Scores<T> scores, Dropout dropout, int first_key) {
+  void softmax(constant AttentionParams& params, Rules<T> rules, int first_key) {
     float scale = params.scale_log2;
     // max(S) * scale is the largest scaled score only for a scale that is not negative.
-    if (scores.are_modified() || scale < 0 || !view.sees_all(first_key, kBlockKeys)) {
-      modify_and_mask(params, scores, first_key);
+    if (rules.scores.are_modified() || scale < 0 || !view.sees_all(first_key, kBlockKeys)) {
+      modify_and_mask(params, rules.scores, first_key);
       scale = 1;
     }
     rescale(scale);
@@ -87,7 +87,8 @@ struct Forward {
         sum += p.x + p.y;
         score[r][n] = p;
         if (has_dropout) {
-          score[r][n] *= dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
+          score[r][n] *=
+              rules.dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
         }
       }
       row[r].add(sum);

@@ -70,10 +70,4 @@ inline long first_row_index(constant AttentionParams& params, Sequence sequence,
   return (batch * params.query_heads + head) * params.query_length + sequence.first_query;
 }
 
-#define MFA_LAYOUT_ARGUMENTS                                                                 \
-  const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],            \
-      const device int *query_starts [[buffer(kQueryStarts), function_constant(is_varlen)]], \
-      const device int *key_starts [[buffer(kKeyStarts), function_constant(is_varlen)]],     \
-      const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]]
-
 }  // namespace mfa

@@ -4,9 +4,9 @@
 // fragments from them.
 #pragma once
 
-#include "features.h"
 #include "fragment.h"
 #include "geometry.h"
+#include "layout.h"
 
 namespace mfa {
 
@@ -147,6 +147,17 @@ struct HeadRows {
 
   GuardedRows<T> from(int row) const { return {base + row * stride, stride, length - row, dim}; }
 };
+
+// Those of Q, or of what is laid out like it; and those of K or V.
+template <typename T>
+inline HeadRows<T> query_rows(const device T* tensor, constant long* strides, Sequence sequence, int head, int dim) {
+  return {tensor, strides, sequence.index, head, sequence.first_query, sequence.query_length, dim};
+}
+
+template <typename T>
+inline HeadRows<T> key_rows(const device T* tensor, constant long* strides, Sequence sequence, int head, int dim) {
+  return {tensor, strides, sequence.index, head, sequence.first_key, sequence.key_length, dim};
+}
 
 template <typename T>
 inline void store_octet_guarded(device T* row, Octet<float> x, int d, int dim) {

@@ -8,7 +8,7 @@
 
 namespace mfa {
 
-// The rules of one (batch, query head).
+// Of one (batch, query head).
 template <typename T>
 struct Scores {
   const device uchar* bias;
@@ -23,12 +23,6 @@ struct Scores {
   }
 
   bool are_modified() const { return has_softcap || (has_bias && !ignores_bias) || has_alibi; }
-
-  Scores in_block(MaskClass mask_class) const {
-    Scores scores = *this;
-    scores.ignores_bias = mask_class == kOpen;
-    return scores;
-  }
 
   // Two neighbours: queries `query` and keys `key` of products `product`. `derivative` is d score / d (scale product).
   float2 apply(constant AttentionParams& params, float2 product, int2 query, int2 key, float slope_log2,
