@@ -5,6 +5,7 @@ no name of the user or of the machine.
 """
 
 import argparse
+import getpass
 import json
 import os
 import platform
@@ -38,10 +39,27 @@ SHAPES = [
 ]
 
 
-def anonymous(text: str) -> str:
-    """Without the user's and the machine's name."""
-    text = text.replace(str(Path.home()), "~").replace(str(ROOT), "<mfa>")
-    return text.replace(platform.node(), "<host>") if platform.node() else text
+def anonymous(value: Any) -> Any:
+    """A JSON value without the user's and the machine's name, at any depth, in keys too."""
+    if isinstance(value, dict):
+        return {anonymous(key): anonymous(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [anonymous(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    folders = {str(ROOT): "<mfa>", str(Path.home().resolve()): "~", str(Path.home()): "~"}
+    for folder, name in folders.items():
+        value = value.replace(folder, name)
+    names = {platform.node(): "<host>", platform.node().split(".")[0]: "<host>", getpass.getuser(): "<user>"}
+    for secret, name in names.items():
+        if secret:
+            value = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", name, value)
+    return value
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """The only way out of this program, so that nothing leaves it with a name."""
+    path.write_text(json.dumps(anonymous(report), indent=1) + "\n")
 
 
 def output_of(*command: str) -> str | None:
@@ -62,6 +80,8 @@ def gpu_cores() -> int | None:
 def machine() -> dict[str, Any]:
     import torch
 
+    toolchain = output_of("sh", str(ROOT / "cmake" / "metal_toolchain.sh"))
+    environment = ["env", f"TOOLCHAINS={toolchain}"] if toolchain else []
     return {
         "model": output_of("sysctl", "-n", "hw.model"),
         "chip": output_of("sysctl", "-n", "machdep.cpu.brand_string"),
@@ -71,7 +91,7 @@ def machine() -> dict[str, Any]:
         "macos_build": output_of("sw_vers", "-buildVersion"),
         "power": (output_of("pmset", "-g", "batt") or "").split("\n")[0],  # on battery, chips run slower
         "low_power_mode": re.search(r"lowpowermode\s+1", output_of("pmset", "-g") or "") is not None,
-        "metal_compiler": output_of("xcrun", "metal", "--version"),
+        "metal_compiler": output_of(*environment, "xcrun", "-sdk", "macosx", "metal", "--version"),
         "xcode": output_of("xcodebuild", "-version"),
         "python": sys.version,
         "torch": torch.__version__,
@@ -119,7 +139,7 @@ def seconds(function: Callable[[], object]) -> float | str:
     try:
         return timer.blocked_autorange(min_run_time=1).median
     except (RuntimeError, NotImplementedError) as error:  # out of memory, or not supported
-        return anonymous(str(error))[:500]
+        return str(error)[:500]
 
 
 def timings(
@@ -156,22 +176,24 @@ def benchmark() -> list[dict[str, Any]]:
 
 
 def pytest(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Counts, and the text of every failure."""
+    """Counts, and the text of every failure.
+
+    Pipelines are archived in a folder of this run's own: those that Metal validates must not reach the user's archive.
+    """
     with tempfile.TemporaryDirectory() as temporary:
+        environment = {**os.environ, "MFA_CACHE_DIR": str(Path(temporary) / "cache"), **environment}
         xml = Path(temporary) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", *arguments]
         start = time.monotonic()
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=4 * HOUR
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=4 * HOUR)
         report: dict[str, Any] = {"exit": done.returncode, "seconds": round(time.monotonic() - start, 1)}
         if not xml.exists():  # the process was killed
-            return {**report, "output": anonymous(done.stdout + done.stderr)[-20_000:]}
+            return {**report, "output": (done.stdout + done.stderr)[-20_000:]}
         suite = ElementTree.parse(xml).getroot().find("testsuite")
     assert suite is not None
     report |= {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     report["failed"] = [
-        {"test": f"{case.get('classname')}.{case.get('name')}", "text": anonymous(problem.text or "")[-4000:]}
+        {"test": f"{case.get('classname')}.{case.get('name')}", "text": (problem.text or "")[-4000:]}
         for case in suite.iter("testcase")
         for problem in [*case.findall("failure"), *case.findall("error")]
     ]
@@ -197,7 +219,7 @@ def part(name: str, environment: dict[str, str] | None = None) -> dict[str, Any]
     done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
     if done.returncode == 0:
         return {"result": json.loads(done.stdout.splitlines()[-1])}
-    text = anonymous(done.stdout + done.stderr)[-10_000:].strip()
+    text = (done.stdout + done.stderr)[-10_000:].strip()
     return {"error": text or "no output", "exit": done.returncode}
 
 
@@ -229,7 +251,7 @@ def main() -> None:
         report[name] = part(name)
         print(verdict(name, report[name]), flush=True)
         # After every part, so that a machine that hangs leaves what was found before.
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, arguments.output)
         if name == "machine" and not report[name].get("result", {}).get("mps"):
             sys.exit("make mac needs a Mac with an Apple GPU: torch finds no mps device here")
     print(f"\nThe report is {arguments.output}: please attach it to an issue, whatever it says.")
