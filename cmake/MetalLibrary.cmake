@@ -3,17 +3,21 @@
 function(add_metal_library name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "STANDARD;DEPLOYMENT_TARGET" "SOURCES")
 
-  # `xcrun --find metal` succeeds without the toolchain, so ask the compiler itself.
-  execute_process(COMMAND xcrun -sdk macosx metal --version RESULT_VARIABLE result OUTPUT_QUIET ERROR_VARIABLE message)
+  execute_process(
+    COMMAND sh "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/metal_toolchain.sh"
+    RESULT_VARIABLE result OUTPUT_VARIABLE toolchain OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_VARIABLE message)
   if(result)
     if(MFA_REQUIRE_METALLIB)
       set(severity FATAL_ERROR)
     else()
       set(severity WARNING)
     endif()
-    message(${severity} "The Metal toolchain is missing: kernels will be compiled on first use. Install Xcode, then run\n"
-                        "  xcodebuild -downloadComponent MetalToolchain\n${message}")
+    message(${severity} "No metallib: kernels are compiled on first use.\n${message}")
     return()
+  endif()
+  set(xcrun xcrun -sdk macosx)
+  if(toolchain)
+    set(xcrun "${CMAKE_COMMAND}" -E env "TOOLCHAINS=${toolchain}" ${xcrun})
   endif()
 
   set(airs)
@@ -23,7 +27,7 @@ function(add_metal_library name)
     set(air "${CMAKE_CURRENT_BINARY_DIR}/${name}.dir/${stem}.air")
     add_custom_command(
       OUTPUT "${air}"
-      COMMAND xcrun -sdk macosx metal -std=${arg_STANDARD} -mmacosx-version-min=${arg_DEPLOYMENT_TARGET}
+      COMMAND ${xcrun} metal -std=${arg_STANDARD} -mmacosx-version-min=${arg_DEPLOYMENT_TARGET}
               -fno-fast-math -Wall -Wextra -MMD -MF "${air}.d" -c "${source}" -o "${air}"
       DEPENDS "${source}"
       DEPFILE "${air}.d"
@@ -36,7 +40,7 @@ function(add_metal_library name)
   set(metallib "${CMAKE_CURRENT_BINARY_DIR}/${name}.metallib")
   add_custom_command(
     OUTPUT "${metallib}"
-    COMMAND xcrun -sdk macosx metallib ${airs} -o "${metallib}"
+    COMMAND ${xcrun} metallib ${airs} -o "${metallib}"
     DEPENDS ${airs}
     COMMENT "Metal library ${name}"
     VERBATIM)
