@@ -20,6 +20,11 @@ from pathlib import Path
 
 from . import binary, inputs, sdk, wheel
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CONTROL = """#include <cstdint>
@@ -28,6 +33,14 @@ extern "C" {{
 __attribute__((visibility("default"))) std::uintptr_t control() {{ return {uses}; }}
 }}
 """
+
+
+def release_environment() -> dict[str, str]:
+    """What cibuildwheel builds the wheel with: its default for arm64, and what pyproject.toml says."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    stated = tool["cibuildwheel"]["macos"]["environment"]
+    # Constraints are for an isolated build, which this isn't.
+    return {"_PYTHON_HOST_PLATFORM": "macosx-11.0-arm64", **stated, "PIP_CONSTRAINT": os.devnull}
 
 
 class Check:
@@ -82,7 +95,7 @@ class Check:
         settings.append(f"--config-settings=build-dir={self.build}")
         options = ["--no-build-isolation", "--no-deps", "--quiet", f"--wheel-dir={self.cache / 'dist'}"]
         command = [sys.executable, "-m", "pip", "wheel", *options, *settings]
-        environment = {**os.environ, "_PYTHON_HOST_PLATFORM": "macosx-14.0-arm64"}
+        environment = {**os.environ, **release_environment()}
         done = subprocess.run([*command, str(ROOT)], env=environment, capture_output=True, text=True)
         return [done.stdout + done.stderr] if done.returncode else []
 
