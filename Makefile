@@ -1,5 +1,6 @@
 # Every target does its own set-up in .venv: no root, and the network only through pip.
 PYTHON ?= python3
+VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Arguments of pip for torch alone. On Linux PyPI has CUDA builds; a CPU build is enough and much smaller:
 #   make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
@@ -9,24 +10,30 @@ PLATFORM := $(shell uname)
 WORKERS ?= $(if $(filter Darwin,$(PLATFORM)),0,auto)
 ARGS ?=
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Linux compiles kernels with clang >= 19: the one on PATH, else that of the package ziglang. macOS needs metal-cpp.
-CLANG := $(shell clang++ -dumpversion 2>/dev/null | awk -F. '{ok = $$1 >= 19} END {exit !ok}' || echo "'ziglang>=0.17'")
-# pyproject.toml's build-system.requires, without torch; cmake and ninja may be missing on the machine.
+# pyproject.toml's build-system.requires, without torch; cmake and ninja may be missing on the machine. Linux needs a clang
+# for the kernels, macOS metal-cpp.
 BUILD_REQUIREMENTS := 'scikit-build-core>=1.1' 'nanobind>=3.1' 'nanobind-backend>=1.0' 'numpy>=2.2' cmake ninja \
-	$(if $(filter Darwin,$(PLATFORM)),mlx-metal,$(CLANG))
+	$(shell grep -o '$(if $(filter Darwin,$(PLATFORM)),mlx-metal,ziglang)==[0-9.]*' pyproject.toml)
+# The environment of make itself shares pip's own build folder; each other one has its own.
+BUILD := --no-build-isolation --no-deps $(if $(filter .venv,$(VENV)),,--config-settings=build-dir=$(VENV)/build)
 NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -not -name '*.pyc')
-STAMP := .venv/stamp
+STAMP := $(VENV)/stamp
+TORCH_VERSIONS := $(shell cat cmake/torch_versions.txt)
+# Where a test meets more of torch than tensors: what kernels compute doesn't depend on its version.
+TORCH_TESTS := $(patsubst %,tests/test_%.py,decode_ops diffusers double_backward dropout errors \
+	fidelity_torch generation main merge ops sdpa sdpa_opinfo sdpa_varlen torch_func training transformers varlen_ops)
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test test-slow test-mps host-cost lint format build wheel mac mac-check gpu-check clean help
+.PHONY: demo test test-main test-mps test-slow test-torch host-cost lint format build wheel mac mac-check gpu-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
 	@echo "make test [ARGS=..]  all tests but slow ones; ARGS go to pytest instead, for example ARGS='-k causal'"
 	@echo "make test-slow       the others: the wheel, coverage and mutants of the backend, all counts of the cost model"
-	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device"
+	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device; part of make test"
+	@echo "make test-torch      what meets torch's API, with the oldest and the newest torch, in build/torch-VERSION"
 	@echo "make host-cost       on Linux: what a call costs the host, on the stand-in mps device"
 	@echo "make lint            ruff, mypy, clang-format, the MSL lint"
 	@echo "make format          ruff and clang-format, in place"
@@ -42,10 +49,16 @@ build: $(STAMP)/build
 demo: build
 	$(BIN)/python -m mfa demo
 
-# With ARGS, only what they ask for.
+# All parts, also when the first fails. With ARGS, only what they ask for.
 test: build $(STAMP)/test
+	@failed=; \
+	for part in main $(if $(ARGS)$(filter Darwin,$(PLATFORM)),,mps); do \
+		$(MAKE) test-$$part || failed="$$failed test-$$part"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+test-main: build $(STAMP)/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(or $(ARGS),-m "not slow")
-	$(if $(ARGS)$(filter Darwin,$(PLATFORM)),,$(MAKE) test-mps)
 
 test-slow: build $(STAMP)/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
@@ -53,6 +66,15 @@ test-slow: build $(STAMP)/test
 # In processes of its own: torch caches whether there is an mps device.
 test-mps: build $(STAMP)/test
 	PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -n $(WORKERS) --dist worksteal -m mps $(ARGS)
+
+# A version is exact already: constraints in pip's configuration can only be in the way.
+test-torch:
+	@failed=; \
+	for version in $(firstword $(TORCH_VERSIONS)) $(lastword $(TORCH_VERSIONS)); do \
+		PIP_CONSTRAINT=/dev/null $(MAKE) test-main VENV=build/torch-$$version TORCH=torch==$$version \
+			ARGS='-m "not slow" $(TORCH_TESTS)' || failed="$$failed $$version"; \
+	done; \
+	test -z "$$failed" || { echo "failed with torch$$failed"; exit 1; }
 
 host-cost: build $(STAMP)/test
 	PYTHONPATH=tests $(BIN)/python -m driver.host_cost
@@ -70,10 +92,11 @@ format: $(STAMP)/dev
 	$(BIN)/clang-format -i $(FORMATTED)
 
 wheel: build
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel $(BUILD) --wheel-dir dist .
 
 mac-check: build $(STAMP)/mac-check
 	PYTHONPATH=cmake $(BIN)/python -m mac_check $(ARGS)
+	$(BIN)/python -m pytest -q tests/test_mac_check.py
 
 # torch's CUDA build must be the one in .venv, as it is where TORCH_ARGS is empty.
 gpu-check: build
@@ -88,12 +111,12 @@ mac: build $(STAMP)/test
 	$(BIN)/python cmake/mac_report.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist wheelhouse .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist wheelhouse .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP)/venv:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "mfa needs Python >= 3.10: set PYTHON")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade 'pip>=25.1'
 	mkdir -p $(STAMP) && touch $@
 
@@ -107,7 +130,7 @@ $(STAMP)/requirements: $(STAMP)/torch pyproject.toml
 	touch $@
 
 $(STAMP)/build: $(STAMP)/requirements $(NATIVE)
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	$(PIP) install $(BUILD) --editable .
 	touch $@
 
 $(STAMP)/test $(STAMP)/dev $(STAMP)/mac-check: $(STAMP)/%: $(STAMP)/torch pyproject.toml

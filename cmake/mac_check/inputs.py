@@ -8,10 +8,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# Each release in which the stable ABI or the MPS backend changed for us. The check adds the newest there is.
-TORCH = ["2.10.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
+HERE = Path(__file__).resolve().parent
+# The check adds the newest there is.
+TORCH = (HERE.parent / "torch_versions.txt").read_text().split()
 OLDEST = TORCH[0]
-METAL_CPP = "mlx-metal==0.32.4"
+PYPROJECT = (HERE.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+(METAL_CPP,) = re.findall(r"mlx-metal==[\d.]+", PYPROJECT)
 METAL_CPP_MEMBERS = ("mlx/include/metal_cpp/", "mlx/lib/libmlx.dylib")
 ONNX = "onnxruntime==1.32.0"  # uses much of libc++
 NANOBIND = "nanobind-backend==1.0.0"  # what nanobind uses of it
