@@ -15,6 +15,22 @@ settings.register_profile("mfa", deadline=None, suppress_health_check=list(Healt
 settings.load_profile("mfa")
 torch.set_num_threads(1)  # pytest-xdist brings the processes
 
+WHY_NO_SIMULATOR = mfa.simulator.why_not()
+SIMULATOR = pytest.param("simulator", marks=pytest.mark.simulator)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips, before any fixture, what needs a part that this build of mfa leaves out."""
+    if WHY_NO_SIMULATOR is not None and item.get_closest_marker("simulator"):
+        pytest.skip(WHY_NO_SIMULATOR)
+
+
+@pytest.fixture(autouse=True)
+def no_simulator_without_the_mark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that simulates but isn't marked `simulator` would fail on every Mac: let it fail here too."""
+    if not request.node.get_closest_marker("simulator"):
+        monkeypatch.setattr(mfa.simulator, "why_not", lambda: WHY_NO_SIMULATOR or "the test lacks the mark `simulator`")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -37,20 +53,13 @@ class Device:
             return mfa.simulate(checks=("races", "bounds", "uninitialised"), seed=seed)
         return nullcontext()
 
-    def why_not(self) -> str | None:
-        if self.name == "mps":
-            return mfa.device_info().why_not
-        return mfa.simulator.why_not() if self.name == "simulator" else None
 
-
-@pytest.fixture(params=["cpu", "simulator", pytest.param("mps", marks=pytest.mark.mps)])
+@pytest.fixture(params=["cpu", SIMULATOR, pytest.param("mps", marks=pytest.mark.mps)])
 def device(request: pytest.FixtureRequest) -> Device:
-    """Each device that there is; skips with the reason why there isn't."""
-    chosen = Device(request.param)
-    reason = chosen.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    return chosen
+    """Each device that there is."""
+    if request.param == "mps":
+        request.getfixturevalue("mps")
+    return Device(request.param)
 
 
 @pytest.fixture(name="mps", scope="session")

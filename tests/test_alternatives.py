@@ -10,9 +10,9 @@ from plan_problems import CATALOGUE, METAL
 from torch import Tensor
 
 import mfa
-from mfa import _library, _native, simulator
+from mfa import _library, _native
 
-pytestmark = pytest.mark.skipif(simulator.why_not() is not None, reason=str(simulator.why_not()))
+pytestmark = pytest.mark.simulator
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 

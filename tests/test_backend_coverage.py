@@ -1,14 +1,9 @@
 """How much of csrc/metal the tests on the stand-in device run."""
 
-import sys
-
 import pytest
 from driver import coverage
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
-    pytest.mark.slow,
-]
+pytestmark = [pytest.mark.simulator, pytest.mark.slow]
 
 
 def test_nine_lines_in_ten_run() -> None:

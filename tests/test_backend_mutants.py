@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 from driver import build
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
-    pytest.mark.slow,
-]
+pytestmark = [pytest.mark.simulator, pytest.mark.slow]
 
 BIND = "encoder.setBuffer(static_cast<const MTL::Buffer*>(arguments[index].storage), arguments[index].offset, index);"
 TAKE = "auto function = NS::TransferPtr(library.newFunction("

@@ -158,6 +158,7 @@ def count(length: int, mode: str, **kwargs: Any) -> tuple[mfa.Counters, mfa.Coun
     return forward, backward
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize(("mode", "most"), [("seven", 7 / 2), ("five", 5 / 2)])
 def test_operation_budgets(mode: str, most: float) -> None:
     forward, backward = count(256, mode)
@@ -167,12 +168,14 @@ def test_operation_budgets(mode: str, most: float) -> None:
     assert backward.threadgroup_read_bytes / backward.mma <= 1.2 * per_mma
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("mode", GEMMS)
 def test_causal_skips_what_no_row_sees(mode: str) -> None:
     dense, causal = (count(1024, mode, is_causal=is_causal)[1] for is_causal in (False, True))
     assert causal.mma <= 0.56 * dense.mma
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("names", [("query",), ("key",), ("value",), ("query", "value"), ("key", "value")])
 def test_only_what_is_asked_for_is_computed(names: tuple[str, ...]) -> None:
     tensors = {name: normal(1, 2, 40, 32) for name in ("query", "key", "value")}
@@ -209,6 +212,7 @@ def test_rows_that_see_nothing_have_no_gradient(device: Device) -> None:
     assert query.grad.isfinite().all()
 
 
+@pytest.mark.simulator
 def test_scratch_is_bounded() -> None:
     """Five GEMMs run in chunks of heads whose dS fits the limit, else the seven-GEMM mode does."""
     limit = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(_library.address_of("mfa_set_scratch_limit"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mfa
-from mfa import _library, _native, simulator
+from mfa import _library, _native
 from mfa.bench import __main__ as bench
 from mfa.bench import autotune, backends, cases, memory, plots, timed
 
@@ -63,6 +63,7 @@ def test_without_rich_there_are_the_lines(monkeypatch: pytest.MonkeyPatch, capsy
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(backends.installed())
 
 
+@pytest.mark.simulator
 def test_the_simulator_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench.main(["--device", "simulator", "--lengths", "64", "--backward", *files_of(tmp_path)])
     rows, report = read(tmp_path)
@@ -202,7 +203,7 @@ def test_nothing_better_is_no_patch() -> None:
     assert autotune.patch(TUNING.read_text(), "apple7", []) == ""
 
 
-@pytest.mark.skipif(simulator.why_not() is not None, reason=str(simulator.why_not()))
+@pytest.mark.simulator
 def test_counts_can_take_the_place_of_a_clock() -> None:
     """By loads from threadgroup memory, one row tile loses at D 64."""
 

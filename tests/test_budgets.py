@@ -11,6 +11,8 @@ import torch
 import mfa
 from mfa import _library
 
+pytestmark = pytest.mark.simulator
+
 MMA_VOLUME = 8 * 8 * 8
 
 

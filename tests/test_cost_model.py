@@ -275,11 +275,13 @@ def test_every_tile_of_float16_is_counted() -> None:
     assert {instance.name for _, instance in count_kernels.rows_of_instances()} == {kernel.name for kernel in OURS}
 
 
+@pytest.mark.simulator
 def test_counts_of_a_kernel_are_current() -> None:
     counted = next(count_kernels.ours())
     assert counted == TABLE[counted.name], "run `python tests/count_kernels.py`"
 
 
+@pytest.mark.simulator
 @pytest.mark.slow
 def test_all_counts_are_current() -> None:
     assert {kernel.name: kernel for kernel in count_kernels.count()} == TABLE, "run `python tests/count_kernels.py`"

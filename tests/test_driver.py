@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 from driver import build, control, selectors
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="the driver stands in for Apple's frameworks, on Linux only"),
-]
+pytestmark = pytest.mark.simulator
 
 WORKS = [
     "device",

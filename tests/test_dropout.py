@@ -26,6 +26,7 @@ from mfa import _blocks, _dropout, sdpa
 FORWARD = torch.ops.mfa.attention_forward.default
 BACKWARD = torch.ops.mfa.attention_backward.default
 PLACES = ("cpu", "apple7", "apple9")  # CPU tensors by themselves, and in the simulator of a GPU family
+EACH = [pytest.param(place, marks=() if place == "cpu" else pytest.mark.simulator) for place in PLACES]
 STATE = torch.tensor([-(2**62) - 12345, 2**40 + 99])
 
 
@@ -111,7 +112,7 @@ def test_blocks_are_parts_of_the_mask(
     torch.testing.assert_close(actual, expected[:, 1:, block[0], block[1]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", EACH)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("lengths", [(19, 45), (5, 130)], ids=str)
 def test_same_mask_everywhere(place: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
@@ -138,7 +139,7 @@ def test_same_mask_everywhere(place: str, dtype: torch.dtype, lengths: tuple[int
 # -- values and gradients, given the mask ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", EACH)
 def test_values_and_gradients(place: str) -> None:
     """The numerics rule, with every other feature; and lse doesn't know about dropout."""
 
@@ -282,7 +283,7 @@ def test_expectation_and_variance_and_those_of_sdpa() -> None:
 # -- the generator --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", EACH)
 def test_manual_seed(place: str) -> None:
     query, key, value = qkv()
     with active(place):
@@ -296,6 +297,7 @@ def test_manual_seed(place: str) -> None:
     assert not torch.equal(outs[0][0], outs[2][0])
 
 
+@pytest.mark.simulator
 def test_no_dropout_is_free() -> None:
     """It draws nothing, and runs the same operations."""
     tensors = [tensor.requires_grad_() for tensor in qkv()]
@@ -310,17 +312,17 @@ def test_no_dropout_is_free() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_smaller_than_a_draw_is_none() -> None:
+@pytest.mark.parametrize("place", EACH)
+def test_smaller_than_a_draw_is_none(place: str) -> None:
     query, key, value = qkv()
-    for place in PLACES:
-        with active(place):
-            assert torch.equal(mfa.attention(query, key, value, dropout_p=1e-6), mfa.attention(query, key, value))
+    with active(place):
+        assert torch.equal(mfa.attention(query, key, value, dropout_p=1e-6), mfa.attention(query, key, value))
 
 
 # -- PyTorch's machinery --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("place", EACH[:2])
 def test_opcheck(place: str) -> None:
     query, key, value = qkv()
     terms = (0.25, None, 2, 0.0, 0.3, STATE)

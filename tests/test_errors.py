@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Device
+from conftest import SIMULATOR, Device
 from torch import Tensor
 
 import mfa
@@ -152,9 +152,9 @@ OP_CASES = {
 
 
 @pytest.mark.parametrize(("error", "changes", "sentence"), CASES, ids=NAMES)
-@pytest.mark.parametrize("simulated", [False, True], ids=["cpu", "simulator"])
-def test_function(error: type[Exception], changes: dict[str, Any], sentence: str, simulated: bool) -> None:
-    with Device("simulator" if simulated else "cpu").active(), pytest.raises(error) as raised:
+@pytest.mark.parametrize("kind", ["cpu", SIMULATOR])
+def test_function(error: type[Exception], changes: dict[str, Any], sentence: str, kind: str) -> None:
+    with Device(kind).active(), pytest.raises(error) as raised:
         mfa.attention(**arguments(**changes))
     assert type(raised.value) is error
     assert str(raised.value).startswith(sentence)
@@ -191,7 +191,7 @@ FORWARD = {
 
 
 @pytest.mark.parametrize(("changes", "sentence"), FORWARD.values(), ids=FORWARD)
-@pytest.mark.parametrize("kind", ["cpu", "simulator", "meta"])
+@pytest.mark.parametrize("kind", ["cpu", SIMULATOR, "meta"])
 def test_forward_op(changes: dict[str, Any], sentence: str, kind: str) -> None:
     good = {"bias": None, "sinks": None, "alibi_slopes": None, "scale": 1.0, "window_left": None, "window_right": None}
     made = arguments(**{**good, "softcap": 0.0, "dropout_p": 0.0, "rng_state": None, **changes})
@@ -202,6 +202,7 @@ def test_forward_op(changes: dict[str, Any], sentence: str, kind: str) -> None:
     assert str(raised.value).startswith(sentence)
 
 
+@pytest.mark.simulator
 def test_float64_in_the_simulator() -> None:
     tensors = {name: ones(*shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     with mfa.simulate(), pytest.raises(TypeError, match=r"^query has dtype float64; it must be float16, bfloat16 or"):

@@ -16,6 +16,8 @@ import pytest
 from fidelity import TYPES, Problem, encode, error, strides
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 
+pytestmark = pytest.mark.simulator
+
 VERSION = "0.32.4"
 PREFIX = "mlx/include/"
 # Headers of no interest to attention, which lean on Apple's internals.

@@ -10,6 +10,8 @@ import pytest
 from fidelity import TYPES, Problem, encode, error, strides
 from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
 
+pytestmark = pytest.mark.simulator
+
 # c10/metal/common.h reduced to what the kernel uses; the original pulls in headers of no interest here.
 COMMON = """
 #pragma once

@@ -22,6 +22,8 @@ from gpu_check.cases import GROUPS, Case  # noqa: E402
 from gpu_check.check import Problem, check  # noqa: E402
 from translate_cuda import Pipeline, compile_ptx, translate_source  # noqa: E402
 
+pytestmark = pytest.mark.simulator
+
 SMALL = [case for case in GROUPS["small"]() if case.head_dim == 64]
 
 

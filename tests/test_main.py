@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,13 +25,27 @@ def test_info_has_reasons_and_the_support_table() -> None:
     assert support.markdown() in text
 
 
-def test_demo_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.simulator
+def test_demo_runs_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo"])
     text = capsys.readouterr().out
-    assert text.count(" ok ") == len(demo.CASES)
+    assert text.count(" ok ") == text.count(" forward_") == len(demo.CASES)
     assert "WRONG" not in text
 
 
+def test_demo_without_anything_to_run_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says on a Mac without a usable GPU."""
+    monkeypatch.setattr(demo, "device_info", lambda: SimpleNamespace(why_not="a virtual one"))
+    monkeypatch.setattr(demo.simulator, "why_not", lambda: "for Linux")
+    main(["demo"])
+    text = capsys.readouterr().out
+    assert text.startswith("On the CPU. Nothing can run the kernels. GPU: a virtual one. Simulator: for Linux.\n")
+    assert text.count(" ok ") == len(demo.CASES)
+
+
+@pytest.mark.simulator
 def test_demo_fails_when_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "CASES", demo.CASES[:1])
     monkeypatch.setattr(demo, "attention", lambda *tensors, **terms: attention(*tensors, **terms) + 1)

@@ -4,7 +4,6 @@ xcrun and xcodebuild are stand-ins for Apple's, so that what only runs on a Mac 
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,24 +88,25 @@ def test_says_what_is_missing(machine: str, options: list[str], folder: Path) ->
     assert not (folder / "downloaded").exists()
 
 
-def cmake() -> str:
-    found = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    return found or pytest.skip("cmake isn't installed")
+@pytest.fixture
+def cmake() -> tuple[str, ...]:
+    pytest.importorskip("cmake", reason="the package cmake isn't installed")
+    return (sys.executable, "-m", "cmake")
 
 
 @pytest.mark.parametrize("machine", ["bundled", "component", "named"])
-def test_cmake_builds_a_metallib(machine: str, folder: Path) -> None:
+def test_cmake_builds_a_metallib(machine: str, folder: Path, cmake: tuple[str, ...]) -> None:
     (folder / "downloaded").touch()
     for step in (["-S", ".", "-B", folder], ["--build", folder]):
-        done = run(folder, machine, cmake(), *step)
+        done = run(folder, machine, *cmake, *step)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "mfa.dir" / "k.air").read_text() == f"-o {folder}/mfa.dir/k.air\n"
     assert (folder / "mfa.metallib").exists()
 
 
 @pytest.mark.parametrize("required", [True, False])
-def test_cmake_without_a_compiler(required: bool, folder: Path) -> None:
-    done = run(folder, "none", cmake(), "-S", ".", "-B", folder, f"-DMFA_REQUIRE_METALLIB={required}")
+def test_cmake_without_a_compiler(required: bool, folder: Path, cmake: tuple[str, ...]) -> None:
+    done = run(folder, "none", *cmake, "-S", ".", "-B", folder, f"-DMFA_REQUIRE_METALLIB={required}")
     assert done.returncode == required
     message = " ".join(done.stderr.split())  # CMake breaks lines
     assert "No metallib: kernels are compiled on first use. missing Metal Toolchain" in message

@@ -15,6 +15,8 @@ from simulator_engine import build_kernels
 import mfa
 from mfa import _library
 
+pytestmark = pytest.mark.simulator
+
 METAL = Path(__file__).parent.parent / "metal"
 SOURCE = """
 #include "forward.h"

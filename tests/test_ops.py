@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import Device
+from conftest import SIMULATOR, Device
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -103,6 +103,7 @@ def test_compile_is_done_once_for_all_lengths(backend: str, grad: bool) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.simulator
 def test_compiled_in_the_simulator() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(mfa.attention, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -131,7 +132,7 @@ class TestVmap:
 
     query, key, value = normal(3, 2, 4, 5, 8), normal(2, 4, 7, 8, seed=1), normal(2, 4, 3, 7, 8, seed=2)
 
-    @pytest.mark.parametrize("device", ["cpu", "simulator"], indirect=True)
+    @pytest.mark.parametrize("device", ["cpu", SIMULATOR], indirect=True)
     def test_tensors(self, device: Device) -> None:
         def f(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             return mfa.attention(query, key, value, is_causal=True, return_lse=True)

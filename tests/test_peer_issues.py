@@ -90,6 +90,7 @@ def test_fully_masked_rows_are_zero_pytorch_157727_167515(device: Device) -> Non
         assert all(tensor.isfinite().all() for tensor in (out, *grads))
 
 
+@pytest.mark.simulator
 def test_new_lengths_need_no_new_kernels_pytorch_152550_181213_152344() -> None:
     seen = set()
     with mfa.simulate(counters=False) as simulation, sdpa.enabled(), torch.no_grad():

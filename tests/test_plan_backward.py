@@ -24,7 +24,7 @@ from plan_problems import (
 )
 
 import mfa
-from mfa import _library, simulator
+from mfa import _library
 from mfa import _native as native
 
 GRADIENTS = ("query", "key", "value", "bias", "sinks", "alibi")
@@ -322,7 +322,7 @@ def test_what_no_kernel_takes_is_refused(wrong: dict[str, Any]) -> None:
         native.plan_backward(**(SHAPE | wrong))
 
 
-@pytest.mark.skipif(simulator.why_not() is not None, reason=str(simulator.why_not()))
+@pytest.mark.simulator
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_catalogue_knows_what_kernels_really_use(dtype: str) -> None:
     """Threadgroup memory of every instance of both passes, as the simulator finds it."""

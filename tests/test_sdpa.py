@@ -50,6 +50,7 @@ def test_importing_registers_and_activates_nothing() -> None:
     assert done.stdout.split() == ["True", "None"]
 
 
+@pytest.mark.simulator
 @undoes
 def test_torch_activates_and_restores(routed: list[Any]) -> None:
     query, key, value = qkv()

@@ -10,6 +10,8 @@ from torch import Tensor
 import mfa
 from mfa import _native
 
+pytestmark = pytest.mark.simulator
+
 # Names that users and tests rely on.
 COUNTERS = {
     "mma",

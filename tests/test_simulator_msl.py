@@ -14,6 +14,8 @@ from fidelity import decode, encode
 from simulator_cases import LANES, NUMPY, THREADS, Case, integer_cases, math_cases, simd_cases, vector_cases, vote_cases
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 
+pytestmark = pytest.mark.simulator
+
 CASES = simd_cases() + vote_cases() + vector_cases() + math_cases() + integer_cases()
 
 

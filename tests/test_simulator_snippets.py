@@ -275,6 +275,7 @@ def name(snippet: Snippet) -> str:
     return snippet.name
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("snippet", REJECTED + KNOWN_GAPS_REJECTED, ids=name)
 def test_rejected(verdicts: dict[str, str], snippet: Snippet) -> None:
 
@@ -284,6 +285,7 @@ def test_rejected(verdicts: dict[str, str], snippet: Snippet) -> None:
     assert snippet.links or f"{snippet.name}.metal:" in text, text
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("snippet", ACCEPTED + KNOWN_GAPS_ACCEPTED, ids=name)
 def test_accepted(verdicts: dict[str, str], snippet: Snippet) -> None:
     assert verdicts[snippet.name] == ""

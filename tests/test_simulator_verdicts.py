@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from simulator_engine import BOUNDS, RACES, UNINITIALISED, Library, SimulationError, build_kernels, open_library
 
+pytestmark = pytest.mark.simulator
+
 
 @dataclass(frozen=True)
 class Verdict:

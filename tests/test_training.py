@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch._dynamo.testing
+from conftest import SIMULATOR
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -70,7 +71,7 @@ class GPT(nn.Module):
         return cross_entropy(self.head(x).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-@pytest.fixture(params=["cpu", "simulator"])
+@pytest.fixture(params=["cpu", SIMULATOR])
 def kernels(request: pytest.FixtureRequest) -> AbstractContextManager[object]:
     return mfa.simulate() if request.param == "simulator" else nullcontext()
 
@@ -102,6 +103,7 @@ def bound(plain: Tensor, expected: Tensor) -> float:
     return 2 * oracle.largest_error(plain, expected) + rounding
 
 
+@pytest.mark.simulator
 def test_steps_in_the_simulator() -> None:
     """Loss, and gradient of every parameter, are as near to float64 as torch's; each run trains weights of its own."""
 

@@ -29,7 +29,7 @@ def info() -> None:
 
 
 def demo() -> None:
-    """Prints attention by the kernels beside float64. Exits with 1 if it is wrong, or if nothing can run them."""
+    """Prints attention beside float64. Exits with 1 if it is wrong."""
     from .demo import table
 
     for line in table():
@@ -45,8 +45,9 @@ def main(command_line: Sequence[str] | None = None) -> None:
     commands.add_parser(
         "demo",
         help="attention on the best device, beside float64",
-        description="Computes attention with the real kernels on the best device there is, an Apple GPU or else the "
-        "simulator, and compares it with float64. Exits with 1 if a result is wrong.",
+        description="Computes attention on the best device there is, and compares it with float64. The kernels run on "
+        "an Apple GPU or in the simulator; where there is neither, it says why and takes the CPU. Exits with 1 if a "
+        "result is wrong.",
     )
     commands.add_parser("bench", help="timings, and what a model predicts; see bench --help", add_help=False)
     arguments, rest = parser.parse_known_args(command_line)
