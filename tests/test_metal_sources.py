@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from plan_problems import CATALOGUE, METAL
 
-pytest.importorskip("ziglang", reason="the simulator's compiler is for Linux")
 sys.path.insert(0, str(METAL.parent / "csrc" / "simulator"))
 import instructions
 import translate
@@ -40,6 +39,7 @@ def host_names(source: Path) -> list[str]:
     return ["".join(re.findall(r'"([^"]*)"', name)) for name in found]
 
 
+@pytest.mark.simulator
 def test_every_kernel_of_the_catalogue_is_instantiated_once() -> None:
     names = Counter(name for source in SOURCES for name in host_names(source))
     assert names == Counter(list(CATALOGUE))
@@ -56,6 +56,7 @@ def unoptimised(source: Path) -> str:
         return output.read_text()
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_matrices_exist_only_around_a_product(source: Path) -> None:
     """Metal's own type is never a member, and a variable only in multiply_add (and in what it calls)."""
@@ -68,6 +69,7 @@ def test_matrices_exist_only_around_a_product(source: Path) -> None:
         assert not matrices or "multiply_add" in name or "simdgroup_multiply" in name, name
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize(("row", "header"), INSTANCES.items(), ids=lambda text: text.replace(" ", ""))
 def test_nothing_is_left_in_memory(row: str, header: str) -> None:
     """Every loop over fragments is unrolled, so each is a register; with no function constant on, and with those that

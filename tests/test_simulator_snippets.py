@@ -291,6 +291,7 @@ def test_accepted(verdicts: dict[str, str], snippet: Snippet) -> None:
     assert verdicts[snippet.name] == ""
 
 
+@pytest.mark.simulator
 def test_strict_refuses_a_warning(tmp_path: Path) -> None:
     source = tmp_path / "unused.metal"
     source.write_text("void g(int x) { int y; }\n")
@@ -356,6 +357,7 @@ def test_lint_is_quiet_on_torch() -> None:
     assert lint([header]) == []
 
 
+@pytest.mark.simulator
 def test_only_a_compiler_that_was_tried_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one on PATH is never looked for; one that MFA_CLANG names must be of a version that our tests have run with."""
     other = tmp_path / "clang"
