@@ -286,10 +286,24 @@ def _softmax_block(
     return out.div_(total.masked_fill(total == 0, 1)), maximum.add_(total.log_()).squeeze(-1)
 
 
+def exactly_scaled(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """`query * factor`, the factor, and the power of two that is left of the scale for ATen's kernel.
+
+    Its backward pass computes scores again, to take exp(score - lse). There BLAS multiplies by the scale, in the
+    forward pass the kernel itself does: only a power of two makes both round alike. Otherwise P, where few keys share
+    a row, feels the rounding of scores, which softmax on whole rows doesn't. Half types would round the product.
+    """
+    factor = math.frexp(scale)[0]
+    if abs(factor) in (0, 0.5) or query.dtype.itemsize == 2:
+        return query, 1.0, scale
+    return query * factor, factor, scale / factor
+
+
 def _fused_block(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    scaled, _, power = exactly_scaled(query, scale)
+    out, lse = _fused(scaled, key, value, 0.0, causal, attn_mask=mask, scale=power)
     if mask is not None:  # ATen reports 0 for a row that sees nothing
         lse = lse.masked_fill(mask.amax(-1) == HIDDEN, HIDDEN)
     return out, lse

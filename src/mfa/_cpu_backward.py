@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import HIDDEN, Cut, Terms, Window, part
-from ._cpu import grouped, heads_are_batches, is_copied, operand, overflows, raw_scores, slopes_of
+from ._cpu import exactly_scaled, grouped, heads_are_batches, is_copied, operand, overflows, raw_scores, slopes_of
 from ._dropout import COPIES, Dropout
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -63,7 +63,9 @@ def attention_backward(
     # ATen's kernel starts from out and lse, which must be exact to float32, and has the gradients of three inputs.
     exact = query.dtype == torch.float32 or (dtype == torch.float32 and correction is not None)
     masked_only = softcap == 0 and dropout is None and grad_lse is None and not (wanted[3] or wanted[5])
-    fused = exact and masked_only and grad_out.numel() > 0 and not overflows(query, key)
+    # Where no row sees more than one key, gradients of query and key are 0. Its dP - delta is a rounding of dP.
+    has_choice = window.block_keys(1) > 1
+    fused = exact and masked_only and has_choice and grad_out.numel() > 0 and not overflows(query, key)
     if fused and not wanted[4]:
         found = _fused_at_once(grad_out, query, key, value, out, lse, terms, scale)
         if found is not None:
@@ -99,12 +101,17 @@ def _fused_as_laid_out(
     causal: bool,
 ) -> list[Tensor]:
     """ATen's kernel makes B,L,H,D; where B,H,L,D is wanted, heads become batches."""
+    query, factor, power = exactly_scaled(query, scale)
     tensors = (grad_out, query, key, value, out)
     if mask is not None or key.shape[1] != query.shape[1] or not all(map(heads_are_batches, tensors)):
-        return list(_fused(*tensors, lse, 0.0, causal, attn_mask=mask, scale=scale))
-    folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
-    found = _fused(*folded, lse.reshape(-1, 1, lse.shape[2]), 0.0, causal, scale=scale)
-    return [grad.view(tensor.shape) for grad, tensor in zip(found, tensors[1:4], strict=True)]
+        found = list(_fused(*tensors, lse, 0.0, causal, attn_mask=mask, scale=power))
+    else:
+        folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
+        grads = _fused(*folded, lse.reshape(-1, 1, lse.shape[2]), 0.0, causal, scale=power)
+        found = [grad.view(tensor.shape) for grad, tensor in zip(grads, tensors[1:4], strict=True)]
+    if factor != 1:
+        found[0].mul_(factor)
+    return found
 
 
 def _fused_at_once(
@@ -205,7 +212,9 @@ def _add_composed(
     grad_query, grad_key, grad_value, grad_bias, grad_sinks, grad_slopes = grads
     dtype, query_heads, key_heads = terms.dtype, query.shape[1], key.shape[1]
     group = query_heads // key_heads
-    operand_bytes = 2 * (query.shape[3] + value.shape[3]) * (group * query.shape[2] + key.shape[2]) * dtype.itemsize
+    widths, block_keys = (query.shape[3], value.shape[3]), terms.window.block_keys(terms.window.block_rows())
+    numbers = 2 * sum(widths) * (group * query.shape[2] + key.shape[2]) + max(widths) * group * block_keys
+    operand_bytes = numbers * dtype.itemsize
     cut = Cut.of(terms, len(query), key_heads, group, operand_bytes, 4 if dropout is None else 5 + COPIES)
     if grad_sinks is not None and grad_lse is not None:  # the lse of a row that sees no key is the sink
         grad_sinks += grad_lse.sum((0, 2)) - grad_lse[:, :, terms.window.rows()].sum((0, 2))
@@ -221,7 +230,7 @@ def _add_composed(
             d_rows = grouped(d_out[:, :, rows], k.shape[1])
             factors = None if dropout is None else dropout.factors(batches, q_heads, rows, keys)
             kept = probability if factors is None else probability * factors
-            dv[:, :, keys] += grouped(kept, k.shape[1]).transpose(-1, -2) @ d_rows
+            dv[:, :, keys] += _summed_over_rows(kept, d_out[:, :, rows], group)
             d_scores = (d_rows @ v[:, :, keys].transpose(-1, -2)).view(scores.shape)
             if factors is not None:
                 d_scores *= factors
@@ -241,13 +250,23 @@ def _add_composed(
             if softcap > 0:
                 d_scores *= 1 - (raw / softcap).square_()
             d_grouped = grouped(d_scores.mul_(scale), k.shape[1])
-            dk[:, :, keys] += d_grouped.transpose(-1, -2) @ grouped(q[:, :, rows], k.shape[1])
+            dk[:, :, keys] += _summed_over_rows(d_scores, q[:, :, rows], group)
             if grad_query is not None:
                 grad_query[batches, q_heads, rows] = (d_grouped @ k[:, :, keys]).view(q[:, :, rows].shape)
         if grad_key is not None:
             grad_key[batches, heads] = dk
         if grad_value is not None:
             grad_value[batches, heads] = dv
+
+
+def _summed_over_rows(weights: Tensor, rows: Tensor, group: int) -> Tensor:
+    """weights' rows [B,Hkv,keys,X], head by head: one sum over all rows of a group would round each partial sum more.
+
+    Args:
+        weights: [B,Hq,rows,keys]. rows: [B,Hq,rows,X].
+    """
+    by_head = weights.transpose(-1, -2) @ rows
+    return torch.sum(by_head.unflatten(1, (-1, group)), dim=2)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
