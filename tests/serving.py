@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import oracle
 import torch
 from conftest import Device
 from hypothesis import strategies as st
@@ -153,32 +152,6 @@ def by_sequence(
     outs.append(torch.zeros(spare, query.shape[1], value.shape[2], dtype=dtypes[0]))
     lses.append(torch.full((query.shape[1], spare), -math.inf, dtype=dtypes[1]))
     return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def tolerances(
-    problem_scale: float,
-    dtype: torch.dtype,
-    sequences: Sequence[tuple[tuple[Tensor, ...], dict[str, Any]]],
-    plain: tuple[Tensor, Tensor],
-    expected: tuple[Tensor, Tensor],
-) -> list[float]:
-    """The numerics rule for out and lse; few numbers may err by one rounding of the largest summand."""
-    summands, scores = [], []
-    for (query, key, value), terms in sequences:
-        score = oracle.logits(query.abs().double(), key.abs().double(), scale=abs(problem_scale))[0]
-        out = oracle.attention(query, key, value.abs(), **terms)[0]
-        if score.numel():
-            ratio = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
-            out = out * (1 + score.max() * min(1, ratio))
-        summands.append(out.flatten())
-        scores.append(score.flatten())
-    few = sum(score.numel() for score in scores) < 512
-    return [
-        oracle.tolerance(
-            plain_one, expected_one, torch.cat(absolute) if absolute and (few or expected_one.numel() < 512) else None
-        )
-        for plain_one, expected_one, absolute in zip(plain, expected, (summands, scores), strict=True)
-    ]
 
 
 # -- caches ---------------------------------------------------------------------------------------------------------

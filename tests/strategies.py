@@ -1,6 +1,7 @@
 """Random attention problems for hypothesis: small, and on the edges of tiles, buckets, masks and layouts."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ LENGTHS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 90)
 HEAD_DIMS = (1, 8, 16, 24, 31, 32, 33, 40, 63, 64, 65, 72, 73, 80, 81, 96, 100, 127, 128, 129, 160, 192, 200, 255, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("contiguous", "transposed", "padded", "strided", "offset", "one head", "one batch", "one row")
+# More random problems than usual, for one run by hand: MFA_TIMES=10.
+TIMES = int(os.environ.get("MFA_TIMES", "1"))
 # One head of a float32 problem of this many multiply-accumulates takes the simulator about 5 ms.
 LARGEST_PRODUCT = 3_000_000
 

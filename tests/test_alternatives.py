@@ -55,8 +55,8 @@ def test_out_and_gradients_are_right(preferred: _native.Instance, is_causal: boo
     assert preferred.name in {launch.kernel for launch in sim.launches}
     exact = results(lambda q, k, v: oracle.attention(q, k, v, is_causal=is_causal)[0], torch.float64)
     plain = results(lambda q, k, v: oracle.composition(q, k, v, is_causal=is_causal)[0])
-    for actual, expected, reference in zip(found, exact, plain, strict=True):
-        assert oracle.largest_error(actual, expected) <= oracle.tolerance(reference, expected)
+    for i, (actual, expected, reference) in enumerate(zip(found, exact, plain, strict=True)):
+        assert oracle.largest_error(actual, expected) <= oracle.tolerance(reference, expected, gradient=i > 0)
 
 
 def test_a_kernel_that_is_not_there_is_refused() -> None:

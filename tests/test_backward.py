@@ -9,9 +9,9 @@ import oracle
 import pytest
 import torch
 from conftest import Device
-from gradient_rule import differentiate, float32_roundings, tolerance
+from gradient_rule import bounds, differentiate, reordered
 from hypothesis import given, seed, settings
-from strategies import DTYPES, Problem, problems
+from strategies import DTYPES, TIMES, Problem, problems
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -41,8 +41,8 @@ def mode(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
         yield request.param
 
 
-def check(problem: Problem, device: Device) -> None:
-    """Every gradient is at most twice as far from float64 as that of plain PyTorch, plus 1e-6; and reproducible.
+def check(problem: Problem, device: Device) -> float:
+    """Every gradient obeys the numerics rule, and is reproducible. Returns the largest error over what is allowed.
 
     Half of the problems have a gradient of lse, and half ask for those of more than query, key and value.
     """
@@ -62,17 +62,16 @@ def check(problem: Problem, device: Device) -> None:
     asked = [*tensors] if problem.seed & 2 else ["query", "key", "value"]
     wanted = [name for name in asked if tensors[name].dtype != torch.bool]
 
-    def reference(dtype: torch.dtype) -> dict[str, Tensor]:
+    def reference(dtype: torch.dtype, order: int = 0) -> dict[str, Tensor]:
         """Whole matrices in `dtype`; torch's math SDPA computes half types in float32 like this, and rounds once."""
 
-        def call(**leaves: Tensor) -> tuple[Tensor, Tensor]:
-            mask = leaves.pop("attn_mask", None)
+        def call(query: Tensor, key: Tensor, value: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
+            mask = rest.get("attn_mask")
             bias = None if mask is None else mask[(None,) * (4 - mask.dim())]
-            q, k, v = (leaves.pop(name) for name in ("query", "key", "value"))
-            scores, seen = oracle.logits(q, k, bias=bias, alibi_slopes=leaves.get("alibi_slopes"), **terms)
-            probability, lse = oracle.weights(scores, seen, leaves.get("sinks"))
-            repeated = v.repeat_interleave(problem.group, dim=1)
-            return torch.einsum("bhij,bhjd->bhid", probability.to(v.dtype), repeated), lse
+            scores, seen = oracle.logits(query, key, bias=bias, alibi_slopes=rest.get("alibi_slopes"), **terms)
+            probability, lse = oracle.weights(scores, seen, rest.get("sinks"))
+            repeated = value.repeat_interleave(problem.group, dim=1)
+            return torch.einsum("bhij,bhjd->bhid", probability.to(value.dtype), repeated), lse
 
         leaves = {
             name: tensor.detach().clone()
@@ -80,10 +79,14 @@ def check(problem: Problem, device: Device) -> None:
             else tensor.detach().to(dtype).clone().requires_grad_(name in wanted)
             for name, tensor in tensors.items()
         }
-        return differentiate(call, leaves, grads)
+        return differentiate(reordered(call, order), leaves, grads)
+
+    def plain(order: int) -> dict[str, Tensor]:
+        found = reference(torch.promote_types(problem.dtype, torch.float32), order)
+        return {name: grad.to(tensors[name].dtype) for name, grad in found.items()}
 
     expected = reference(torch.float64)
-    plain = reference(torch.promote_types(problem.dtype, torch.float32))
+    allowed = bounds(plain, expected)
 
     def ours(order: int) -> dict[str, Tensor]:
         moved = {
@@ -99,40 +102,48 @@ def check(problem: Problem, device: Device) -> None:
             )
         return {name: grad.cpu() for name, grad in found.items()}
 
-    roundings = float32_roundings(tensors, terms, grads, problem.group)
+    ratios: dict[str, float] = {}
     results = [ours(order) for order in ((0, 1, 2) if device.name == "simulator" else (0,))]
     for name, grad in results[0].items():
         assert grad.shape == tensors[name].shape
         assert grad.dtype == tensors[name].dtype
-        bound = tolerance(plain[name].to(grad.dtype), expected[name], roundings.get(name, 0))
-        assert oracle.largest_error(grad, expected[name]) <= bound, name
+        ratios[name] = oracle.largest_error(grad, expected[name]) / allowed[name]
+        assert ratios[name] <= 1, name
         for other in results[1:]:
             torch.testing.assert_close(other[name], grad, rtol=0, atol=0, equal_nan=True)
+    return max(ratios.values())
 
 
 @pytest.mark.parametrize("shard", range(10))
 def test_random_problems(device: Device, shard: int) -> None:
-    """520 problems, half of them in each mode."""
+    """520 problems, half of them in each mode. With ARGS=-rP, says how near they come to what is allowed."""
+    dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
+    ratios = []
 
     @seed(shard)
-    @settings(max_examples=52)
-    @given(problems(dtypes=DTYPES))
+    @settings(max_examples=52 * TIMES)
+    @given(problems(dtypes=dtypes))
     def holds(problem: Problem) -> None:
-        check(problem, device)
+        ratios.append(check(problem, device))
 
     with forced([*GEMMS][shard % 2]):
         holds()
+    print(f"largest error of {len(ratios)} problems: {max(ratios):.2f} of what is allowed")  # noqa: T201
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounding_of_out_does_not_reach_gradients(device: Device, mode: str, dtype: torch.dtype) -> None:
-    """At this scale a few keys dominate each row: delta, from an out of 16 bits, would break the rule by up to 2.2."""
+def test_rounding_of_out_does_not_reach_gradients(device: Device, mode: str, dtype: torch.dtype, scale: float) -> None:
+    """At this scale a few keys dominate each row: delta, from an out of 16 bits, would break the rule by up to 2.2.
+
+    So would, by up to 4, scores that backward multiplies by the scale in another way than forward did: 0.9 rounds.
+    """
     generator = torch.Generator().manual_seed(0)
     *tensors, grad = (torch.randn(1, 4, 64, 64, generator=generator).to(dtype) for _ in range(4))
 
     def gradients(function: Any, device_type: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [tensor.to(device_type, dtype).requires_grad_() for tensor in tensors]
-        out = function(*leaves, is_causal=True, scale=1.0)
+        out = function(*leaves, is_causal=True, scale=scale)
         return [found.cpu() for found in torch.autograd.grad(out, leaves, grad.to(device_type, dtype))]
 
     with sdpa_kernel(SDPBackend.MATH):
@@ -140,7 +151,7 @@ def test_rounding_of_out_does_not_reach_gradients(device: Device, mode: str, dty
     with device.active():
         ours = gradients(mfa.attention, device.type, dtype)
     for actual, reference, torchs in zip(ours, expected, plain, strict=True):
-        assert oracle.largest_error(actual, reference) <= oracle.tolerance(torchs, reference)
+        assert oracle.largest_error(actual, reference) <= oracle.tolerance(torchs, reference, gradient=True)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -201,6 +212,18 @@ def test_gradients_of_the_output_in_any_layout(device: Device, layout: str) -> N
         strided = torch.autograd.grad(out, (query, key, value), grad, retain_graph=True)
         dense = torch.autograd.grad(out, (query, key, value), grad.contiguous())
     torch.testing.assert_close(strided, dense, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("window", "key_length"), [((0, 0), 40), ((None, None), 1)])
+def test_rows_that_see_one_key(window: tuple[int | None, int | None], key_length: int) -> None:
+    """Nothing is left to choose: gradients of query and key are 0, exactly so on the CPU."""
+    query = torch.randn(1, 2, 40, 1, requires_grad=True)
+    key, value = (torch.randn(1, 2, key_length, dim, requires_grad=True) for dim in (1, 96))
+    out = mfa.attention(query, key, value, window=window)
+    grads = torch.autograd.grad(out, (query, key, value), torch.randn_like(out))
+    assert not grads[0].any()
+    assert not grads[1].any()
+    assert grads[2].any()
 
 
 def test_rows_that_see_nothing_have_no_gradient(device: Device) -> None:

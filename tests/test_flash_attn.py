@@ -82,8 +82,9 @@ def test_against_float64(case: str, device: Device) -> None:
         theirs, their_lse = attend(*heads_first, **terms)
         their_grads = torch.autograd.grad(theirs, heads_first, grad.transpose(1, 2).to(theirs.dtype))
         wanted.append([*(tensor.transpose(1, 2) for tensor in (theirs, *their_grads)), their_lse])
-    for actual, expected, plain in zip((out, *gradients, lse), *wanted, strict=True):
-        assert oracle.largest_error(actual.cpu(), expected) <= oracle.tolerance(plain, expected)
+    for i, (actual, expected, plain) in enumerate(zip((out, *gradients, lse), *wanted, strict=True)):
+        allowed = oracle.tolerance(plain, expected, gradient=0 < i < 4)
+        assert oracle.largest_error(actual.cpu(), expected) <= allowed
 
 
 @pytest.mark.parametrize(("length_q", "length_k", "picture"), [(2, 5, "11110 11111"), (5, 2, "00 00 00 10 11")])

@@ -93,8 +93,8 @@ def test_varlen_attn_backward(device: Device, varlen: Any, key_heads: int) -> No
         copies = tuple(tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs)
         theirs = sequences(attend, copies, starts)  # type: ignore[arg-type]
         wanted.append((theirs, *torch.autograd.grad(theirs, copies, grad.to(theirs.dtype))))
-    for mine, plain, exact in zip((out, *grads), *wanted, strict=True):
-        assert largest_error(mine.detach().cpu(), exact) <= tolerance(plain, exact)
+    for i, (mine, plain, exact) in enumerate(zip((out, *grads), *wanted, strict=True)):
+        assert largest_error(mine.detach().cpu(), exact) <= tolerance(plain, exact, gradient=i > 0)
 
 
 def test_varlen_attn_compiled(varlen: Any) -> None:

@@ -8,18 +8,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import Device
-from gradient_rule import float32_roundings, tolerance
+from gradient_rule import bounds, reordered
 from hypothesis import given, seed, settings
 from serving import (
     DTYPES,
     Packed,
     by_sequence,
-    dense_terms,
     moved,
     normal,
     packed_problems,
     starts,
-    tolerances,
 )
 from torch import Tensor
 
@@ -46,16 +44,9 @@ def check(problem: Packed, device: Device) -> None:
     assert lse.dtype == torch.float32
     assert out.is_contiguous()
     assert lse.is_contiguous()
-    sequences = []
-    for n in range(len(problem.lengths)):
-        rows = [slice(int(s[n]), int(s[n + 1])) for s in arguments[3:5]]
-        dense = [x[r].transpose(0, 1)[None] for x, r in zip(arguments, (rows[0], rows[1], rows[1]), strict=False)]
-        sequences.append((tuple(dense), dense_terms(terms, n)))
-    scale = 1 / math.sqrt(problem.dims[0]) if problem.scale is None else problem.scale
-    allowed = tolerances(scale, problem.dtype, sequences, plain, expected)
-    for actual, reference, most in zip((out, lse), expected, allowed, strict=True):
+    for actual, reference, torchs in zip((out, lse), expected, plain, strict=True):
         assert actual.shape == reference.shape
-        assert oracle.largest_error(actual, reference) <= most
+        assert oracle.largest_error(actual, reference) <= oracle.tolerance(torchs, reference)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
 
@@ -90,24 +81,6 @@ def gradients(
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
 
 
-def gradient_roundings(problem: Packed, arguments: tuple[Any, ...], terms: dict[str, Any]) -> dict[str, float]:
-    """Of the sequence with the largest ones; those of what all sequences share add up."""
-    shared = {name for name in ("sinks", "alibi_slopes") if name in terms and terms[name].dim() == 1}
-    squares: dict[str, float] = {}
-    for n in range(len(problem.lengths)):
-        rows = [slice(int(s[n]), int(s[n + 1])) for s in arguments[3:5]]
-        dense = (x[r].transpose(0, 1)[None] for x, r in zip(arguments, (rows[0], rows[1], rows[1]), strict=False))
-        tensors = dict(zip(("query", "key", "value"), dense, strict=True))
-        others = dense_terms(terms, n)
-        tensors |= {name: others.pop(name) for name in ("sinks", "alibi_slopes") if name in others}
-        shape = tensors["query"].shape[:3]
-        ones = torch.ones(*shape, problem.dims[1]), torch.ones(shape)  # the weights of gradients() are about 1
-        for name, rounding in float32_roundings(tensors, {"is_causal": False, **others}, ones, problem.group).items():
-            before = squares.get(name, 0)
-            squares[name] = before + rounding**2 if name in shared else max(before, rounding**2)
-    return {name: square**0.5 for name, square in squares.items()}
-
-
 @pytest.mark.parametrize("shard", range(4))
 def test_gradients(device: Device, shard: int) -> None:
     """The numerics rule for the gradients of query, key, value, sinks and slopes, through out and lse."""
@@ -121,18 +94,25 @@ def test_gradients(device: Device, shard: int) -> None:
     @given(packed_problems(dtypes=dtypes))
     def holds(problem: Packed) -> None:
         arguments, terms = problem.arguments()
-        expected = gradients(lambda a, t: by_sequence(oracle.attention, a, t), arguments, terms, torch.float64)
+        names = ["query", "key", "value", *(name for name in ("sinks", "alibi_slopes") if name in terms)]
         wide = torch.promote_types(problem.dtype, torch.float32)
-        plain = gradients(lambda a, t: by_sequence(oracle.composition, a, t), arguments, terms, wide)
+
+        def reference(function: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+            found = gradients(lambda a, t: by_sequence(function, a, t), arguments, terms, dtype)
+            return dict(zip(names, found, strict=True))
+
+        def plain(order: int) -> dict[str, Tensor]:
+            found = reference(reordered(oracle.composition, order), wide)
+            return {name: grad.to(problem.dtype) if name in names[:3] else grad for name, grad in found.items()}
+
+        expected = reference(oracle.attention, torch.float64)
+        allowed = bounds(plain, expected)
         with device.active():
             there = tuple(moved(x, device) for x in arguments)
             ours = gradients(product, there, {name: moved(term, device) for name, term in terms.items()})
-        names = ["query", "key", "value", *(name for name in ("sinks", "alibi_slopes") if name in terms)]
-        roundings = gradient_roundings(problem, arguments, terms)
-        for name, actual, reference, torchs in zip(names, ours, expected, plain, strict=True):
-            assert actual.shape == reference.shape
-            allowed = tolerance(torchs.to(actual.dtype), reference, roundings.get(name, 0))
-            assert oracle.largest_error(actual.cpu(), reference) <= allowed, name
+        for name, actual in zip(names, ours, strict=True):
+            assert actual.shape == expected[name].shape
+            assert oracle.largest_error(actual.cpu(), expected[name]) <= allowed[name], name
 
     holds()
 

@@ -66,7 +66,7 @@ class Error(NamedTuple):
     """The largest error against float64, and what is allowed."""
 
     found: float
-    allowed: float  # twice that of torch's math path in the same dtype, plus 1e-6
+    allowed: float  # twice that of torch's math path in the same dtype, plus 1e-6, or 4e-6 for gradients
 
     @property
     def is_good(self) -> bool:
@@ -110,8 +110,8 @@ def run(case: Case, device: str) -> Result:
         return float((result.double() - exact).abs().max())
 
     forward, *backward = (
-        Error(error(ours, exact), 2 * error(theirs, exact) + 1e-6)
-        for ours, theirs, exact in zip(results, plain, expected, strict=True)
+        Error(error(ours, exact), 2 * error(theirs, exact) + (4e-6 if index > 0 else 1e-6))
+        for index, (ours, theirs, exact) in enumerate(zip(results, plain, expected, strict=True))
     )
     worst = max(backward, key=lambda error: error.found / error.allowed if error.is_good else math.inf)
     return Result(forward, worst, kernel, mma)
@@ -152,7 +152,7 @@ def table() -> Iterator[str]:
         )
     yield ""
     yield "error: the largest against float64. allowed: twice that of torch's math path in the same dtype, plus 1e-6."
-    yield "gradient: the same for that of query, key or value, whichever is nearest to its limit."
+    yield "gradient: the same, plus 4e-6, for that of query, key or value, whichever is nearest to its limit."
     if failed:
         yield f"{failed} of {len(CASES)} are wrong."
         raise SystemExit(1)
