@@ -11,7 +11,8 @@ from torch import Tensor
 # head's slope or sink is: it then computes them in so many orders of its sums that this many errors are known.
 MANY = 64
 
-Attention = Callable[..., tuple[Tensor, Tensor]]
+Attention = Callable[..., tuple[Tensor, Tensor]]  # out and lse
+Change = Callable[[Attention], Attention]
 
 
 def differentiate(function: Any, leaves: dict[str, Tensor], grads: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
@@ -28,6 +29,10 @@ def differentiate(function: Any, leaves: dict[str, Tensor], grads: tuple[Tensor,
     }
 
 
+def unchanged(attention: Attention) -> Attention:
+    return attention
+
+
 def reordered(attention: Attention, order: int) -> Attention:
     """`attention`, which sums over head dimensions in another order: the same but for rounding. As it is for 0."""
 
@@ -40,16 +45,61 @@ def reordered(attention: Attention, order: int) -> Attention:
     return call if order else attention
 
 
-def bounds(plain: Callable[[int], dict[str, Tensor]], expected: dict[str, Tensor]) -> dict[str, float]:
+class _DeltaFromOut(torch.autograd.Function):
+    """Passes out and lse on. What delta = rowsum(dO * out) lacks acts like a gradient of lse: dS = P (dP - delta)."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(out)
+        ctx.dtype = dtype
+        return out.view_as(out), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (out,) = ctx.saved_tensors
+        kept = out.to(ctx.dtype).to(out.dtype)
+        kept += (out - kept).half()
+        lacking = (d_out.double() * out.double()).sum(-1) - (d_out * kept).sum(-1)
+        return d_out, d_lse + lacking.to(d_lse.dtype), None
+
+
+def delta_from_out(attention: Attention, dtype: torch.dtype) -> Attention:
+    """`attention` with the backward pass of kernels: they sum delta in float32, from an out of `dtype` and, in float16,
+    what rounding took from it. Plain PyTorch's delta is the sum of P dP, which is exact where a row sees one key.
+    """
+
+    def call(*tensors: Tensor, **terms: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _DeltaFromOut.apply(*attention(*tensors, **terms), dtype)  # type: ignore[no-untyped-call]
+        return out, lse
+
+    return call
+
+
+def bounds(
+    plain: Callable[[Change], dict[str, Tensor]],
+    expected: dict[str, Tensor],
+    kernels: torch.dtype | None = None,
+) -> dict[str, float]:
     """What each gradient may be away from `expected`, float64.
 
     Args:
-        plain: the gradients that PyTorch's own operations give, in the gradients' dtypes, in the order of `reordered`.
+        plain: the gradients that PyTorch's own operations give, in the gradients' dtypes, of a changed attention.
+        kernels: where kernels compute, the query's dtype. Gradients of mask, sinks and slopes are plain sums of dS, of
+            any size: those of plain PyTorch then have delta from out as well.
     """
+    allowed = _bounds(plain, expected)
+    others = {name: x for name, x in expected.items() if name not in ("query", "key", "value")}
+    if kernels is not None and others:
+        allowed |= _bounds(lambda change: plain(lambda x: change(delta_from_out(x, kernels))), others)
+    return allowed
+
+
+def _bounds(plain: Callable[[Change], dict[str, Tensor]], expected: dict[str, Tensor]) -> dict[str, float]:
     orders = {name: -(-MANY // x.numel()) if x.numel() else 1 for name, x in expected.items()}
     largest = dict.fromkeys(expected, 0.0)
     for order in range(max(orders.values(), default=0)):
-        for name, x in plain(order).items():
+        found = plain(lambda attention: reordered(attention, order))  # noqa: B023
+        for name, exact in expected.items():
             if order < orders[name]:
-                largest[name] = max(largest[name], oracle.tolerance(x, expected[name], gradient=True))
+                largest[name] = max(largest[name], oracle.tolerance(found[name], exact, gradient=True))
     return largest

@@ -85,6 +85,15 @@ def test_scores_that_overflow_only_before_the_scale(terms: dict[str, Any]) -> No
     torch.testing.assert_close(grads, references, rtol=1e-4, atol=1e-4)
 
 
+def aten_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Not so where ATEN_CPU_CAPABILITY keeps instructions from ATen that oneDNN counts on."""
+    try:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(8, 1, 700, 64), (3, 64, 64, 64), (2, 130, 5, 40)], ids=str)
 @pytest.mark.parametrize("terms", [{}, {"is_causal": True}, {"scale": 0.0}, {"scale": 2.0}], ids=str)
@@ -97,7 +106,7 @@ def test_half_types_without_lse(dtype: torch.dtype, shape: tuple[int, int, int, 
     plain = oracle.composition(query, key, value, **terms)[0]
     assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
     exact = mfa.attention(query, key, value, **terms, return_lse=True)[0]
-    if not terms:
+    if not terms and aten_takes(query, key, value):
         assert not torch.equal(out, exact)  # the other way to compute it is another one
 
 

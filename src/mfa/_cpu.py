@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _log
 from ._blocks import HIDDEN, Cut, Terms, Window
 from ._dropout import COPIES, Dropout
 
@@ -204,11 +205,18 @@ def _attend_plainly(
         return None
     if causal and length < key.shape[2]:
         key, value = key[:, :, :length], value[:, :, :length]  # no row sees the others
-    if rows_are_contiguous:
-        out, lse = _attend_as_laid_out(query, key, value, scale, causal)
-    else:  # copied, small as they are, so that results don't depend on the layout
-        out, lse = _attend_as_laid_out(query.contiguous(), key.contiguous(), value.contiguous(), scale, causal)
-        out = _laid_out(out, query)
+    try:
+        if rows_are_contiguous:
+            out, lse = _attend_as_laid_out(query, key, value, scale, causal)
+        else:  # copied, small as they are, so that results don't depend on the layout
+            out, lse = _attend_as_laid_out(query.contiguous(), key.contiguous(), value.contiguous(), scale, causal)
+            out = _laid_out(out, query)
+    except RuntimeError as error:
+        if not is_half:
+            raise
+        # ATEN_CPU_CAPABILITY keeps instructions from ATen that oneDNN, and ATen's kernel by it, counts on.
+        _log.once(f"half types are computed in float32, since ATen's kernel for them fails: {error}")
+        return None
     return out, lse.to(torch.float32).contiguous()
 
 
