@@ -8,82 +8,91 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+
+from . import _torch
 
 
 def register(
     name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None], lib: torch.library.Library
 ) -> None:
-    """As `torch.library.register_autograd`, for an op without keyword-only arguments and lists of tensors."""
-    op = torch._library.utils.lookup_op(name)
-    outside = make_autograd_impl(op, Info(backward, setup_context))
+    """As `torch.library.register_autograd`, for an op without keyword-only arguments and lists of tensors.
 
-    class Level(torch.autograd.Function):
-        """One level of torch.func: the redispatch goes to the next."""
+    Trailing arguments that equal their defaults may be missing from `inputs`.
+    """
+    op = _overload(name)
 
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-            # The levels below differentiate as well, but a Function's forward has both modes off.
-            with (
-                torch.enable_grad(),
-                forward_ad._set_fwd_grad_enabled(True),
-                torch._C._AutoDispatchBelowAutograd(),
-            ):
-                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-            filled, _ = torch._library.utils.fill_defaults(op._schema, arguments, {})
-            setup_context(ctx=ctx, inputs=filled, output=result)
-            return result
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *arguments, keyset = inputs
+        result = _redispatch(op, keyset, arguments)
+        setup_context(ctx=ctx, inputs=tuple(arguments), output=result)
+        return result
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return None, *backward(Needs(ctx), *grads)
+    def forward_of_level(ctx: Any, *inputs: Any) -> Any:
+        # The levels below differentiate as well, but a Function's forward has both modes off.
+        with torch.enable_grad(), _torch.set_forward_mode(True):
+            return forward(ctx, *inputs)
 
-    class Needs:
-        """The context without its first input, the key set."""
+    def backward_and_keyset(ctx: Any, *grads: Any) -> Any:
+        return *backward(ctx, *grads), None
 
-        def __init__(self, ctx: Any) -> None:
-            self._ctx = ctx
+    def function(forward: Callable[..., Any], base: type) -> Any:
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_and_keyset)}
+        return type(name.replace("::", "_"), (base,), methods)
 
-        def __getattr__(self, attribute: str) -> Any:
-            found = getattr(self._ctx, attribute)
-            return found[1:] if attribute == "needs_input_grad" else found
+    whole, level = function(forward, torch.autograd.Function), function(forward_of_level, _torch.SingleLevelFunction)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         _refuse_tangents(name, arguments)
-        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        if not needed or not torch._C._are_functorch_transforms_active():
-            return outside(keyset, *arguments)
-        with enable_single_level_autograd_function():
-            apply: Any = super(torch.autograd.Function, Level).apply  # Function.apply would start at the top level
-            return apply(keyset, *arguments)
+        if not _wants_graph(arguments):
+            return _redispatch(op, keyset, arguments)
+        if not _torch.in_torch_func():
+            return whole.apply(*arguments, keyset)
+        with _torch.single_level():
+            return level.apply(*arguments, keyset)
 
-    lib.impl(name.split("::")[1], kernel, "Autograd", with_keyset=True)
+    lib.impl(op, kernel, "Autograd", with_keyset=True)
 
 
 def register_through(name: str, through: str, *, lib: torch.library.Library) -> None:
     """Autograd of an op that another one does as well, with further results that backward needs.
 
     Args:
-        name: the op; what it returns are the first results of `through`.
+        name: the op; what it returns are the first two results of `through`.
         through: takes the same arguments, and has autograd.
     """
-    op, other = (torch._library.utils.lookup_op(each) for each in (name, through))
-    results = len(op._schema.returns)
+    op, other = _overload(name), _overload(through)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         _refuse_tangents(name, arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return other.redispatch(keyset, *arguments)[:results]
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        if _wants_graph(arguments):
+            return other.redispatch(keyset, *arguments)[:2]
+        return _redispatch(op, keyset, arguments)
 
-    lib.impl(name.split("::")[1], kernel, "Autograd", with_keyset=True)
+    lib.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def requires_grad(*arguments: Any) -> bool:
+    """Whether any of them does, whatever else is among them."""
+    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+
+
+def _overload(name: str) -> Any:
+    namespace, op = name.split("::")
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+def _redispatch(op: Any, keyset: Any, arguments: Any) -> Any:
+    with _torch.below_autograd():
+        return op.redispatch(keyset & _torch.after_autograd, *arguments)
+
+
+def _wants_graph(arguments: Any) -> bool:
+    return torch.is_grad_enabled() and requires_grad(*arguments)
 
 
 def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+    if _torch.has_dual_level() and any(map(_has_tangent, arguments)):
         raise NotImplementedError(
             f"{name} has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad): use reverse "
             "mode, for a Hessian torch.func.jacrev twice"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _cache_checks, _checks, _cpu, _decode_cpu, _ops, simulator
+from . import _autograd, _cache_checks, _checks, _cpu, _decode_cpu, _ops, _torch, simulator
 from ._index_checks import check_index_tensor, host_values
 from ._ops import LIBRARY
 from ._ops import ops as ops
@@ -44,7 +44,7 @@ def _decode_cpu_kernel(
     if simulation is not None:  # what an MPS tensor reaches
         outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_decode.default, *arguments, num_splits)
         return outputs
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         return _decode_cpu.attention_decode(*arguments)
 
 
@@ -84,7 +84,7 @@ def _decode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 def _decode_autocast(query: Tensor, key_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     device = query.device.type
-    with _ops.without_autocast(device):
+    with torch.autocast(device, enabled=False):
         query = autocast(device, query, key_cache)
         outputs: tuple[Tensor, Tensor] = ops.attention_decode(query, key_cache, *rest)
     return outputs

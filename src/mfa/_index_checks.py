@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _torch
 
 _INT32_MAX = 2**31 - 1
 
@@ -17,7 +17,7 @@ def host_values(tensor: Tensor) -> list[int] | None:
     """Contents of an integer tensor, or None where there are none yet, or where reading them would wait."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
         return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if _torch.is_wrapped(tensor):
         return None
     values: list[int] = tensor.flatten().tolist()
     return values

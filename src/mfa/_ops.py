@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _composition, _cpu, _cpu_backward, _dropout, _library, simulator
+from . import _autograd, _checks, _composition, _cpu, _cpu_backward, _dropout, _library, _torch, simulator
 
 _library.load()
 ops = torch.ops.mfa
@@ -40,7 +39,7 @@ def _run(op: Any, on_cpu: Callable[..., Any], *arguments: Any) -> Any:
     check_arguments(_checks.check_forward, arguments, metal=simulation is not None)
     if simulation is not None:  # what an MPS tensor reaches
         return simulation.call(op, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         return on_cpu(*arguments)
 
 
@@ -79,10 +78,11 @@ def nothing_listens(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or simulator.active() is not None or torch.is_autocast_enabled("cpu"):
         return False
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    if modes or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
+    if _torch.count_dispatch_modes() or _torch.count_function_modes() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+    if _torch.in_torch_func() or _torch.has_dual_level():
+        return False
+    if torch.is_grad_enabled() and _autograd.requires_grad(*tensors):
         return False
     return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
 
@@ -90,16 +90,10 @@ def nothing_listens(*tensors: Tensor | None) -> bool:
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     bias, sinks, *others = rest
     device = query.device.type
-    with without_autocast(device):
+    with torch.autocast(device, enabled=False):
         tensors = autocast(device, query, key, value, bias, sinks)
         outputs: tuple[Tensor, Tensor] = ops.attention_forward(*tensors, *others)
     return outputs
-
-
-def without_autocast(device: str) -> Any:
-    """A context in which calls on `device` don't reach autocast again."""
-    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-    return torch._C._ExcludeDispatchKeyGuard(off)
 
 
 def autocast(
@@ -204,7 +198,7 @@ def _backward_cpu(
     if simulation is not None:  # what an MPS tensor reaches
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_backward.default, *arguments)
         return outputs
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         grads = _cpu_backward.attention_backward(*arguments)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -233,8 +227,8 @@ def _backward_fake(
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (_out, _lse, bias, sinks, alibi_slopes), rest = inputs[:5], inputs[5:10], inputs[10:]
-    *ctx.scalars, rng_state, ctx.mask, _correction = rest
+    tensors, (_out, _lse, bias, sinks, alibi_slopes) = inputs[:5], inputs[5:10]
+    *ctx.scalars, rng_state, ctx.mask = inputs[10:17]
     ctx.save_for_backward(*tensors, bias, sinks, alibi_slopes, rng_state)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import _torch
 from ._ops import ops
 
 # Where a tensor is split: a dimension, or _SUM: each rank has a term of it, or None: each rank has all of it.
@@ -43,7 +44,7 @@ def register() -> None:
 
     for name, ways in _WAYS.items():
         op = getattr(ops, name).default
-        register_sharding(op)(_rule(len(op._schema.returns), ways))
+        register_sharding(op)(_rule(_torch.count_results(op), ways))
     _registered = True
 
 

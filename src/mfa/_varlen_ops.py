@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _cpu, _ops, _varlen_checks, _varlen_composition, _varlen_cpu, simulator
+from . import _autograd, _checks, _cpu, _ops, _torch, _varlen_checks, _varlen_composition, _varlen_cpu, simulator
 from ._index_checks import host_values
 from ._ops import LIBRARY
 from ._ops import ops as ops
@@ -30,7 +30,7 @@ def _run(op: Any, on_cpu: Callable[..., Any], *arguments: Any) -> Any:
     _varlen_checks.check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         return simulation.call(op, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         return on_cpu(*arguments[:5], *arguments[7:])  # all but the lengths' maxima
 
 
@@ -68,7 +68,7 @@ def _forward_fake(
 
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     device = query.device.type
-    with _ops.without_autocast(device):
+    with torch.autocast(device, enabled=False):
         query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, rest[4])
         outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(query, key, value, *rest[:4], sinks, *rest[5:])
     return outputs
@@ -214,7 +214,7 @@ def _backward_cpu(
         arguments = (*results, *layout, *terms, dropout_p, rng_state, output_mask, correction)
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_varlen_backward.default, *arguments)
         return outputs
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         grads = _varlen_cpu.attention_varlen_backward(
             *(grad_out, grad_lse, query, key, value, out, lse, *starts, *terms, dropout_p, rng_state, output_mask),
             correction,
@@ -250,7 +250,7 @@ def _backward_fake(
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, starts, (sinks, alibi_slopes) = inputs[:5], inputs[7:9], inputs[11:13]
-    *ctx.scalars, rng_state, ctx.mask, _correction = inputs[13:]
+    *ctx.scalars, rng_state, ctx.mask = inputs[13:20]
     ctx.save_for_backward(*tensors, *starts, sinks, alibi_slopes, rng_state)
 
 

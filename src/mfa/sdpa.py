@@ -18,9 +18,8 @@ import torch
 import torch.nn.attention as torch_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _log, _sdpa_varlen, device, simulator
+from . import _log, _sdpa_varlen, _torch, device, simulator
 from .attention import attention, checked
 
 NAME = "MFA"
@@ -188,11 +187,11 @@ def not_supported_reasons(
         reasons.append("sdpa_kernel leaves out SDPBackend.FLASH_ATTENTION")
     elif _another_has_priority():
         reasons.append("sdpa_kernel prefers another backend to SDPBackend.FLASH_ATTENTION")
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _torch.has_dual_level():
         reasons.append("forward-mode differentiation is active, and mfa's ops don't support it")
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     for tensor in tensors:
-        if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
             reasons.append(f"mfa's ops don't support {type(tensor).__name__}")
             return reasons
     if attn_mask is not None and is_causal:
@@ -208,7 +207,7 @@ def not_supported_reasons(
 
 def _another_has_priority() -> bool:
     """Whether sdpa_kernel(..., set_priority=True) put an enabled backend, in practice MATH, before flash attention."""
-    order = torch._C._get_sdp_priority_order()
+    order = _torch.sdp_priority_order()
     math, flash = (order.index(backend.value) for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION))
     return math < flash and torch.backends.cuda.math_sdp_enabled()
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from . import _library
+from . import _library, _torch
 
 if TYPE_CHECKING:
     from . import _native
@@ -120,9 +118,9 @@ class Simulation:
                 raise
             raise SimulationError(finding) from None
 
-    def call(self, op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    def call(self, op: Any, *arguments: Any) -> Any:
         """What an MPS tensor would reach: the very kernel of `op` that is registered for MPS, on CPU tensors."""
-        return self.run(lambda: op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.MPS), *arguments))
+        return self.run(lambda: op.redispatch(_torch.DispatchKeySet(_torch.DispatchKey.MPS), *arguments))
 
     def __enter__(self) -> Simulation:
         global _active

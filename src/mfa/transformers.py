@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers import masking_utils as hf
 
+from . import _torch
 from .attention import attention as mfa_attention
 from .varlen import attention_varlen
 
@@ -62,9 +62,9 @@ class Mask(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.plain_functions():
             if func not in _ABOUT:
-                args, kwargs = tree_map_only(Mask, Mask.matrix, (args, kwargs))
+                args, kwargs = _torch.tree_map_only(Mask, Mask.matrix, (args, kwargs))
             return func(*args, **(kwargs or {}))
 
     def matrix(self) -> Tensor:
@@ -101,7 +101,8 @@ def mask(**terms: Any) -> Tensor | None:
         NotImplementedError: the model computes attention by itself and would misread the mask.
     """
     _check_model(terms.get("config"))
-    if terms.get("q_length", 1) > 1 and not torch.compiler.is_compiling() and not torch._C._is_tracing():
+    is_tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if terms.get("q_length", 1) > 1 and not is_tracing:
         reach = _reach(terms.get("mask_function", hf.causal_mask_function))
         if reach is not None:
             return _lazy_mask(reach, **terms)

@@ -1,0 +1,53 @@
+"""What the package uses of torch that torch doesn't document, each with the reason why nothing public does.
+
+Nowhere else is such a name used (tests/test_torch_internals.py), so that a torch that lacks one is refused on import.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+try:
+    from torch._functorch import utils as functorch
+    from torch.autograd import function
+    from torch.utils import _pytree as pytree
+
+    # A kernel of autograd in Python passes its call on to the next kernel; under torch.no_grad it would get it back.
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    after_autograd = torch._C._after_autograd_keyset
+
+    # An op's kernel is called for one level of torch.func, where a public `autograd.Function` starts at the innermost.
+    # This is what torch.func itself makes one level of a Function with (_autograd.py).
+    SingleLevelFunction = function._SingleLevelFunction
+    single_level = functorch.enable_single_level_autograd_function
+    set_forward_mode = forward_ad._set_fwd_grad_enabled
+
+    # Who listens to a call: there are public ways to listen, and none to ask.
+    in_torch_func = torch._C._are_functorch_transforms_active
+    count_dispatch_modes = torch._C._len_torch_dispatch_stack
+    count_function_modes = torch._C._len_torch_function_stack
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by torch.func, so that the host sees no contents
+    forward_ad._current_level  # noqa: B018  # for has_dual_level
+
+    # What sdpa_kernel(..., set_priority=True) has set can't be read otherwise.
+    sdp_priority_order = torch._C._get_sdp_priority_order
+
+    # The simulator calls an op's kernel for MPS with tensors of the CPU; a call goes by the tensors' device.
+    DispatchKey, DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+
+    # Functions on a subclass of Tensor as if it were none: documented, but under this name.
+    plain_functions = torch._C.DisableTorchFunctionSubclass
+    tree_map_only = pytree.tree_map_only  # no public module has it
+except (AttributeError, ImportError) as error:
+    raise ImportError(f"torch {torch.__version__} lacks an internal that mfa needs: {error}") from error
+
+
+def has_dual_level() -> bool:
+    """Whether forward-mode differentiation is active, so that tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
+def count_results(op: Any) -> int:
+    """How many results an op has, of `torch.ops`, with its overload."""
+    return len(op._schema.returns)
