@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import Device
 from test_mps_flash_attn import check, look_back, qkv, random, run
 from torch import Tensor
@@ -17,7 +18,7 @@ KINDS = {
     "int8": (flash.QUANT_INT8, flash.quantize_kv_int8),
     "nf4": (flash.QUANT_NF4, flash.quantize_kv_nf4),
 }
-CODEBOOK = torch.tensor(mfa.mps_flash_attn._quantized._NF4)
+CODEBOOK = mfa.mps_flash_attn._quantized._nf4().float()
 
 
 def dequantize(kind: str, quantized: Tensor, scale: Tensor) -> Tensor:
@@ -30,6 +31,18 @@ def dequantize(kind: str, quantized: Tensor, scale: Tensor) -> Tensor:
     else:
         numbers = quantized.view(torch.float8_e5m2 if kind == "fp8_e5m2" else torch.float8_e4m3fn).float()
     return numbers * scale[..., None, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_is_done_once_for_all_lengths(kind: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    quantize = torch.compile(KINDS[kind][1], fullgraph=True, dynamic=True, backend=counter)
+    for length in (16, 24, 40):
+        tensors = random(2, 3, length, 8), random(2, 3, length, 8)
+        for result, expected in zip(quantize(*tensors), KINDS[kind][1](*tensors), strict=True):
+            assert torch.equal(result, expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,8 +6,6 @@ from torch import Tensor
 from . import _checks
 from ._cache_checks import QUANTIZED_DTYPES
 
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
 
 def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Keys or values in 8 bits: `tensor` is about `quantized.float() * scale[..., None]`.
@@ -33,7 +31,9 @@ def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     if dtype not in QUANTIZED_DTYPES:
         names = " or ".join(map(_checks.dtype_name, QUANTIZED_DTYPES))
         raise TypeError(f"dtype is {dtype}; it must be {names}")
-    wide, largest = tensor.to(torch.float32), _LARGEST[dtype]
+    # Not a constant of the module: torch.compile may make a symbol of a float there, and then compiles twice.
+    largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+    wide = tensor.to(torch.float32)
     # A normal number even for a token of zeros or of the smallest ones, which a GPU may round to 0.
     scale = (wide.abs().amax(-1) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = wide / scale.unsqueeze(-1)

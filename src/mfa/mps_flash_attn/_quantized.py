@@ -25,14 +25,8 @@ QUANT_INT8 = 5
 QUANT_NF4 = 6
 
 _FP8 = {QUANT_FP8_E4M3: torch.float8_e4m3fn, QUANT_FP8_E5M2: torch.float8_e5m2}
-_LARGEST = {QUANT_FP8_E4M3: 448.0, QUANT_FP8_E5M2: 57344.0, QUANT_INT8: 127.0, QUANT_NF4: 1.0}
-# Quantiles of the normal distribution (Dettmers et al. 2023).
-_NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
+# Integers: torch.compile may make a symbol of a float that is no constant of a function, and then compiles twice.
+_LARGEST = {QUANT_FP8_E4M3: 448, QUANT_FP8_E5M2: 57344, QUANT_INT8: 127, QUANT_NF4: 1}
 _CHUNK = 16384
 _FEW_QUERIES = 16
 
@@ -247,6 +241,17 @@ def _quantize_one(name: str, tensor: Tensor, kind: int) -> _Pair:
     return (codes | torch.signbit(scaled).int() << 7).to(torch.uint8), scale
 
 
+def _nf4() -> Tensor:
+    """The 16 quantiles of the normal distribution (Dettmers et al. 2023), float64."""
+    quantiles = (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+    return torch.tensor(quantiles, dtype=torch.float64)
+
+
 def _values(kind: int) -> Tensor:
     """What each byte means: float32 [256, numbers in a byte]."""
     codes = torch.arange(256)
@@ -254,13 +259,13 @@ def _values(kind: int) -> Tensor:
         return codes.to(torch.uint8).view(_FP8[kind]).float().unsqueeze(1)
     if kind == QUANT_INT8:
         return (codes - 128).float().unsqueeze(1)
-    return torch.tensor(_NF4)[torch.stack([codes & 15, codes >> 4], dim=1)]
+    return _nf4().float()[torch.stack([codes & 15, codes >> 4], dim=1)]
 
 
 def _bounds(kind: int) -> Tensor:
     """Where the codes of growing numbers change: code c is for numbers above bound c-1, up to bound c."""
     if kind == QUANT_NF4:
-        values = torch.tensor(_NF4, dtype=torch.float64)
+        values = _nf4()
         return ((values[1:] + values[:-1]) / 2).float()
     values = _values(kind)[:128, 0]
     values = values[values <= _LARGEST[kind]]  # not infinity and NaN
