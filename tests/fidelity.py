@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 TYPES = {"f32": ("float", 3e-6), "f16": ("half", 2e-3), "bf16": ("bfloat", 2e-2)}  # MSL scalar, largest error
+
+
+def prefill_header() -> Path:
+    """Torch's own prefill kernel. Skips the test where there is none."""
+    path = Path(torch.__file__).parent / "include/ATen/native/mps/kernels/PrefillAttention.h"
+    if not path.exists():
+        pytest.skip(f"torch {torch.__version__} has no {path.name}, which came with 2.13")
+    return path
 
 
 def encode(x: np.ndarray, dtype: str) -> np.ndarray:

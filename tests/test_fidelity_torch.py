@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-from fidelity import TYPES, Problem, encode, error, strides
+from fidelity import TYPES, Problem, encode, error, prefill_header, strides
 from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
 
 pytestmark = pytest.mark.simulator
 
-# c10/metal/common.h reduced to what the kernel uses; the original pulls in headers of no interest here.
+# c10/metal/common.h, and what kernels since 2.14 use of c10/metal/utils.h, reduced to that; the originals pull in
+# headers of no interest here.
 COMMON = """
 #pragma once
+#include <metal_stdlib>
 #define IF_CONSTEXPR constexpr
 namespace c10 { namespace metal {
 template <typename T> using accum_t = float;
 template <typename T> inline T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <typename T> inline T max(T a, T b) {
+  return ::metal::isnan(a) || ::metal::isnan(b) ? T(NAN) : ::metal::max(a, b);
+}
 } }
 """
 BLOCKS = {64: (32, 32), 128: (32, 16)}
@@ -39,13 +41,13 @@ def kernel_name(dtype: str, dim: int, causal: int, block_q: int, block_k: int) -
     return f"prefill_attention_{dtype}_{shape}_mask{dtype}"
 
 
-def source() -> str:
+@pytest.fixture(name="header", scope="session")
+def read_header() -> str:
+    return prefill_header().read_text()
+
+
+def source(text: str) -> str:
     """The header without its own instantiations, then ours through its macro."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    header = Path(spec.origin).parent / "include/ATen/native/mps/kernels/PrefillAttention.h"
-    text = header.read_text()
     end = text.rindex("#define instantiate_attn_shapes_helper")
     ours = [
         f"instantiate_attn({dtype}, {TYPES[dtype][0]}, {BLOCKS[dim][0]}, {BLOCKS[dim][1]}, {dim}, 4, 1, 0, {causal}, "
@@ -57,11 +59,11 @@ def source() -> str:
 
 
 @pytest.fixture(scope="session", params=["fast", "count"])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(header: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
     directory = tmp_path_factory.mktemp("torch")
     (directory / "c10/metal").mkdir(parents=True)
     (directory / "c10/metal/common.h").write_text(COMMON)
-    (directory / "prefill.metal").write_text(source())
+    (directory / "prefill.metal").write_text(source(header))
     output = directory / f"prefill_{request.param}.so"
     return open_library(
         build_kernels([directory / "prefill.metal"], output, mode=request.param, include_dirs=[directory])
@@ -70,13 +72,14 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("problem", CASES, ids=lambda problem: problem.name)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_prefill(library: Library, problem: Problem, seed: int) -> None:
+def test_prefill(library: Library, header: str, problem: Problem, seed: int) -> None:
     q, k, v = problem.tensors(seed)
     out = encode(np.full(q.shape, np.nan), problem.dtype)
     numbers = [problem.batch, problem.heads, problem.dim, problem.length_q, problem.length_k, problem.group]
     scales = np.array([1 / np.sqrt(problem.dim), 1], np.float32)
+    stride = np.int64 if "int64_t Q_strides" in header else np.int32  # since 2.14
     params = np.array(numbers, np.int32).tobytes() + scales.tobytes()
-    params += np.array([n for x in (q, k, v, out) for n in strides(x)], np.int32).tobytes()
+    params += np.array([n for x in (q, k, v, out) for n in strides(x)], stride).tobytes()
     block_q, block_k = BLOCKS[problem.dim]
     counters = library.dispatch(
         kernel_name(problem.dtype, problem.dim, int(bool(problem.causal)), block_q, block_k),
