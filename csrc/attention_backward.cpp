@@ -87,12 +87,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     operands.read_contiguous(kGradLse, *grad_lse);
   }
 
-  const auto none = [&](const Tensor& like) { return allocate(like, {0}, like.scalar_type()); };
+  const auto nothing = [&] { return allocate(query, {0}, query.scalar_type()); };  // where a gradient isn't wanted
   const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
     return allocate(query, sizes, ScalarType::Float);
   };
   const auto rows = [&](bool wanted, Argument argument, const Tensor& tensor, Strides& strides) {
-    if (!wanted) return none(tensor);
+    if (!wanted) return nothing();
     const Tensor gradient = allocate_rows(tensor, tensor.size(3), tensor.scalar_type());
     strides = operands.write_rows(argument, gradient);
     return gradient;
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_query = rows(writes_query, kGradQuery, query, gradients.query_strides);
   const Tensor grad_key = rows(gradients.key, kGradKey, key, gradients.key_strides);
   const Tensor grad_value = rows(gradients.value, kGradValue, value, gradients.value_strides);
-  Tensor grad_bias = bias ? none(*bias) : floats({0}), grad_sinks = floats({0}), grad_slopes = floats({0});
+  Tensor grad_bias = nothing(), grad_sinks = nothing(), grad_slopes = nothing();
   if (gradients.bias) {
     grad_bias = floats({bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
     operands.write(kGradBias, grad_bias);
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 
   operands.run(plan_backward(operands.problem, gradients));
 
-  if (!gradients.query) grad_query = none(query);
+  if (!gradients.query) grad_query = nothing();
   if (gradients.bias) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
   if (gradients.sinks) grad_sinks = gradient_of_sinks(*sinks, statistics);
   if (gradients.alibi) grad_slopes = gradient_of_slopes(*alibi_slopes, grad_slopes);

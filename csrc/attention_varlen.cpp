@@ -176,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
     return allocate(query, sizes, ScalarType::Float);
   };
-  const Tensor nothing = allocate(query, {0}, query.scalar_type());
+  const auto nothing = [&] { return allocate(query, {0}, query.scalar_type()); };
   const auto rows = [&](bool wanted, Argument argument, const char* name, const Tensor& tensor, Strides& strides) {
-    if (!wanted) return nothing;
+    if (!wanted) return nothing();
     const Tensor gradient = torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
     strides = unbatched(operands.write_rows(argument, packed_view(name, gradient)));
     return gradient;
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   const Tensor grad_key = rows(gradients.key, kGradKey, "key", key, gradients.key_strides);
   const Tensor grad_value = rows(gradients.value, kGradValue, "value", value, gradients.value_strides);
   const std::int64_t heads = query.size(1), length = query.size(0);
-  Tensor slope_rows = floats({0}), grad_slopes = floats({0});
+  Tensor slope_rows = nothing(), grad_slopes = nothing();
   const bool per_sequence = gradients.alibi && alibi_slopes->dim() == 2;
   if (gradients.alibi) {
     slope_rows = torch::stable::new_zeros(query, {1, heads, length}, ScalarType::Float);
@@ -203,13 +203,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   operands.write(kStatistics, statistics);
   if (packed.sequences > 0) operands.run(plan_backward(operands.problem, gradients));
 
-  Tensor grad_sinks = floats({0});
+  Tensor grad_sinks = nothing();
   if (gradients.sinks) {
     grad_sinks =
         packed.sequences > 0 ? gradient_of_sinks(*sinks, statistics) : torch::stable::new_zeros(*sinks, {heads});
   }
   if (gradients.alibi && !per_sequence) grad_slopes = torch::stable::sum(slope_rows, std::vector<std::int64_t>{0, 2});
-  return {gradients.query ? grad_query : nothing, grad_key, grad_value, grad_sinks, grad_slopes};
+  return {gradients.query ? grad_query : nothing(), grad_key, grad_value, grad_sinks, grad_slopes};
 }
 
 }  // namespace mfa

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from conftest import SIMULATOR, Device
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -219,11 +220,46 @@ def test_flops() -> None:
 
 def test_meta_tensors_have_the_real_layout() -> None:
     query, key, value = qkv()
-    for tensor in (query, query.transpose(1, 2).contiguous().transpose(1, 2), query.expand(2, 4, 9, 16)):
+    for tensor in (query, heads_last(query), query.expand(2, 4, 9, 16)):
         real = mfa.attention(tensor, key, value, return_lse=True)
         meta = mfa.attention(tensor.to("meta"), key.to("meta"), value.to("meta"), return_lse=True)
         for a, b in zip(real, meta, strict=True):
             assert (a.shape, a.stride(), a.dtype, b.device.type) == (b.shape, b.stride(), b.dtype, "meta")
+
+
+def heads_last(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [(9, 7), (1, 7), (9, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, heads_last, lambda x: x[:1].expand(x.shape)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_fake_results_have_the_real_layout(
+    lengths: tuple[int, int], layout: Any, dtype: torch.dtype, heads: int, device: Device
+) -> None:
+    """In dimensions of size 1 as well: torch.compile compares them. And of what nobody wants."""
+    query, key, value = (layout(tensor[:, :heads].to(device.type, dtype)) for tensor in qkv(lengths))
+    for bias, wanted in ((None, [True] * 3 + [False] * 3), (torch.ones(1, 1, 1, lengths[1]), [False, True] * 3)):
+        bias = None if bias is None else bias.to(query)
+        slopes = None if bias is None else torch.ones(query.shape[1], device=query.device)
+        terms = (bias, slopes, slopes, 0.25, None, None, 0.0, 0.0, None)
+
+        def both(query: Tensor, key: Tensor, value: Tensor, terms: Any = terms, wanted: Any = wanted) -> list[Tensor]:
+            ops = torch.ops.mfa
+            out, lse = ops.attention_forward(query, key, value, *terms)
+            out_too, lse_too, correction = ops.attention_forward_with_correction(query, key, value, *terms)
+            tensors = (out_too, None, query, key, value, out_too, lse_too)
+            given = correction if query.dtype.itemsize == 2 else None
+            grads = ops.attention_backward(*tensors, *terms, wanted, given)
+            return [out, lse, out_too, lse_too, correction, *grads]
+
+        with device.active():
+            real = both(query, key, value)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = both(*(mode.from_tensor(tensor) for tensor in (query, key, value)))
+        for index, (a, b) in enumerate(zip(real, fake, strict=True)):
+            assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device), index
 
 
 def test_inference_mode() -> None:

@@ -55,19 +55,30 @@ def lost_to_rounding(exact: Tensor, out: Tensor) -> Tensor:
     return (exact - out).clamp_(-_HALF_MAX, _HALF_MAX)
 
 
-def empty_gradients(query: Tensor, others: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of the query and other inputs; shape [0] for what isn't wanted."""
-    return tuple(
-        tensor.new_empty(tensor.shape) if asked and tensor is not None else query.new_empty(0)
-        for tensor, asked in zip((query, *others), wanted, strict=True)
-    )
+def empty_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of query, key, value and the other inputs, laid out as every backend lays them out.
+
+    Those of query, key and value are B,L,H,D in memory when the tensor is, others contiguous; shape [0] for what isn't
+    wanted, in the query's dtype.
+    """
+    query = inputs[0]
+    assert query is not None
+    gradients = []
+    for index, (tensor, asked) in enumerate(zip(inputs, wanted, strict=True)):
+        if tensor is None or not asked:
+            gradients.append(query.new_empty(0))
+        elif index < 3 and tensor.dim() == 4:
+            gradients.append(empty_outputs(tensor, tensor.shape[3])[0])
+        else:
+            gradients.append(tensor.new_empty(tensor.shape))
+    return tuple(gradients)
 
 
 def _is_transposed(query: Tensor) -> bool:
     return query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2)
 
 
-def _laid_out(out: Tensor, query: Tensor) -> Tensor:
+def laid_out(out: Tensor, query: Tensor) -> Tensor:
     """`out` with the strides that `empty_outputs` gives it: itself if it has them, or else a copy."""
     _, heads, length, dim = out.shape
     row, head = (heads * dim, dim) if _is_transposed(query) else (dim, length * dim)
@@ -210,14 +221,15 @@ def _attend_plainly(
             out, lse = _attend_as_laid_out(query, key, value, scale, causal)
         else:  # copied, small as they are, so that results don't depend on the layout
             out, lse = _attend_as_laid_out(query.contiguous(), key.contiguous(), value.contiguous(), scale, causal)
-            out = _laid_out(out, query)
+            out = laid_out(out, query)
     except RuntimeError as error:
         if not is_half:
             raise
         # ATEN_CPU_CAPABILITY keeps instructions from ATen that oneDNN, and ATen's kernel by it, counts on.
         _log.once(f"half types are computed in float32, since ATen's kernel for them fails: {error}")
         return None
-    return out, lse.to(torch.float32).contiguous()
+    # contiguous() leaves the strides of dimensions of size 1 as they are.
+    return out, lse.to(torch.float32).flatten().view(lse.shape)
 
 
 def _attend_as_laid_out(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -226,7 +238,7 @@ def _attend_as_laid_out(query: Tensor, key: Tensor, value: Tensor, scale: float,
     tensors = (query, key, value)
     if key.shape[1] != heads or _is_transposed(query) or not all(map(heads_are_batches, tensors)):
         out, lse = _attend(query, key, value, None, scale, 0, causal)
-        return _laid_out(out, query), lse
+        return laid_out(out, query), lse
     folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
     out, lse = _attend(folded[0], folded[1], folded[2], None, scale, 0, causal)
     if out.dtype != query.dtype:  # scores that overflow make it float64

@@ -200,7 +200,9 @@ def _backward_cpu(
         return outputs
     with _torch.below_autograd():
         grads = _cpu_backward.attention_backward(*arguments)
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+        of_rows = zip(grads[:3], (query, key, value), strict=True)
+        laid_out = [None if grad is None else _cpu.laid_out(grad, tensor) for grad, tensor in of_rows]
+    return tuple(query.new_empty(0) if grad is None else grad for grad in (*laid_out, *grads[3:]))
 
 
 def _backward_fake(
@@ -223,7 +225,7 @@ def _backward_fake(
     output_mask: Sequence[bool],
     correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _cpu.empty_gradients(query, (key, value, bias, sinks, alibi_slopes), output_mask)
+    return _cpu.empty_gradients((query, key, value, bias, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

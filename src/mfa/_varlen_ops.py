@@ -245,7 +245,7 @@ def _backward_fake(
     output_mask: Sequence[bool],
     correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _cpu.empty_gradients(query, (key, value, sinks, alibi_slopes), output_mask)
+    return _cpu.empty_gradients((query, key, value, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
