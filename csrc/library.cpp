@@ -5,7 +5,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
-#include "attention.h"
+#include "ops/attention.h"
 
 namespace {
 

@@ -18,7 +18,7 @@ DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 def alternatives() -> Iterator[_native.Instance]:
     """By the rows that tuning.def has."""
-    tuned = (METAL.parent / "csrc" / "tuning.def").read_text()
+    tuned = (METAL.parent / "csrc" / "plan" / "tuning.def").read_text()
     for row in CATALOGUE.values():
         tile = f"{row.simdgroups}, {row.rows // 8 // row.simdgroups}, {row.block}"
         own = f"{row.own}, " if row.kind == "backward_dq" else ""

@@ -18,7 +18,7 @@ TAKE = "auto function = NS::TransferPtr(library.newFunction("
 # What is planted -> (file, old text, new text, what the driver says).
 MUTANTS = {
     "storage offset not subtracted": (
-        "operands.cpp",
+        "ops/operands.cpp",
         "static_cast<const char*>(address)) - offset",
         "static_cast<const char*>(address))",
         "the storage offset was not subtracted",

@@ -17,7 +17,7 @@ from mfa import _library, _native
 from mfa.bench import __main__ as bench
 from mfa.bench import autotune, backends, cases, memory, plots, timed
 
-TUNING = Path(__file__).parents[1] / "csrc" / "tuning.def"
+TUNING = Path(__file__).parents[1] / "csrc" / "plan" / "tuning.def"
 
 
 CASE = cases.Case("float32", 1, 2, 64, 32, False)
@@ -181,8 +181,8 @@ def test_the_fastest_of_each_bucket_goes_into_a_patch(family: str, tmp_path: Pat
     }
     assert all(winner.gain > 1.02 for winner in found)
     assert found
-    (tmp_path / "csrc").mkdir()
-    patched = tmp_path / "csrc" / "tuning.def"
+    (tmp_path / "csrc" / "plan").mkdir(parents=True)
+    patched = tmp_path / "csrc" / "plan" / "tuning.def"
     patched.write_text(TUNING.read_text())
     text = autotune.patch(TUNING.read_text(), family, found)
     subprocess.run(["patch", "-p1", "--quiet"], input=text, text=True, cwd=tmp_path, check=True)

@@ -1,4 +1,4 @@
-#include "archive.h"
+#include "metal/archive.h"
 
 #include <unistd.h>
 
@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <system_error>
 
-#include "hash.h"
+#include "metal/hash.h"
 
 namespace mfa::metal {
 namespace {

@@ -5,8 +5,8 @@
 #include <filesystem>
 #include <mutex>
 
-#include "device.h"
-#include "notes.h"
+#include "metal/device.h"
+#include "metal/notes.h"
 
 namespace mfa::metal {
 

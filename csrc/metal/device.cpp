@@ -1,4 +1,4 @@
-#include "device.h"
+#include "metal/device.h"
 
 #include <cctype>
 #include <tuple>

@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "../plan.h"
-#include "metal.h"
+#include "metal/metal.h"
+#include "plan/plan.h"
 
 namespace mfa::metal {
 

@@ -1,4 +1,4 @@
-#include "interface.h"
+#include "metal/interface.h"
 
 #include <dlfcn.h>
 
@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "json.h"
-#include "launch.h"
+#include "metal/json.h"
+#include "metal/launch.h"
 
 namespace mfa {
 namespace {

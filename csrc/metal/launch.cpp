@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "metal/launch.h"
 
 #include <functional>
 #include <memory>

@@ -3,13 +3,13 @@
 
 #include <filesystem>
 
-#include "../launcher.h"
-#include "archive.h"
-#include "device.h"
-#include "library.h"
-#include "notes.h"
-#include "pipeline.h"
-#include "torch_queue.h"
+#include "metal/archive.h"
+#include "metal/device.h"
+#include "metal/library.h"
+#include "metal/notes.h"
+#include "metal/pipeline.h"
+#include "metal/torch_queue.h"
+#include "plan/launcher.h"
 
 namespace mfa {
 

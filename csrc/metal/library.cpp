@@ -1,11 +1,11 @@
-#include "library.h"
+#include "metal/library.h"
 
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
 #include <vector>
 
-#include "hash.h"
+#include "metal/hash.h"
 
 namespace mfa::metal {
 namespace {

@@ -9,8 +9,8 @@
 #include <span>
 #include <string>
 
-#include "device.h"
-#include "notes.h"
+#include "metal/device.h"
+#include "metal/notes.h"
 
 namespace mfa::metal {
 

@@ -1,4 +1,4 @@
-#include "pipeline.h"
+#include "metal/pipeline.h"
 
 #include <stdexcept>
 

@@ -8,8 +8,8 @@
 #include <mutex>
 #include <string>
 
-#include "archive.h"
-#include "library.h"
+#include "metal/archive.h"
+#include "metal/library.h"
 
 namespace mfa::metal {
 

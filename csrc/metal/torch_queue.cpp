@@ -1,4 +1,4 @@
-#include "torch_queue.h"
+#include "metal/torch_queue.h"
 
 #include <dlfcn.h>
 

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <string>
 
-#include "device.h"
+#include "metal/device.h"
 
 namespace mfa::metal {
 

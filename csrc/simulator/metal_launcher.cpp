@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "../metal/launch.h"
 #include "driver/control.h"
+#include "metal/launch.h"
 
 namespace mfa {
 namespace {

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "../launcher.h"
 #include "engine.h"
+#include "plan/launcher.h"
 
 namespace mfa {
 

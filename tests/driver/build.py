@@ -135,9 +135,7 @@ def ops(
         include = torch_folder() / "include"
         flags = ["-DMFA_METAL", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{csrc}", "-isystem", include]
         headers = [
-            *csrc.glob("*.h"),
-            *csrc.glob("*.def"),
-            *csrc.glob("metal/*.h"),
+            *(header for room in ("ops", "plan", "metal") for header in (csrc / room).glob("*.[hd]*")),
             *(REPOSITORY / "metal").glob("*.[hd]*"),
         ]
         embedded = CACHE / "ops" / "kernel_sources.cpp"
@@ -146,7 +144,7 @@ def ops(
         make(embedded, [embed, *metal, *headers], [sys.executable, embed, embedded, *metal])
 
         objects = []
-        hosts = [source for source in csrc.glob("*.cpp") if not source.name.startswith("bindings")]
+        hosts = [csrc / "library.cpp", *csrc.glob("ops/*.cpp"), *csrc.glob("plan/*.cpp")]
         for source in sorted([*hosts, *csrc.glob("metal/*.cpp"), embedded]):
             relative = "" if source == embedded else str(source.relative_to(csrc))
             place = CACHE / "ops" / "base"
@@ -158,8 +156,7 @@ def ops(
                 place = folder
                 mutated = folder / relative
                 mutated.parent.mkdir(parents=True, exist_ok=True)
-                # Beside the original's headers: the compiler looks there for "..." only through this line.
-                mutated.write_text(text.replace(old, new).replace('#include "', f'#include "{source.parent}/'))
+                mutated.write_text(text.replace(old, new))
                 source = mutated
             output = place / f"{relative.replace('/', '-') or source.name}.o"
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Measures the tiles of metal/instances.def that csrc/tuning.def doesn't choose; prints the winners as a patch.
+"""Measures the tiles of metal/instances.def that csrc/plan/tuning.def doesn't choose; prints the winners as a patch.
 
     for each bucket that has a choice:
         time each of its instances, preferred over tuning.def, alternating
@@ -109,7 +109,7 @@ def patch(text: str, family: str, better: Sequence[Winner]) -> str:
         index, row_family = next((i, f) for i, f in rows if _FAMILIES.index(f) <= _FAMILIES.index(family))
         lines[index : index + (row_family == family)] = [new]
     return "".join(
-        difflib.unified_diff(text.splitlines(keepends=True), lines, "a/csrc/tuning.def", "b/csrc/tuning.def")
+        difflib.unified_diff(text.splitlines(keepends=True), lines, "a/csrc/plan/tuning.def", "b/csrc/plan/tuning.def")
     )
 
 
@@ -145,7 +145,7 @@ def mps_clock(length: int, seconds: float) -> Clock:
 
 def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfa bench --autotune", description=__doc__)
-    parser.add_argument("--tuning", type=Path, default=Path("csrc/tuning.def"), help="default: %(default)s")
+    parser.add_argument("--tuning", type=Path, default=Path("csrc/plan/tuning.def"), help="default: %(default)s")
     parser.add_argument("--length", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement (default: %(default)s)")
     options = parser.parse_args(command_line)

@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "launches.h"
-#include "tuning.h"
+#include "plan/launches.h"
+#include "plan/tuning.h"
 
 namespace mfa {
 namespace {

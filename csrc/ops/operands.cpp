@@ -1,4 +1,4 @@
-#include "operands.h"
+#include "ops/operands.h"
 
 #include <torch/csrc/stable/ops.h>
 

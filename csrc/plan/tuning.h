@@ -3,8 +3,8 @@
 
 #include <optional>
 
-#include "catalogue.h"
-#include "problem.h"
+#include "plan/catalogue.h"
+#include "plan/problem.h"
 
 namespace mfa {
 

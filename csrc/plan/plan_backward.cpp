@@ -5,8 +5,8 @@
 //                 key head of one batch, with the query heads of its group), so that the scratch is bounded.
 #include <algorithm>
 
-#include "launches.h"
-#include "tuning.h"
+#include "plan/launches.h"
+#include "plan/tuning.h"
 
 namespace mfa {
 namespace {

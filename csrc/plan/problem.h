@@ -1,7 +1,7 @@
 // A problem, checked and made canonical: what the plans of forward and backward start from.
 #pragma once
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace mfa {
 

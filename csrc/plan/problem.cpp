@@ -1,4 +1,4 @@
-#include "problem.h"
+#include "plan/problem.h"
 
 #include <algorithm>
 #include <cmath>

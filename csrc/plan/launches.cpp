@@ -1,11 +1,11 @@
-#include "launches.h"
+#include "plan/launches.h"
 
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>
 #include <utility>
 
-#include "tuning.h"
+#include "plan/tuning.h"
 
 namespace mfa {
 namespace {

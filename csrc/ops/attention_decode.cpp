@@ -1,8 +1,8 @@
 // Few queries over a dense or paged cache, of the query's dtype or quantized.
 #include <torch/csrc/stable/ops.h>
 
-#include "attention.h"
-#include "operands.h"
+#include "ops/attention.h"
+#include "ops/operands.h"
 
 namespace mfa {
 namespace {

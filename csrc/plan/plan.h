@@ -108,7 +108,7 @@ struct Plan {
   std::uint64_t mask_class_bytes = 0;  // for Argument::kMaskClasses
 };
 
-// Both throw std::invalid_argument for a problem that no kernel takes; csrc/checks.cpp refuses those first. Where it
+// Both throw std::invalid_argument for a problem that no kernel takes; ops/checks.cpp refuses those first. Where it
 // pays, a launch of mask_blocks comes first.
 Plan plan_forward(const Problem& problem);
 // backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias, packed sequences' own

@@ -1,4 +1,4 @@
-#include "tuning.h"
+#include "plan/tuning.h"
 
 #include <stdexcept>
 #include <string_view>
@@ -40,7 +40,7 @@ constexpr Tuning kTuning[] = {
    held,           simdgroups,           8 * simdgroups, block_keys},
 #define TUNE_MASK_BLOCKS(family, dtype, simdgroups) \
   {Family::family, Kind::mask_blocks, DType::dtype, 0, 0, staged, held, simdgroups, 16, 16 * simdgroups},
-#include "tuning.def"
+#include "plan/tuning.def"
 };
 
 struct Mode {
@@ -51,7 +51,7 @@ struct Mode {
 
 constexpr Mode kModes[] = {
 #define TUNE_MODE(family, head_dim, mode) {Family::family, head_dim, BackwardMode::mode},
-#include "tuning.def"
+#include "plan/tuning.def"
 };
 
 struct MaskPass {
@@ -61,7 +61,7 @@ struct MaskPass {
 
 constexpr MaskPass kMaskPasses[] = {
 #define TUNE_MASK_PASS(family, least_keys, most_bytes) {Family::family, least_keys, most_bytes},
-#include "tuning.def"
+#include "plan/tuning.def"
 };
 
 constexpr const Instance* find_instance(const Tuning& row) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../metal/geometry.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace mfa {
 

@@ -6,8 +6,8 @@
 #include <numbers>
 #include <stdexcept>
 
-#include "attention.h"
-#include "operands.h"
+#include "ops/attention.h"
+#include "ops/operands.h"
 
 namespace mfa {
 namespace {

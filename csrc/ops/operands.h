@@ -6,9 +6,9 @@
 #include <initializer_list>
 #include <vector>
 
-#include "checks.h"
-#include "launcher.h"
-#include "plan.h"
+#include "ops/checks.h"
+#include "plan/launcher.h"
+#include "plan/plan.h"
 
 namespace mfa {
 

@@ -4,8 +4,8 @@
 #include <initializer_list>
 #include <vector>
 
-#include "catalogue.h"
-#include "problem.h"
+#include "plan/catalogue.h"
+#include "plan/problem.h"
 
 namespace mfa {
 

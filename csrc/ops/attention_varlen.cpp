@@ -4,8 +4,8 @@
 
 #include <limits>
 
-#include "attention.h"
-#include "operands.h"
+#include "ops/attention.h"
+#include "ops/operands.h"
 
 namespace mfa {
 namespace {

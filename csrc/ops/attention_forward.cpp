@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
-#include "attention.h"
-#include "operands.h"
+#include "ops/attention.h"
+#include "ops/operands.h"
 
 namespace mfa {
 

@@ -1,12 +1,12 @@
 // mfa._native: plan and catalogue, and the simulator's controls. Needs neither torch nor libmfa.
-#include "bindings.h"
+#include "python/bindings.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "launcher.h"
+#include "plan/launcher.h"
 #ifdef MFA_SIMULATOR
 #include "simulator/metal_launcher.h"
 #endif

@@ -4,7 +4,7 @@
 #include <array>
 #include <cstdint>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace mfa {
 

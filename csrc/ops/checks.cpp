@@ -1,4 +1,4 @@
-#include "checks.h"
+#include "ops/checks.h"
 
 #include <cmath>
 #include <initializer_list>

@@ -1,4 +1,4 @@
-#include "launcher.h"
+#include "plan/launcher.h"
 
 #include <atomic>
 #include <stdexcept>

@@ -1,5 +1,5 @@
-#include "launches.h"
-#include "tuning.h"
+#include "plan/launches.h"
+#include "plan/tuning.h"
 
 namespace mfa {
 

@@ -10,9 +10,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "bindings.h"
-#include "catalogue.h"
-#include "plan.h"
+#include "plan/catalogue.h"
+#include "plan/plan.h"
+#include "python/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

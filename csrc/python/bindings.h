@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace mfa {
 

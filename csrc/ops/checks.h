@@ -9,7 +9,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace mfa {
 
