@@ -9,48 +9,41 @@
 
 namespace {
 
+// As the structs of csrc/ops/arguments.h and of each family.
+#define QKV "Tensor query, Tensor key, Tensor value, "
+#define FEATURES \
+  "Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, "
+#define DROPOUT "float dropout_p, Tensor? rng_state"
+#define DENSE "Tensor? bias, " FEATURES DROPOUT
+#define VARLEN "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT
+#define DECODE \
+  "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, " FEATURES "SymInt num_splits"
+
 // mfa::attention has no kernel: Python decomposes it, since a C++ composite would see lengths as constants.
 constexpr const char* kSchemas[] = {
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor",
 
-    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, "
-    "float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) "
-    "-> (Tensor out, Tensor lse)",
+    "attention_forward(" QKV DENSE ") -> (Tensor out, Tensor lse)",
 
     // What training calls: correction is what rounding took from out, for attention_backward. float16, with the shape
     // and layout of out where that has 16 bits, and size 0 elsewhere.
-    "attention_forward_with_correction(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, "
-    "Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, "
-    "Tensor? rng_state) -> (Tensor out, Tensor lse, Tensor correction)",
+    "attention_forward_with_correction(" QKV DENSE ") -> (Tensor out, Tensor lse, Tensor correction)",
 
     // output_mask says which gradients are wanted, in the order of the results; one that is not is of size 0.
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
-    "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state, bool[6] output_mask, "
-    "Tensor? correction=None) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks, "
-    "Tensor grad_alibi)",
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, " QKV "Tensor out, Tensor lse, " DENSE
+    ", bool[6] output_mask, Tensor? correction=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    "Tensor grad_bias, Tensor grad_sinks, Tensor grad_alibi)",
 
-    "attention_varlen_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
-    "SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) -> (Tensor out, Tensor lse)",
+    "attention_varlen_forward(" QKV VARLEN ") -> (Tensor out, Tensor lse)",
 
-    "attention_varlen_forward_with_correction(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, "
-    "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, Tensor? alibi_slopes, float scale, "
-    "SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, Tensor? rng_state) "
-    "-> (Tensor out, Tensor lse, Tensor correction)",
+    "attention_varlen_forward_with_correction(" QKV VARLEN ") -> (Tensor out, Tensor lse, Tensor correction)",
 
-    "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? sinks, "
-    "Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p, "
-    "Tensor? rng_state, bool[5] output_mask, Tensor? correction=None) -> (Tensor grad_query, Tensor grad_key, Tensor "
-    "grad_value, "
+    "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, " QKV "Tensor out, Tensor lse, " VARLEN
+    ", bool[5] output_mask, Tensor? correction=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
     "Tensor grad_sinks, Tensor grad_alibi)",
 
-    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_lengths, Tensor? block_table, "
-    "Tensor? key_scale, Tensor? value_scale, Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, "
-    "SymInt? window_right, float softcap, SymInt num_splits) -> (Tensor out, Tensor lse)",
+    "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, " DECODE ") -> (Tensor out, Tensor lse)",
 };
 
 template <typename Function>
@@ -89,11 +82,11 @@ struct Definitions {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) {
-  m.impl("attention_forward", TORCH_BOX(&mfa::attention_forward));
-  m.impl("attention_forward_with_correction", TORCH_BOX(&mfa::attention_forward_with_correction));
-  m.impl("attention_backward", TORCH_BOX(&mfa::attention_backward));
-  m.impl("attention_varlen_forward", TORCH_BOX(&mfa::attention_varlen_forward));
-  m.impl("attention_varlen_forward_with_correction", TORCH_BOX(&mfa::attention_varlen_forward_with_correction));
-  m.impl("attention_varlen_backward", TORCH_BOX(&mfa::attention_varlen_backward));
-  m.impl("attention_decode", TORCH_BOX(&mfa::attention_decode));
+  m.impl("attention_forward", &mfa::attention_forward);
+  m.impl("attention_forward_with_correction", &mfa::attention_forward_with_correction);
+  m.impl("attention_backward", &mfa::attention_backward);
+  m.impl("attention_varlen_forward", &mfa::attention_varlen_forward);
+  m.impl("attention_varlen_forward_with_correction", &mfa::attention_varlen_forward_with_correction);
+  m.impl("attention_varlen_backward", &mfa::attention_varlen_backward);
+  m.impl("attention_decode", &mfa::attention_decode);
 }

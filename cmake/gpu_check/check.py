@@ -169,7 +169,7 @@ class Problem:
         self.gpu.run(self.entry["backward"], tensors)
         if case["alibi"]:
             grads["grad_alibi"] = tensors["grad_alibi"].sum((0, 2))
-        if case["sinks"]:  # as csrc/ops/attention_dense.cpp makes it
+        if case["sinks"]:  # as csrc/ops/gradients.cpp makes it
             lse, delta = tensors["statistics"].unbind(-1)
             share = torch.exp2(self.inputs["sinks"][:, None] * 1.4426950408889634 - lse)
             grads["grad_sinks"] = -(share * delta).sum((0, 2))

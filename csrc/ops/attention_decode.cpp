@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "ops/attention.h"
+#include "ops/checks.h"
 #include "ops/operands.h"
 
 namespace mfa {
@@ -9,6 +10,27 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// What the op takes besides query [B,Hq,Lq,D] and the caches, key and value [B,Hkv,capacity,D|Dv] or
+// [pages,Hkv,page,D|Dv], in the schema's order.
+struct Terms {
+  Tensor cache_lengths;                          // int32 [B]: live keys
+  std::optional<Tensor> block_table;             // int32 [B,pages_per_sequence]
+  std::optional<Tensor> key_scale, value_scale;  // of int8 and float8_e4m3fn: float32, the first three sizes of key
+  Features features;
+  std::int64_t num_splits;  // 0: chosen by the plan
+
+  static Terms take(Stack& stack) {
+    return {
+        .cache_lengths = stack.take<Tensor>(),
+        .block_table = stack.take<std::optional<Tensor>>(),
+        .key_scale = stack.take<std::optional<Tensor>>(),
+        .value_scale = stack.take<std::optional<Tensor>>(),
+        .features = stack.take<Features>(),
+        .num_splits = stack.take<std::int64_t>(),
+    };
+  }
+};
 
 Strides strides_of(const Tensor& scale) { return {scale.stride(0), scale.stride(1), scale.stride(2)}; }
 
@@ -45,73 +67,82 @@ void check_scale(const char* name, const std::optional<Tensor>& scale, const Ten
                 name, " must be float32 with the first three sizes of key_cache");
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_decode(
-    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& cache_lengths,
-    const std::optional<Tensor>& block_table, const std::optional<Tensor>& key_scale,
-    const std::optional<Tensor>& value_scale, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& alibi_slopes, double scale, std::optional<std::int64_t> window_left,
-    std::optional<std::int64_t> window_right, double softcap, std::int64_t num_splits) {
+// Checked.
+Cache cache_of(const Qkv& qkv, const Terms& terms) {
+  const auto& [query, key, value] = qkv;
   refuse_unless(query.dim() == 4, "query has ", query.dim(), " dimensions; it must have 4");
   Cache cache;
-  check_cache("key_cache", key_cache, query, key_cache);
-  check_cache("value_cache", value_cache, query, key_cache);
-  cache.format = format_of(key_cache, query);
-  cache.splits = num_splits;
-  refuse_unless(num_splits >= 0, "num_splits is ", num_splits, "; it must be 0 (automatic) or more");
-  check_int32("cache_lengths", cache_lengths, query, 1);
+  check_cache("key_cache", key, query, key);
+  check_cache("value_cache", value, query, key);
+  cache.format = format_of(key, query);
+  cache.splits = terms.num_splits;
+  refuse_unless(cache.splits >= 0, "num_splits is ", cache.splits, "; it must be 0 (automatic) or more");
+  check_int32("cache_lengths", terms.cache_lengths, query, 1);
   const bool is_quantized = cache.format != Cache::Format::same_dtype;
-  check_scale("key_scale", key_scale, key_cache, is_quantized);
-  check_scale("value_scale", value_scale, key_cache, is_quantized);
-  std::int64_t capacity = key_cache.size(2);
-  if (block_table) {
-    check_int32("block_table", *block_table, query, 2);
-    cache.page_size = key_cache.size(2);
-    cache.pages = key_cache.size(0);
-    cache.pages_per_sequence = block_table->size(1);
+  check_scale("key_scale", terms.key_scale, key, is_quantized);
+  check_scale("value_scale", terms.value_scale, key, is_quantized);
+  if (is_quantized) {
+    cache.key_scale_strides = strides_of(*terms.key_scale);
+    cache.value_scale_strides = strides_of(*terms.value_scale);
+  }
+  if (terms.block_table) {
+    check_int32("block_table", *terms.block_table, query, 2);
+    cache.page_size = key.size(2);
+    cache.pages = key.size(0);
+    cache.pages_per_sequence = terms.block_table->size(1);
     refuse_unless(cache.page_size >= 8 && cache.page_size % 8 == 0, "key_cache has pages of ", cache.page_size,
                   " tokens; a page must have a multiple of 8");
-    capacity = cache.pages == 0 ? 0 : cache.page_size * cache.pages_per_sequence;
   } else {
-    refuse_unless(key_cache.size(0) == query.size(0), "key_cache has batch size ", key_cache.size(0),
+    refuse_unless(key.size(0) == query.size(0), "key_cache has batch size ", key.size(0),
                   "; it must be that of query, ", query.size(0));
   }
-  const std::optional<Tensor> none;
-  const Inputs inputs{query, key_cache,   value_cache,  none,    sinks, alibi_slopes,
-                      scale, window_left, window_right, softcap, 0,     none};
-  check_features(inputs);
+  return cache;
+}
 
-  Operands operands(inputs);
+// Their problem, checked and bound.
+Operands operands_of(const Qkv& qkv, const Terms& terms, const Cache& cache) {
+  check_features(qkv, terms.features, qkv.query.size(0));
+  Operands operands(qkv, terms.features);
   Problem& problem = operands.problem;
-  problem.key_length = capacity;
+  if (terms.block_table) {
+    problem.key_length = cache.pages == 0 ? 0 : cache.page_size * cache.pages_per_sequence;
+    operands.read_contiguous(kBlockTable, *terms.block_table);
+  }
+  operands.read_contiguous(kKeyLengths, terms.cache_lengths);
+  if (terms.key_scale) operands.read(kKeyScale, *terms.key_scale);
+  if (terms.value_scale) operands.read(kValueScale, *terms.value_scale);
   // A page starts at a multiple of 16 bytes too.
-  const std::int64_t unit = is_quantized ? 16 : 16 / element_size(problem.dtype);
+  const std::int64_t unit = 16 / qkv.key.element_size();
   for (const Strides& strides : {problem.key_strides, problem.value_strides})
     for (std::int64_t stride : strides) problem.aligned = problem.aligned && stride % unit == 0;
-  operands.read_contiguous(kKeyLengths, cache_lengths);
-  if (block_table) operands.read_contiguous(kBlockTable, *block_table);
-  if (is_quantized) {
-    operands.read(kKeyScale, *key_scale);
-    operands.read(kValueScale, *value_scale);
-    cache.key_scale_strides = strides_of(*key_scale);
-    cache.value_scale_strides = strides_of(*value_scale);
-  }
-  const Tensor out = allocate_rows(query, value_cache.size(3), query.scalar_type());
-  const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
-  problem.out_strides = operands.write_rows(kOut, out);
-  operands.write(kLse, lse);
-  const Plan plan = plan_decode(problem, cache);
+  return operands;
+}
+
+// Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
+std::tuple<Tensor, Tensor> decode(const Qkv& qkv, const Terms& terms) {
+  const Cache cache = cache_of(qkv, terms);
+  const Tensor& query = qkv.query;
+  const std::int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), value_dim = qkv.value.size(3);
+  Operands operands = operands_of(qkv, terms, cache);
+  const Tensor out = allocate_rows(query, value_dim, query.scalar_type());
+  const Tensor lse = allocate(query, {batch, heads, rows}, ScalarType::Float);
+  operands.write_results(out, lse);
+  const Plan plan = plan_decode(operands.problem, cache);
   std::optional<Tensor> partial_lse, partial_out;
-  if (plan.params.splits > 1) {
-    const std::int64_t parts = plan.params.splits, batch = query.size(0), heads = query.size(1), rows = query.size(2);
+  if (const std::int64_t parts = plan.params.splits; parts > 1) {
     partial_lse = allocate(query, {parts, batch, heads, rows}, ScalarType::Float);
-    partial_out = allocate(query, {parts, batch, heads, rows, value_cache.size(3)}, ScalarType::Float);
+    partial_out = allocate(query, {parts, batch, heads, rows, value_dim}, ScalarType::Float);
     operands.write(kPartialLse, *partial_lse);
     operands.write(kPartialOut, *partial_out);
   }
   operands.run(plan);
   return {out, lse};
+}
+
+}  // namespace
+
+void attention_decode(StableIValue* stack, std::uint64_t argument_count, std::uint64_t result_count) {
+  unbox(&decode, stack, argument_count, result_count);
 }
 
 }  // namespace mfa

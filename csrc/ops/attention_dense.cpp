@@ -1,12 +1,13 @@
+// One attention problem per batch entry and head.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <numbers>
-#include <stdexcept>
+#include <vector>
 
 #include "ops/attention.h"
+#include "ops/checks.h"
+#include "ops/gradients.h"
 #include "ops/operands.h"
 
 namespace mfa {
@@ -15,6 +16,76 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// What the ops take besides query [B,Hq,Lq,D], key [B,Hkv,Lk,D] and value [B,Hkv,Lk,Dv], in the schemas' order.
+struct Terms {
+  std::optional<Tensor> bias;  // bool, float32 or the query's dtype; each size 1 or that of [B,Hq,Lq,Lk]
+  Features features;
+  Dropout dropout;
+
+  static Terms take(Stack& stack) {
+    return {
+        .bias = stack.take<std::optional<Tensor>>(),
+        .features = stack.take<Features>(),
+        .dropout = stack.take<Dropout>(),
+    };
+  }
+};
+
+Bias bias_of(const Tensor& bias, const Tensor& query) {
+  Bias result;
+  result.kind = bias.scalar_type() == ScalarType::Bool      ? BiasKind::mask
+                : bias.scalar_type() == query.scalar_type() ? BiasKind::same_dtype
+                                                            : BiasKind::float32;
+  for (int i = 0; i < 4; ++i) {
+    result.sizes[i] = bias.size(i);
+    result.strides[i] = bias.stride(i);
+  }
+  return result;
+}
+
+// Their problem, checked and bound.
+Operands operands_of(const Qkv& qkv, const Terms& terms) {
+  check_alike(qkv);
+  check_features(qkv, terms.features, qkv.query.size(0));
+  check_dropout(terms.dropout, qkv.query);
+  if (terms.bias) check_bias(*terms.bias, qkv);
+  Operands operands(qkv, terms.features);
+  operands.read(terms.dropout);
+  if (terms.bias) {
+    operands.problem.bias = bias_of(*terms.bias, qkv.query);
+    operands.read(kBias, *terms.bias);
+  }
+  return operands;
+}
+
+// `correction`: where to leave it, or null.
+std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction) {
+  const Tensor& query = qkv.query;
+  const std::int64_t value_dim = qkv.value.size(3);
+  Operands operands = operands_of(qkv, terms);
+  const Tensor out = allocate_rows(query, value_dim, query.scalar_type());
+  const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+  operands.write_results(out, lse);
+  if (correction && operands.problem.dtype == DType::f32) {
+    *correction = allocate(query, {0}, ScalarType::Half);
+  } else if (correction) {
+    *correction = allocate_rows(query, value_dim, ScalarType::Half);
+    operands.write_correction(**correction);
+  }
+  operands.run(plan_forward(operands.problem));
+  return {out, lse};
+}
+
+// Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
+std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr); }
+
+// Also returns what rounding took from out, in its shape; of size 0 in float32 (metal/correction.h).
+std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms) {
+  std::optional<Tensor> correction;
+  const auto [out, lse] = run_forward(qkv, terms, &correction);
+  return {out, lse, *correction};
+}
+
 std::atomic<std::int64_t> scratch_limit = kDefaultScratchLimit;
 std::atomic<int> backward_mode = 0;
 
@@ -22,70 +93,35 @@ BackwardMode mode_of(int number) {
   return number == 5 ? BackwardMode::five_gemm : number == 7 ? BackwardMode::seven_gemm : BackwardMode::automatic;
 }
 
-template <typename... Tensors>
-Tensor call(const char* op, const char* overload, const Tensors&... tensors) {
-  std::array stack{torch::stable::detail::from(tensors)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// From each row's part, [B,Hq,Lq].
-Tensor gradient_of_slopes(const Tensor& slopes, const Tensor& rows) {
-  return slopes.dim() == 1 ? torch::stable::sum(rows, std::vector<std::int64_t>{0, 2})
-                           : torch::stable::sum(rows, std::vector<std::int64_t>{2});
-}
-
 // Which gradients to compute: those that are asked for, of tensors that are there.
-Gradients wanted(const Inputs& inputs, const std::vector<bool>& output_mask) {
-  if (output_mask.size() != 6) throw std::runtime_error("output_mask must have 6 entries");
+Gradients wanted(const Terms& terms, const std::vector<bool>& output_mask) {
+  refuse_unless(output_mask.size() == 6, "output_mask must have 6 entries");
   Gradients gradients;
   gradients.query = output_mask[0];
   gradients.key = output_mask[1];
   gradients.value = output_mask[2];
-  gradients.bias = output_mask[3] && inputs.bias;
-  gradients.sinks = output_mask[4] && inputs.sinks;
-  gradients.alibi = output_mask[5] && inputs.alibi_slopes;
-  if (gradients.bias && inputs.bias->scalar_type() == ScalarType::Bool)
-    throw std::runtime_error("bias has dtype bool; output_mask must be False there, since a mask has no gradient");
+  gradients.bias = output_mask[3] && terms.bias;
+  gradients.sinks = output_mask[4] && terms.features.sinks;
+  gradients.alibi = output_mask[5] && terms.features.alibi_slopes;
+  refuse_unless(!gradients.bias || terms.bias->scalar_type() != ScalarType::Bool,
+                "bias has dtype bool; output_mask must be False there, since a mask has no gradient");
   gradients.mode = mode_of(backward_mode);
   gradients.scratch_limit = scratch_limit;
   return gradients;
 }
 
-}  // namespace
-
-// -sum of exp(sink - lse) * delta over batch and rows. The statistics' log-sum-exp is in base 2, and huge where a row
-// sees nothing: its exp2 is infinite then, and the quotient 0.
-Tensor gradient_of_sinks(const Tensor& sinks, const Tensor& statistics) {
-  const Tensor lse = torch::stable::select(statistics, 3, 0);
-  const Tensor delta = torch::stable::select(statistics, 3, 1);
-  const Tensor per_head = torch::stable::unsqueeze(sinks, 1);  // [Hq,1], against [B,Hq,Lq]
-  const Tensor inverse = call("aten::exp2", "", torch::stable::subtract(lse, per_head, std::numbers::log2e));
-  const Tensor sum = torch::stable::sum(call("aten::div", "Tensor", delta, inverse), std::vector<std::int64_t>{0, 2});
-  return call("aten::neg", "", sum);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes, double scale,
-    std::optional<std::int64_t> window_left, std::optional<std::int64_t> window_right, double softcap, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::vector<bool>& output_mask,
-    const std::optional<Tensor>& correction) {
-  const Inputs inputs{query, key,         value,        bias,    sinks,     alibi_slopes,
-                      scale, window_left, window_right, softcap, dropout_p, rng_state};
-  check_inputs(inputs);
-  check_results({grad_out, grad_lse, out, lse, correction}, inputs);
-  Gradients gradients = wanted(inputs, output_mask);
-
-  Operands operands(inputs);
-  operands.problem.out_strides = operands.read_out(out, correction);
-  operands.read_contiguous(kLse, lse);
-  gradients.grad_out_strides = operands.read_rows(kGradOut, grad_out);
-  if (grad_lse) {
-    gradients.has_grad_lse = true;
-    operands.read_contiguous(kGradLse, *grad_lse);
-  }
+// Returns the gradients of query, key, value, bias, sinks and alibi_slopes, with the shape and dtype of each; the first
+// three are B,L,H,D in memory if their tensor is. One that `output_mask` (in this order) doesn't ask for, or whose
+// tensor is not there, has size 0.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Qkv& qkv, const Tensor& out, const Tensor& lse,
+    const Terms& terms, const std::vector<bool>& output_mask, const std::optional<Tensor>& correction) {
+  const Tensor &query = qkv.query, &key = qkv.key, &value = qkv.value;
+  const Results results{grad_out, grad_lse, out, lse, correction};
+  Operands operands = operands_of(qkv, terms);
+  check_results(results, qkv);
+  Gradients gradients = wanted(terms, output_mask);
+  operands.read(results, gradients);
 
   const auto nothing = [&] { return allocate(query, {0}, query.scalar_type()); };  // where a gradient isn't wanted
   const auto floats = [&](std::initializer_list<std::int64_t> sizes) {
@@ -105,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor grad_value = rows(gradients.value, kGradValue, value, gradients.value_strides);
   Tensor grad_bias = nothing(), grad_sinks = nothing(), grad_slopes = nothing();
   if (gradients.bias) {
-    grad_bias = floats({bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
+    grad_bias = floats({terms.bias->size(0), terms.bias->size(1), terms.bias->size(2), terms.bias->size(3)});
     operands.write(kGradBias, grad_bias);
   }
   if (gradients.alibi) {
@@ -118,10 +154,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   operands.run(plan_backward(operands.problem, gradients));
 
   if (!gradients.query) grad_query = nothing();
-  if (gradients.bias) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
-  if (gradients.sinks) grad_sinks = gradient_of_sinks(*sinks, statistics);
-  if (gradients.alibi) grad_slopes = gradient_of_slopes(*alibi_slopes, grad_slopes);
+  if (gradients.bias) grad_bias = torch::stable::to(grad_bias, terms.bias->scalar_type());
+  if (gradients.sinks) grad_sinks = gradient_of_sinks(*terms.features.sinks, statistics);
+  if (gradients.alibi) grad_slopes = gradient_of_slopes(*terms.features.alibi_slopes, grad_slopes);
   return {grad_query, grad_key, grad_value, grad_bias, grad_sinks, grad_slopes};
+}
+
+}  // namespace
+
+void attention_forward(StableIValue* stack, std::uint64_t argument_count, std::uint64_t result_count) {
+  unbox(&forward, stack, argument_count, result_count);
+}
+
+void attention_forward_with_correction(StableIValue* stack, std::uint64_t argument_count, std::uint64_t result_count) {
+  unbox(&forward_with_correction, stack, argument_count, result_count);
+}
+
+void attention_backward(StableIValue* stack, std::uint64_t argument_count, std::uint64_t result_count) {
+  unbox(&backward, stack, argument_count, result_count);
 }
 
 }  // namespace mfa

@@ -99,43 +99,26 @@ void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value) {
                 query.size(2), " and key ", key.size(2), "; together they must be at most ", kLongestProblem);
 }
 
-void check_bias(const Tensor& bias, const Tensor& query, const Tensor& key) {
-  check_device("bias", bias, query);
-  const ScalarType dtype = bias.scalar_type();
-  if (dtype != ScalarType::Bool && dtype != ScalarType::Float && dtype != query.scalar_type())
-    refuse("bias has dtype ", dtype_name(dtype), "; it must be bool",
-           query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
-  refuse_unless(bias.dim() == 4, "bias has ", bias.dim(), " dimensions; it must have 4");
-  const Shape full = {query.size(0), query.size(1), query.size(2), key.size(2)};
-  for (int i = 0; i < 4; ++i)
-    if (bias.size(i) != 1 && bias.size(i) != full[i])
-      refuse("bias has shape ", text(shape_of(bias)), "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
+void check_sinks(const Tensor& sinks, const Tensor& query) {
+  check_device("sinks", sinks, query);
+  check_dtype("sinks", sinks, ScalarType::Float);
+  if (const Shape heads = {query.size(1)}, shape = shape_of(sinks); shape != heads)
+    refuse("sinks has shape ", text(shape), "; it must have shape [Hq] = ", text(heads));
 }
 
-void check_per_head(const char* name, const Tensor& tensor, const Tensor& query, bool per_batch) {
-  check_device(name, tensor, query);
-  check_dtype(name, tensor, ScalarType::Float);
-  const Shape heads = {query.size(1)}, all = {query.size(0), query.size(1)};
-  const Shape shape = shape_of(tensor);
-  if (shape != heads && !(per_batch && shape == all))
-    refuse(name, " has shape ", text(shape), "; it must have shape [Hq] = ", text(heads),
-           per_batch ? " or [B,Hq] = " + text(all) : "");
+void check_slopes(const Tensor& slopes, const Tensor& query, std::int64_t batch, const char* letter) {
+  check_device("alibi_slopes", slopes, query);
+  check_dtype("alibi_slopes", slopes, ScalarType::Float);
+  const Shape heads = {query.size(1)}, all = {batch, query.size(1)};
+  if (const Shape shape = shape_of(slopes); shape != heads && shape != all)
+    refuse("alibi_slopes has shape ", text(shape), "; it must have shape [Hq] = ", text(heads), " or [", letter,
+           ",Hq] = ", text(all));
 }
 
 void check_values(double scale, double softcap) {
   refuse_unless(!std::isnan(scale), "scale is nan; it must be a number");
   refuse_unless(softcap >= 0 && std::isfinite(softcap), "softcap is ", softcap,
                 "; it must be 0 (off) or more, and finite");
-}
-
-void check_dropout(double dropout_p, const std::optional<Tensor>& rng_state, const Tensor& query) {
-  refuse_unless(0 <= dropout_p && dropout_p < 1, "dropout_p is ", dropout_p, "; it must be within [0, 1)");
-  refuse_unless(rng_state.has_value() == (dropout_p > 0), "rng_state is ", rng_state ? "given" : "None",
-                "; it must be ", dropout_p > 0 ? "a tensor" : "None", ", since dropout_p is ", dropout_p);
-  if (!rng_state) return;
-  check_device("rng_state", *rng_state, query);
-  check_dtype("rng_state", *rng_state, ScalarType::Long);
-  check_shape("rng_state", *rng_state, {2});
 }
 
 }  // namespace
@@ -151,34 +134,55 @@ DType dtype_of(const Tensor& query) {
   }
 }
 
-void check_inputs(const Inputs& inputs) {
-  check_like_query("query", inputs.query, inputs.query);
-  check_like_query("key", inputs.key, inputs.query);
-  check_like_query("value", inputs.value, inputs.query);
-  check_features(inputs);
+void check_alike(const Qkv& qkv) {
+  check_like_query("query", qkv.query, qkv.query);
+  check_like_query("key", qkv.key, qkv.query);
+  check_like_query("value", qkv.value, qkv.query);
 }
 
-void check_features(const Inputs& inputs) {
-  const auto& [query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state] =
-      inputs;
+void check_features(const Qkv& qkv, const Features& features, std::int64_t slopes_batch, const char* letter) {
+  const Tensor& query = qkv.query;
   dtype_of(query);
-  check_shapes(query, key, value);
-  if (bias) check_bias(*bias, query, key);
-  if (sinks) check_per_head("sinks", *sinks, query, false);
-  if (alibi_slopes) check_per_head("alibi_slopes", *alibi_slopes, query, true);
-  check_values(scale, softcap);
-  check_dropout(dropout_p, rng_state, query);
+  check_shapes(query, qkv.key, qkv.value);
+  if (features.sinks) check_sinks(*features.sinks, query);
+  if (features.alibi_slopes) check_slopes(*features.alibi_slopes, query, slopes_batch, letter);
+  check_values(features.scale, features.softcap);
 }
 
-void check_results(const Results& results, const Inputs& inputs) {
-  const Tensor& query = inputs.query;
+void check_dropout(const Dropout& dropout, const Tensor& query) {
+  const auto& [p, rng_state] = dropout;
+  refuse_unless(0 <= p && p < 1, "dropout_p is ", p, "; it must be within [0, 1)");
+  refuse_unless(rng_state.has_value() == (p > 0), "rng_state is ", rng_state ? "given" : "None", "; it must be ",
+                p > 0 ? "a tensor" : "None", ", since dropout_p is ", p);
+  if (!rng_state) return;
+  check_device("rng_state", *rng_state, query);
+  check_dtype("rng_state", *rng_state, ScalarType::Long);
+  check_shape("rng_state", *rng_state, {2});
+}
+
+void check_bias(const Tensor& bias, const Qkv& qkv) {
+  const Tensor &query = qkv.query, &key = qkv.key;
+  check_device("bias", bias, query);
+  const ScalarType dtype = bias.scalar_type();
+  if (dtype != ScalarType::Bool && dtype != ScalarType::Float && dtype != query.scalar_type())
+    refuse("bias has dtype ", dtype_name(dtype), "; it must be bool",
+           query.scalar_type() == ScalarType::Float ? "" : ", " + dtype_name(query.scalar_type()), " or float32");
+  refuse_unless(bias.dim() == 4, "bias has ", bias.dim(), " dimensions; it must have 4");
+  const Shape full = {query.size(0), query.size(1), query.size(2), key.size(2)};
+  for (int i = 0; i < 4; ++i)
+    if (bias.size(i) != 1 && bias.size(i) != full[i])
+      refuse("bias has shape ", text(shape_of(bias)), "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
+}
+
+void check_results(const Results& results, const Qkv& qkv) {
+  const Tensor& query = qkv.query;
   const Shape rows = {query.size(0), query.size(1), query.size(2)};
   const auto check = [&](const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
     check_device(name, tensor, query);
     check_dtype(name, tensor, dtype);
     check_shape(name, tensor, shape);
   };
-  const Shape out = {rows[0], rows[1], rows[2], inputs.value.size(3)};
+  const Shape out = {rows[0], rows[1], rows[2], qkv.value.size(3)};
   check("grad_out", results.grad_out, out, query.scalar_type());
   check("out", results.out, out, query.scalar_type());
   check("lse", results.lse, rows, ScalarType::Float);

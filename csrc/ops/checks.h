@@ -5,10 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 
+#include "ops/arguments.h"
 #include "plan/plan.h"
 
 namespace mfa {
@@ -27,34 +27,15 @@ void refuse_unless(bool condition, const Parts&... parts) {
   if (!condition) refuse(parts...);
 }
 
-// The arguments that forward and backward share.
-struct Inputs {
-  const torch::stable::Tensor& query;
-  const torch::stable::Tensor& key;
-  const torch::stable::Tensor& value;
-  const std::optional<torch::stable::Tensor>& bias;
-  const std::optional<torch::stable::Tensor>& sinks;
-  const std::optional<torch::stable::Tensor>& alibi_slopes;
-  double scale;
-  std::optional<std::int64_t> window_left, window_right;
-  double softcap, dropout_p;
-  const std::optional<torch::stable::Tensor>& rng_state;
-};
-
-// What forward gave, and its gradients.
-struct Results {
-  const torch::stable::Tensor& grad_out;
-  const std::optional<torch::stable::Tensor>& grad_lse;
-  const torch::stable::Tensor& out;
-  const torch::stable::Tensor& lse;
-  const std::optional<torch::stable::Tensor>& correction;
-};
-
 // All throw std::runtime_error.
-void check_inputs(const Inputs& inputs);
-// The part that is true of a cache as well: nothing about the dtype, device and batch size of key and value.
-void check_features(const Inputs& inputs);
-void check_results(const Results& results, const Inputs& inputs);
+
+// Rank, device, dtype and batch size of each are those of the query. Not so of a cache.
+void check_alike(const Qkv& qkv);
+// `slopes_batch`: rows that alibi_slopes may have, and their letter in the error.
+void check_features(const Qkv& qkv, const Features& features, std::int64_t slopes_batch, const char* letter = "B");
+void check_dropout(const Dropout& dropout, const torch::stable::Tensor& query);
+void check_bias(const torch::stable::Tensor& bias, const Qkv& qkv);
+void check_results(const Results& results, const Qkv& qkv);
 
 DType dtype_of(const torch::stable::Tensor& query);  // throws as well
 

@@ -6,6 +6,8 @@
 #include <array>
 #include <stdexcept>
 
+#include "ops/checks.h"
+
 namespace mfa {
 namespace {
 
@@ -41,53 +43,36 @@ bool is_aligned(const Buffer& buffer, bool is_cpu) {
   return (base + buffer.offset) % 16 == 0;
 }
 
-Bias bias_of(const Tensor& bias, const Tensor& query) {
-  Bias result;
-  result.kind = bias.scalar_type() == ScalarType::Bool      ? BiasKind::mask
-                : bias.scalar_type() == query.scalar_type() ? BiasKind::same_dtype
-                                                            : BiasKind::float32;
-  for (int i = 0; i < 4; ++i) {
-    result.sizes[i] = bias.size(i);
-    result.strides[i] = bias.stride(i);
-  }
-  return result;
-}
-
 }  // namespace
 
-Operands::Operands(const Inputs& inputs)
-    : launcher_(launcher_for(inputs.query)), query_(inputs.query), is_cpu_(inputs.query.is_cpu()) {
+Operands::Operands(const Qkv& qkv, const Features& features, std::int64_t sequences)
+    : launcher_(launcher_for(qkv.query)), query_(qkv.query), is_cpu_(qkv.query.is_cpu()) {
   alive_.reserve(8);
   problem.family = launcher_.family();
-  problem.dtype = dtype_of(inputs.query);
-  problem.batch = inputs.query.size(0);
-  problem.query_heads = inputs.query.size(1);
-  problem.key_heads = inputs.key.size(1);
-  problem.query_length = inputs.query.size(2);
-  problem.key_length = inputs.key.size(2);
-  problem.head_dim = inputs.query.size(3);
-  problem.value_dim = inputs.value.size(3);
-  problem.scale = inputs.scale;
-  problem.window_left = inputs.window_left;
-  problem.window_right = inputs.window_right;
-  problem.softcap = inputs.softcap;
-  problem.dropout_p = inputs.dropout_p;
-  problem.query_strides = read_rows(kQuery, inputs.query);
-  problem.key_strides = read_rows(kKey, inputs.key);
-  problem.value_strides = read_rows(kValue, inputs.value);
-  if (inputs.bias) {
-    problem.bias = bias_of(*inputs.bias, inputs.query);
-    bind(kBias, *inputs.bias, inputs.bias->const_data_ptr());
-  }
-  if (inputs.sinks) {
+  problem.dtype = dtype_of(qkv.query);
+  problem.batch = qkv.query.size(0);
+  problem.query_heads = qkv.query.size(1);
+  problem.key_heads = qkv.key.size(1);
+  problem.query_length = qkv.query.size(2);
+  problem.key_length = qkv.key.size(2);
+  problem.head_dim = qkv.query.size(3);
+  problem.value_dim = qkv.value.size(3);
+  problem.sequences = sequences;
+  problem.query_strides = read_rows(kQuery, qkv.query);
+  problem.key_strides = read_rows(kKey, qkv.key);
+  problem.value_strides = read_rows(kValue, qkv.value);
+  problem.scale = features.scale;
+  problem.window_left = features.window_left;
+  problem.window_right = features.window_right;
+  problem.softcap = features.softcap;
+  if (features.sinks) {
     problem.has_sinks = true;
-    read_contiguous(kSinks, *inputs.sinks);
+    read_contiguous(kSinks, *features.sinks);
   }
-  if (inputs.alibi_slopes) {
-    problem.alibi = inputs.alibi_slopes->dim() == 1 ? Alibi::per_head : Alibi::per_batch;
-    read_contiguous(kAlibiSlopes, *inputs.alibi_slopes);
+  if (features.alibi_slopes) {
+    problem.alibi = features.alibi_slopes->dim() == 1 ? Alibi::per_head : Alibi::per_batch;
+    read_contiguous(kAlibiSlopes, *features.alibi_slopes);
   }
-  if (inputs.rng_state) read_contiguous(kRngState, *inputs.rng_state);
 }
 
 void Operands::bind(Argument argument, const Tensor& tensor, const void* address) {
@@ -101,7 +86,7 @@ void Operands::bind(Argument argument, const Tensor& tensor, const void* address
 Strides Operands::bind_rows(Argument argument, const Tensor& tensor, const void* address) {
   bind(argument, tensor, address);
   problem.aligned = problem.aligned && is_aligned(arguments_[argument], is_cpu_);
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {problem.sequences > 0 ? 0 : tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 Strides Operands::read_rows(Argument argument, const Tensor& tensor) {
@@ -122,13 +107,28 @@ void Operands::read_contiguous(Argument argument, const Tensor& tensor) {
 
 void Operands::write(Argument argument, const Tensor& tensor) { bind(argument, tensor, tensor.mutable_data_ptr()); }
 
-Strides Operands::read_out(const Tensor& out, const std::optional<Tensor>& correction) {
-  if (!correction) return read_rows(kOut, out);
-  problem.has_correction = true;
+void Operands::read(const Dropout& dropout) {
+  problem.dropout_p = dropout.p;
+  if (dropout.rng_state) read_contiguous(kRngState, *dropout.rng_state);
+}
+
+void Operands::read(const Results& results, Gradients& gradients) {
+  const auto& [grad_out, grad_lse, out, lse, correction] = results;
+  problem.has_correction = correction.has_value();
   bool alike = true;
-  for (int i = 0; i < 4; ++i) alike = alike && (out.size(i) <= 1 || out.stride(i) == correction->stride(i));
-  read_rows(kCorrection, alike ? *correction : torch::stable::contiguous(*correction));
-  return read_rows(kOut, alike ? out : torch::stable::contiguous(out));
+  if (correction)
+    for (int i = 0; i < 4; ++i) alike = alike && (out.size(i) <= 1 || out.stride(i) == correction->stride(i));
+  problem.out_strides = read_rows(kOut, alike ? out : torch::stable::contiguous(out));
+  if (correction) read_rows(kCorrection, alike ? *correction : torch::stable::contiguous(*correction));
+  read_contiguous(kLse, lse);
+  gradients.grad_out_strides = read_rows(kGradOut, grad_out);
+  gradients.has_grad_lse = grad_lse.has_value();
+  if (grad_lse) read_contiguous(kGradLse, *grad_lse);
+}
+
+void Operands::write_results(const Tensor& out, const Tensor& lse) {
+  problem.out_strides = write_rows(kOut, out);
+  write(kLse, lse);
 }
 
 void Operands::write_correction(const Tensor& correction) {
@@ -158,7 +158,7 @@ void Operands::run(const Plan& plan) {
 }
 
 Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
-  std::array<std::int64_t, 4> strides;
+  std::array<std::int64_t, 5> strides;
   strides[sizes.size() - 1] = 1;
   for (std::size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * std::max<std::int64_t>(sizes.begin()[i], 1);

@@ -3,10 +3,12 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <vector>
 
-#include "ops/checks.h"
+#include "ops/arguments.h"
 #include "plan/launcher.h"
 #include "plan/plan.h"
 
@@ -14,8 +16,8 @@ namespace mfa {
 
 class Operands {
  public:
-  // Binds what forward and backward share. The inputs have been checked.
-  explicit Operands(const Inputs& inputs);
+  // Binds what every op takes; all has been checked. `sequences`: see Problem.
+  Operands(const Qkv& qkv, const Features& features, std::int64_t sequences = 0);
 
   Problem problem;  // `aligned` follows from what has been bound
 
@@ -27,8 +29,10 @@ class Operands {
   void read_contiguous(Argument argument, const torch::stable::Tensor& tensor);
   void write(Argument argument, const torch::stable::Tensor& tensor);
 
-  // Bind out and its correction, which have the same strides.
-  Strides read_out(const torch::stable::Tensor& out, const std::optional<torch::stable::Tensor>& correction);
+  // Bind several, and set what the problem says of them. `correction` has the strides of out.
+  void read(const Dropout& dropout);
+  void read(const Results& results, Gradients& gradients);
+  void write_results(const torch::stable::Tensor& out, const torch::stable::Tensor& lse);
   void write_correction(const torch::stable::Tensor& correction);
 
   void run(const Plan& plan);  // allocates what the plan needs besides
@@ -45,7 +49,7 @@ class Operands {
   std::vector<torch::stable::Tensor> alive_;  // copies must outlast the launches
 };
 
-// Contiguous, on the device of `like`; 1 to 4 sizes. Several times cheaper than torch::stable::new_empty, which calls
+// Contiguous, on the device of `like`; 1 to 5 sizes. Several times cheaper than torch::stable::new_empty, which calls
 // the dispatcher by the op's name.
 torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<std::int64_t> sizes,
                                torch::headeronly::ScalarType dtype);
