@@ -203,8 +203,7 @@ void bind_plan(nb::module_& m) {
 
   m.def("plan", &plan, nb::sig("def plan(**problem: object) -> Plan"),
         "Of attention_forward. The fields of Problem in csrc/plan/plan.h, enumerators by name, the bias flattened: "
-        "bias (its "
-        "kind), bias_sizes, bias_strides. Strides that are not given are contiguous. Raises ValueError.");
+        "bias (its kind), bias_sizes, bias_strides. Strides that are not given are contiguous. Raises ValueError.");
   m.def("plan_backward", &backward_plan, nb::sig("def plan_backward(**problem: object) -> Plan"),
         "Of attention_backward. As plan(), with the fields of Gradients: wants_query ... wants_alibi, has_grad_lse, "
         "grad_out_strides, grad_query_strides, grad_key_strides, grad_value_strides, mode, scratch_limit.");
