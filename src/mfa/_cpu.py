@@ -104,6 +104,7 @@ def attention_forward(
     first_batch: int = 0,
     correction: Tensor | None = None,
     exact_lse: bool = True,
+    trains: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`mfa::attention_forward` for CPU tensors. The caller has checked the arguments.
 
@@ -116,13 +117,14 @@ def attention_forward(
         rng_state: int64 [2], what dropout starts from (_dropout.py); it counts batches from `first_batch`.
         correction: zeros of `empty_correction`; gets what rounding takes from out.
         exact_lse: whether lse obeys the numerics rule, too. ATen's kernel for half types has it to 1e-4 only.
+        trains: whether a backward pass may follow.
 
     Returns:
         out [B,Hq,Lq,Dv] and lse float32 [B,Hq,Lq], strided as `empty_outputs` says.
     """
     is_plain = bias is sinks is alibi_slopes is rng_state is None and softcap == 0
     if is_plain and (correction is None or correction.numel() == 0):
-        found = _attend_plainly(query, key, value, scale, window_left, window_right, exact_lse)
+        found = _attend_plainly(query, key, value, scale, window_left, window_right, exact_lse, trains)
         if found is not None:
             return found
 
@@ -165,10 +167,12 @@ def attention_forward(
             if local:
                 block = _operands(*block, dtype, width, value_width)
             factors = None if dropout is None else dropout.factors(batches, q_heads, rows, columns)
+            q, k, v = block
+            q, _, block_scale = exactly_scaled(q, scale) if fused and trains else (q, 1.0, scale)
             if fused and mask is None:
-                block_out, block_lse = _attend_as_laid_out(*block, scale, causal)
+                block_out, block_lse = _attend_as_laid_out(q, k, v, block_scale, causal)
             else:
-                block_out, block_lse = _attend(*block, mask, scale, softcap, causal, factors)
+                block_out, block_lse = _attend(q, k, v, mask, block_scale, softcap, causal, factors)
             if sinks is not None:
                 block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
             block_out = block_out[..., :value_dim]
@@ -197,6 +201,7 @@ def _attend_plainly(
     window_left: int | None,
     window_right: int | None,
     exact_lse: bool,
+    trains: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """What most calls ask for, in one call of ATen's kernel, on tensors as they are; None for anything else.
 
@@ -216,12 +221,12 @@ def _attend_plainly(
         return None
     if causal and length < key.shape[2]:
         key, value = key[:, :, :length], value[:, :, :length]  # no row sees the others
+    first, _, scale = exactly_scaled(query, scale) if trains else (query, 1.0, scale)
     try:
         if rows_are_contiguous:
-            out, lse = _attend_as_laid_out(query, key, value, scale, causal)
+            out, lse = _attend_as_laid_out(first, key, value, scale, causal)
         else:  # copied, small as they are, so that results don't depend on the layout
-            out, lse = _attend_as_laid_out(query.contiguous(), key.contiguous(), value.contiguous(), scale, causal)
-            out = laid_out(out, query)
+            out, lse = _attend_as_laid_out(first.contiguous(), key.contiguous(), value.contiguous(), scale, causal)
     except RuntimeError as error:
         if not is_half:
             raise
@@ -229,7 +234,7 @@ def _attend_plainly(
         _log.once(f"half types are computed in float32, since ATen's kernel for them fails: {error}")
         return None
     # contiguous() leaves the strides of dimensions of size 1 as they are.
-    return out, lse.to(torch.float32).flatten().view(lse.shape)
+    return laid_out(out, query), lse.to(torch.float32).flatten().view(lse.shape)
 
 
 def _attend_as_laid_out(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -254,6 +259,19 @@ def heads_are_batches(tensor: Tensor) -> bool:
 
 def is_copied(tensor: Tensor, dtype: torch.dtype, width: int) -> bool:
     return tensor.dtype != dtype or tensor.shape[-1] != width or tensor.stride(-1) != 1
+
+
+def exactly_scaled(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """`query * factor`, the factor, and the power of two that is left of the scale: for ATen's kernels, in training.
+
+    The one for the backward pass computes scores again, to take exp(score - lse). It lets BLAS multiply by the scale,
+    the one for the forward pass does so itself: only a power of two makes both round alike. Otherwise P, where few keys
+    share a row, feels the rounding of scores, which softmax on whole rows doesn't.
+    """
+    factor = math.frexp(scale)[0]
+    if abs(factor) in (0, 0.5):
+        return query, 1.0, scale
+    return query * factor, factor, scale / factor
 
 
 def _operands(
@@ -306,24 +324,10 @@ def _softmax_block(
     return out.div_(total.masked_fill(total == 0, 1)), maximum.add_(total.log_()).squeeze(-1)
 
 
-def exactly_scaled(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """`query * factor`, the factor, and the power of two that is left of the scale for ATen's kernel.
-
-    Its backward pass computes scores again, to take exp(score - lse). There BLAS multiplies by the scale, in the
-    forward pass the kernel itself does: only a power of two makes both round alike. Otherwise P, where few keys share
-    a row, feels the rounding of scores, which softmax on whole rows doesn't. Half types would round the product.
-    """
-    factor = math.frexp(scale)[0]
-    if abs(factor) in (0, 0.5) or query.dtype.itemsize == 2:
-        return query, 1.0, scale
-    return query * factor, factor, scale / factor
-
-
 def _fused_block(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    scaled, _, power = exactly_scaled(query, scale)
-    out, lse = _fused(scaled, key, value, 0.0, causal, attn_mask=mask, scale=power)
+    out, lse = _fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:  # ATen reports 0 for a row that sees nothing
         lse = lse.masked_fill(mask.amax(-1) == HIDDEN, HIDDEN)
     return out, lse

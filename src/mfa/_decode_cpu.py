@@ -54,7 +54,17 @@ def attention_decode(
         )
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[entries]
         out[entries], lse[entries] = _cpu.attention_forward(
-            query[entries], keys, values, None, sinks, slopes, scale, window_left, window_right, softcap
+            query[entries],
+            keys,
+            values,
+            None,
+            sinks,
+            slopes,
+            scale,
+            window_left,
+            window_right,
+            softcap,
+            trains=False,
         )
     return out, lse
 

@@ -146,7 +146,7 @@ def attention(
         rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
         arguments = (query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
     if query.is_cpu and nothing_listens(*arguments[:6]):
-        out, lse = _cpu.attention_forward(*arguments, exact_lse=return_lse)
+        out, lse = _cpu.attention_forward(*arguments, exact_lse=return_lse, trains=False)
     else:
         out, lse = _forward(*arguments)
     if not has_batch:
