@@ -63,9 +63,12 @@ def attention_backward(
     # ATen's kernel starts from out and lse, which must be exact to float32, and has the gradients of three inputs.
     exact = query.dtype == torch.float32 or (dtype == torch.float32 and correction is not None)
     masked_only = softcap == 0 and dropout is None and grad_lse is None and not (wanted[3] or wanted[5])
-    # Where no row sees more than one key, gradients of query and key are 0. Its dP - delta is a rounding of dP.
-    has_choice = window.block_keys(1) > 1
-    fused = exact and masked_only and has_choice and grad_out.numel() > 0 and not overflows(query, key)
+    # Its delta comes from out: a sum over Dv, of which a bfloat16 out and its correction have 20 bits. This is felt
+    # where no row sees more than one key, so that gradients of query and key are 0; where Dv is much larger than D,
+    # whose scale doesn't make up for it; and by sinks, whose gradient is float32.
+    few_keys, few_dims = window.block_keys(1) <= 1, 4 * query.shape[3] < value.shape[3]
+    feels_delta = few_keys or few_dims or (wanted[4] and query.dtype == torch.bfloat16)
+    fused = exact and masked_only and not feels_delta and grad_out.numel() > 0 and not overflows(query, key)
     if fused and not wanted[4]:
         found = _fused_at_once(grad_out, query, key, value, out, lse, terms, scale)
         if found is not None:
@@ -235,9 +238,12 @@ def _add_composed(
             if factors is not None:
                 d_scores *= factors
             delta = (probability * d_scores).sum(-1, keepdim=True)
+            d_scores -= delta  # before anything else, so that it is 0 where a row sees one key
             if grad_lse is not None:
-                delta -= grad_lse[batches, q_heads, rows, None]
-            d_scores.sub_(delta).mul_(probability)
+                d_lse = grad_lse[batches, q_heads, rows, None]
+                d_scores += d_lse
+                delta -= d_lse
+            d_scores *= probability
             if grad_sinks is not None:
                 grad_sinks[q_heads] -= (share * delta).sum((0, 2, 3))
             if grad_bias is not None:
