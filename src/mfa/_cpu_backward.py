@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from ._blocks import HIDDEN, Cut, Terms, Window, part
-from ._cpu import exactly_scaled, grouped, heads_are_batches, is_copied, operand, overflows, raw_scores, slopes_of
+from ._cpu import exactly_scaled, heads_are_batches, is_copied, operand, overflows, raw_scores, slopes_of
 from ._dropout import COPIES, Dropout
+
+# Scores of a group of heads, at most, that are computed at once: about where the calls cost as much as the arithmetic.
+SHORT = 1 << 17
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -210,69 +213,63 @@ def _add_composed(
         dQ = scale dS K,  dK = scale dS' Q,  dV = P' dO,  dbias = dS,  dsink = -sum P(sink) delta
 
     A block has whole rows of S, so the results of the forward pass, and their rounding, aren't needed. Dropout
-    multiplies dP, and the P of dV, by the factors that the forward pass had.
+    multiplies dP, and the P of dV, by the factors that the forward pass had. Heads that share a key have products
+    of their own: sums over the rows of all of them would be longer, and BLAS sums those of few rows more exactly. They
+    come one after the other, or, if they are short, at once with copies of their key.
     """
     grad_query, grad_key, grad_value, grad_bias, grad_sinks, grad_slopes = grads
     dtype, query_heads, key_heads = terms.dtype, query.shape[1], key.shape[1]
     group = query_heads // key_heads
-    widths, block_keys = (query.shape[3], value.shape[3]), terms.window.block_keys(terms.window.block_rows())
-    numbers = 2 * sum(widths) * (group * query.shape[2] + key.shape[2]) + max(widths) * group * block_keys
-    operand_bytes = numbers * dtype.itemsize
-    cut = Cut.of(terms, len(query), key_heads, group, operand_bytes, 4 if dropout is None else 5 + COPIES)
+    copies = group if group * query.shape[2] * key.shape[2] <= SHORT else 1
+    numbers = 2 * copies * (query.shape[3] + value.shape[3]) * (query.shape[2] + key.shape[2])
+    score_copies = 4 if dropout is None else 5 + COPIES
+    cut = Cut.of(terms, len(query), key_heads, copies, numbers * dtype.itemsize, score_copies)
     if grad_sinks is not None and grad_lse is not None:  # the lse of a row that sees no key is the sink
         grad_sinks += grad_lse.sum((0, 2)) - grad_lse[:, :, terms.window.rows()].sum((0, 2))
-    for batches, heads, q_heads in cut.chunks():
-        q, d_out = query[batches, q_heads].to(dtype), grad_out[batches, q_heads].to(dtype)
-        k, v = key[batches, heads].to(dtype), value[batches, heads].to(dtype)
+    for batches, heads, _ in cut.chunks():
+        k, v = (operand[batches, heads].to(dtype).repeat_interleave(copies, 1) for operand in (key, value))
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys in cut.blocks():
-            raw = raw_scores(q[:, :, rows], k[:, :, keys], scale, softcap)
-            mask = terms.mask(batches, q_heads, rows, keys)
-            scores = raw if mask is None else raw + mask
-            probability, share = _softmax(scores, None if sinks is None else sinks[q_heads, None, None].to(dtype))
-            d_rows = grouped(d_out[:, :, rows], k.shape[1])
-            factors = None if dropout is None else dropout.factors(batches, q_heads, rows, keys)
-            kept = probability if factors is None else probability * factors
-            dv[:, :, keys] += _summed_over_rows(kept, d_out[:, :, rows], group)
-            d_scores = (d_rows @ v[:, :, keys].transpose(-1, -2)).view(scores.shape)
-            if factors is not None:
-                d_scores *= factors
-            delta = (probability * d_scores).sum(-1, keepdim=True)
-            d_scores -= delta  # before anything else, so that it is 0 where a row sees one key
-            if grad_lse is not None:
-                d_lse = grad_lse[batches, q_heads, rows, None]
-                d_scores += d_lse
-                delta -= d_lse
-            d_scores *= probability
-            if grad_sinks is not None:
-                grad_sinks[q_heads] -= (share * delta).sum((0, 2, 3))
-            if grad_bias is not None:
-                target = part(grad_bias, batches, q_heads, rows, keys)
-                target += d_scores.sum_to_size(target.shape)
-            if grad_slopes is not None:
-                slopes = grad_slopes.view(-1, query_heads)
-                target = part(slopes, batches)[:, q_heads]
-                target -= (d_scores * terms.distances(rows, keys).abs_()).sum((-1, -2)).sum_to_size(target.shape)
-            if softcap > 0:
-                d_scores *= 1 - (raw / softcap).square_()
-            d_grouped = grouped(d_scores.mul_(scale), k.shape[1])
-            dk[:, :, keys] += _summed_over_rows(d_scores, q[:, :, rows], group)
-            if grad_query is not None:
-                grad_query[batches, q_heads, rows] = (d_grouped @ k[:, :, keys]).view(q[:, :, rows].shape)
+        for member in range(group // copies):
+            q_heads = slice(heads.start * group + member, heads.stop * group, group // copies)
+            q, d_out = query[batches, q_heads].to(dtype), grad_out[batches, q_heads].to(dtype)
+            for rows, keys in cut.blocks():
+                raw = raw_scores(q[:, :, rows], k[:, :, keys], scale, softcap)
+                mask = terms.mask(batches, q_heads, rows, keys)
+                scores = raw if mask is None else raw + mask
+                probability, share = _softmax(scores, None if sinks is None else sinks[q_heads, None, None].to(dtype))
+                factors = None if dropout is None else dropout.factors(batches, q_heads, rows, keys)
+                kept = probability if factors is None else probability * factors
+                dv[:, :, keys] += kept.transpose(-1, -2) @ d_out[:, :, rows]
+                d_scores = d_out[:, :, rows] @ v[:, :, keys].transpose(-1, -2)
+                if factors is not None:
+                    d_scores *= factors
+                delta = (probability * d_scores).sum(-1, keepdim=True)
+                d_scores -= delta  # before anything else, so that it is 0 where a row sees one key
+                if grad_lse is not None:
+                    d_lse = grad_lse[batches, q_heads, rows, None]
+                    d_scores += d_lse
+                    delta -= d_lse
+                d_scores *= probability
+                if grad_sinks is not None:
+                    grad_sinks[q_heads] -= (share * delta).sum((0, 2, 3))
+                if grad_bias is not None:
+                    target = part(grad_bias, batches, q_heads, rows, keys)
+                    target += d_scores.sum_to_size(target.shape)
+                if grad_slopes is not None:
+                    slopes = grad_slopes.view(-1, query_heads)
+                    target = part(slopes, batches)[:, q_heads]
+                    distances = terms.distances(rows, keys).abs_()
+                    target -= (d_scores * distances).sum((-1, -2)).sum_to_size(target.shape)
+                if softcap > 0:
+                    d_scores *= 1 - (raw / softcap).square_()
+                d_scores *= scale
+                dk[:, :, keys] += d_scores.transpose(-1, -2) @ q[:, :, rows]
+                if grad_query is not None:
+                    grad_query[batches, q_heads, rows] = d_scores @ k[:, :, keys]
         if grad_key is not None:
-            grad_key[batches, heads] = dk
+            grad_key[batches, heads] = dk.unflatten(1, (-1, copies)).sum(2)
         if grad_value is not None:
-            grad_value[batches, heads] = dv
-
-
-def _summed_over_rows(weights: Tensor, rows: Tensor, group: int) -> Tensor:
-    """weights' rows [B,Hkv,keys,X], head by head: one sum over all rows of a group would round each partial sum more.
-
-    Args:
-        weights: [B,Hq,rows,keys]. rows: [B,Hq,rows,X].
-    """
-    by_head = weights.transpose(-1, -2) @ rows
-    return torch.sum(by_head.unflatten(1, (-1, group)), dim=2)
+            grad_value[batches, heads] = dv.unflatten(1, (-1, copies)).sum(2)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

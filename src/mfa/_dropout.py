@@ -79,7 +79,7 @@ class Dropout:
     def factors(self, batches: slice, heads: slice, rows: slice, keys: slice) -> Tensor:
         """`keep_factors` of a block [batches,heads,rows,keys]."""
         batch = torch.arange(batches.start, batches.stop)[:, None] + self.first_batch
-        head = torch.arange(heads.start, heads.stop)
+        head = torch.arange(heads.start, heads.stop, heads.step or 1)
         return keep_factors(self.rng_state, batch * self.query_heads + head, rows, keys, self.dropout_p, self.dtype)
 
 
