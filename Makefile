@@ -20,7 +20,7 @@ BUILD_REQUIREMENTS := 'scikit-build-core>=1.1' 'nanobind>=3.1' 'nanobind-backend
 BUILD := --no-build-isolation --no-deps $(if $(filter .venv,$(VENV)),,--config-settings=build-dir=$(VENV)/build)
 NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -not -name '*.pyc')
 STAMP := $(VENV)/stamp
-TORCH_VERSIONS := $(shell cat cmake/torch_versions.txt)
+TORCH_VERSIONS := $(shell cat tests/torch_versions.txt)
 # Where a test meets more of torch than tensors: what kernels compute doesn't depend on its version.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,decode_ops diffusers double_backward dropout errors \
 	fidelity_torch generation main merge mps_flash_attn_quantized ops plan sdpa sdpa_opinfo sdpa_varlen simulator_snippets \
@@ -96,20 +96,20 @@ wheel: build
 	$(PIP) wheel $(BUILD) --wheel-dir dist .
 
 mac-check: build $(STAMP)/mac-check
-	PYTHONPATH=cmake $(BIN)/python -m mac_check $(ARGS)
+	PYTHONPATH=cmake:tests $(BIN)/python -m mac_check $(ARGS)
 	$(BIN)/python -m pytest -q tests/test_mac_check.py
 
 # torch's CUDA build must be the one in .venv, as it is where TORCH_ARGS is empty.
 gpu-check: build
 ifneq ($(wildcard /dev/nvidiactl),)
-	PYTHONPATH=cmake $(BIN)/python -m gpu_check build
-	PYTHONPATH=cmake $(BIN)/python -m gpu_check run $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m gpu_check build
+	PYTHONPATH=tests $(BIN)/python -m gpu_check run $(ARGS)
 else
-	@echo "skipped: no NVIDIA GPU here; cmake/gpu_check/REPORT.md says what ran on one"
+	@echo "skipped: no NVIDIA GPU here; tests/gpu_check/REPORT.md says what ran on one"
 endif
 
 mac: build $(STAMP)/test
-	$(BIN)/python cmake/mac_report.py $(ARGS)
+	$(BIN)/python tests/mac_report.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,5 @@
 # Toolchain file of `make mac-check`: compiles for macOS on arm64 with zig's clang, on Linux, and links strictly against stubs
-# and torch's real macOS library. cmake/mac_check makes the tools and passes MFA_MAC_TOOLS. Never ship what it builds.
+# and torch's real macOS library. tests/mac_check makes the tools and passes MFA_MAC_TOOLS. Never ship what it builds.
 set(CMAKE_SYSTEM_NAME Darwin)
 set(CMAKE_SYSTEM_PROCESSOR arm64)
 set(CMAKE_OSX_SYSROOT "")

@@ -8,14 +8,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from mac_check import inputs  # noqa: E402
+import macos_wheel
 
 
 def find() -> Path:
-    """The folder that contains Metal/Metal.hpp. Raises inputs.FetchError."""
+    """The folder that contains Metal/Metal.hpp. Raises macos_wheel.FetchError."""
     spec = find_spec("mlx")
     folders = [
         Path(location) / "include" / "metal_cpp" for location in (spec and spec.submodule_search_locations) or ()
@@ -26,14 +23,14 @@ def find() -> Path:
         if (folder / "Metal" / "Metal.hpp").is_file():
             return folder
     if sys.platform == "darwin":
-        raise inputs.FetchError("the package mlx-metal is not installed")
-    return inputs.metal_cpp(HERE.parent / ".cache" / "mac-check")
+        raise macos_wheel.FetchError("the package mlx-metal is not installed")
+    return macos_wheel.metal_cpp(Path(__file__).resolve().parent.parent / ".cache" / "mac-check")
 
 
 if __name__ == "__main__":
     try:
         print(find())
-    except inputs.FetchError as error:
+    except macos_wheel.FetchError as error:
         sys.exit(
             f"metal-cpp is missing: {error}\n"
             "Without a network, set MFA_METAL_CPP_DIR to a folder that contains Metal/Metal.hpp."

@@ -15,7 +15,7 @@ from torch import Tensor
 from mfa import _library
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "cmake"), str(ROOT / "csrc/simulator/cuda")]
+sys.path.insert(0, str(ROOT / "csrc/simulator/cuda"))
 
 from gpu_check import plans  # noqa: E402
 from gpu_check.cases import GROUPS, Case  # noqa: E402

@@ -5,14 +5,12 @@ Most need the tools that `make mac-check` leaves in .cache/, which runs them at 
 
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "cmake"))
 CACHE = ROOT / ".cache" / "mac-check"
 COMPILER = CACHE / "tools" / "mac-c++"
 OPS = CACHE / "unpacked" / "mfa" / "libmfa.dylib"

@@ -1,14 +1,12 @@
-"""cmake/mac_report.py, which `make mac` runs: whom its report names, what it counts, what its runs share."""
+"""tests/mac_report.py, which `make mac` runs: whom its report names, what it counts, what its runs share."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "cmake"))
 import mac_report
+import pytest
 
 
 def test_report_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def pinned() -> dict[str, list[str]]:
     """The versions that the tests are made for."""
     text = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
     others = {name: [version] for name, version in re.findall(r"\b(transformers|diffusers)==([\d.]+)", text)}
-    return {"torch": (README.parent / "cmake" / "torch_versions.txt").read_text().split(), **others}
+    return {"torch": (README.parent / "tests" / "torch_versions.txt").read_text().split(), **others}
 
 
 def libraries() -> str:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / ".github" / "workflows"
-TORCH = (ROOT / "cmake" / "torch_versions.txt").read_text().split()
+TORCH = (ROOT / "tests" / "torch_versions.txt").read_text().split()
 OLDEST, NEWEST = TORCH[0], TORCH[-1]
 
 
@@ -51,13 +51,14 @@ def test_the_oldest_torch_is_the_one_that_we_compile_for() -> None:
 @pytest.mark.parametrize("package", ["ziglang", "mlx-metal"])
 def test_what_counts_depend_on_is_pinned_once(package: str) -> None:
     """Another version may count differently, or lack a header."""
-    files = [ROOT / "pyproject.toml", ROOT / "Makefile", *WORKFLOWS.glob("*.yml"), *(ROOT / "cmake").glob("**/*.py")]
+    python = [*(ROOT / "cmake").glob("*.py"), *(ROOT / "tests" / "mac_check").glob("*.py")]
+    files = [ROOT / "pyproject.toml", ROOT / "Makefile", *WORKFLOWS.glob("*.yml"), *python]
     (pin,) = found(rf"{package} *([=<>~]=[\d.]+)", *files)
     assert pin.startswith("==")
 
 
 def test_mlx_is_the_one_that_gives_metal_cpp() -> None:
     (version,) = found(r"mlx-metal==([\d.]+)", ROOT / "pyproject.toml")
-    files = [ROOT / "tests" / "test_fidelity_mlx.py", ROOT / "cmake" / "gpu_check" / "others.py"]
+    files = [ROOT / "tests" / "test_fidelity_mlx.py", ROOT / "tests" / "gpu_check" / "others.py"]
     assert found(r'VERSION = "(.*)"', *files) == [version, version]
     assert set(found(r"mlx-metal ([\d.]+\d)", ROOT / "README.md")) == {version}

@@ -18,6 +18,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import macos_wheel
+
 from . import binary, inputs, sdk, wheel
 
 if sys.version_info >= (3, 11):
@@ -55,7 +57,7 @@ class Check:
         start = time.monotonic()
         try:
             faults = work()
-        except inputs.FetchError as error:
+        except macos_wheel.FetchError as error:
             faults = [str(error)]
         self.failed |= bool(faults)
         print(f"{'FAIL' if faults else 'ok  '} {title} ({time.monotonic() - start:.1f} s)", flush=True)
@@ -89,7 +91,7 @@ class Check:
             "CMAKE_TOOLCHAIN_FILE": ROOT / "cmake" / "MacCheck.cmake",
             "MFA_MAC_TOOLS": self.compiler.parent,
             "MFA_TORCH_DIR": inputs.torch(inputs.OLDEST, self.cache),  # as a release is built
-            "MFA_METAL_CPP_DIR": inputs.metal_cpp(self.cache),
+            "MFA_METAL_CPP_DIR": macos_wheel.metal_cpp(self.cache),
         }
         settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
         settings.append(f"--config-settings=build-dir={self.build}")
