@@ -61,4 +61,4 @@ def test_mlx_is_the_one_that_gives_metal_cpp() -> None:
     (version,) = found(r"mlx-metal==([\d.]+)", ROOT / "pyproject.toml")
     files = [ROOT / "tests" / "test_fidelity_mlx.py", ROOT / "tests" / "gpu_check" / "others.py"]
     assert found(r'VERSION = "(.*)"', *files) == [version, version]
-    assert set(found(r"mlx-metal ([\d.]+\d)", ROOT / "README.md")) == {version}
+    assert set(found(r"mlx-metal ([\d.]+\d)", ROOT / "docs" / "performance.md")) == {version}

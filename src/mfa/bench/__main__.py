@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     modes.add_argument(
         "--autotune", action="store_true", help="measure all tiles on this Mac; print the best as a patch"
     )
+    modes.add_argument("--figures", action="store_true", help="write the README's figures: predictions, counted memory")
     modes.add_argument("--model", choices=CHIPS, metavar="CHIP", help=f"what a model predicts for {', '.join(CHIPS)}")
     options, rest = parser.parse_known_args(arguments)
     if options.help:
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from . import cpu
 
         cpu.main(rest)
+    elif options.figures:
+        from . import figures
+
+        figures.main(rest)
     elif options.autotune:
         from . import autotune
 

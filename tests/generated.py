@@ -1,0 +1,147 @@
+"""What is generated from code in the README and in docs/: tables between `<!-- generated: name -->` and `<!-- end -->`.
+
+`python tests/generated.py` rewrites them.
+"""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import mfa
+from mfa import support
+from mfa.bench import kernels, model, model_decode, model_varlen, report
+from mfa.bench.chips import CHIPS
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "drop-ins.md")
+SECTION = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
+
+OPERATIONS = {
+    "8x8x8 MMAs": lambda c: c["mma"],
+    "threadgroup loads, per lane": lambda c: c["threadgroup_reads"],
+    "threadgroup bytes read": lambda c: c["threadgroup_read_bytes"],
+    "threadgroup bytes written": lambda c: c["threadgroup_write_bytes"],
+    "device bytes read": lambda c: c["device_read_bytes"],
+    "exp2, per lane": lambda c: c["exp"],
+    "shuffles, reductions, votes": lambda c: c["shuffles"] + c["reductions"],
+    "threadgroup barriers": lambda c: c["threadgroup_barriers"],
+    "SIMD-group barriers": lambda c: c["simdgroup_barriers"],
+}
+MLX = {  # in the order of OPERATIONS, by D; test_mlx_counts counts them anew
+    64: [16_384, 1_179_648, 2_359_296, 557_056, 557_056, 73_728, 4_096, 1_088, 4_096],
+    128: [32_768, 2_621_440, 5_242_880, 1_114_112, 1_114_112, 81_920, 4_096, 2_112, 49_152],
+}
+
+
+def count(dim: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 256, dim, generator=generator).half() for _ in range(3))
+    with mfa.simulate("apple7") as sim:
+        mfa.attention(query, key, value, return_lse=True)
+    return [of(asdict(sim.counters)) for of in OPERATIONS.values()]
+
+
+def operations() -> str:
+    """Our counts beside those of MLX."""
+    lines = ["| | MLX, D 64 | mfa, D 64 | MLX, D 128 | mfa, D 128 |", "| --- | ---: | ---: | ---: | ---: |"]
+    columns = zip(OPERATIONS, MLX[64], count(64), MLX[128], count(128), strict=True)
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{n:,}" for n in row) + " |" for name, *row in columns])
+
+
+def pinned() -> dict[str, list[str]]:
+    """The versions that the tests are made for."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    others = {name: [version] for name, version in re.findall(r"\b(transformers|diffusers)==([\d.]+)", text)}
+    return {"torch": (ROOT / "tests" / "torch_versions.txt").read_text().split(), **others}
+
+
+def libraries() -> str:
+    """What runs of each library; the models are those that the tests have."""
+    import test_diffusers
+    import test_flash_attn
+    import test_mps_flash_attn
+    import test_transformers
+
+    models = ", ".join(test_transformers.CONFIGS)
+    denoisers = ", ".join(test_diffusers.MODELS)
+    functions = len(test_flash_attn.SIGNATURES), len(test_mps_flash_attn.SIGNATURES)
+    versions = {name: ", ".join(numbers) for name, numbers in pinned().items()}
+    rows = {
+        f"torch {versions['torch']}, without what each lacks": "OpInfo's samples of SDPA in four dtypes, with "
+        "gradients; `varlen_attn`; `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`; `sdpa_kernel`, autocast, "
+        "`torch.func`, `torch.compile`, `torch.export`",
+        f"transformers {versions['transformers']}": f"tiny random {models}: logits, padding left and right, a training "
+        "step, `generate` with static, dynamic and sliding caches, `torch.compile`",
+        f"diffusers {versions['diffusers']}": f"tiny random {denoisers}: outputs and gradients; DiTPipeline; "
+        "`torch.compile`",
+        "flash-attn 2.8.3": f"not itself, it needs CUDA: signatures and conventions of {functions[0]} functions, "
+        "`bert_padding`",
+        "mps-flash-attn 0.6.3": f"not itself, it needs a Mac: signatures and conventions of {functions[1]} functions, "
+        "the snippets and feature lists of its READMEs",
+    }
+    return "\n".join(
+        ["| library | what runs |", "| --- | --- |", *(f"| {name} | {what} |" for name, what in rows.items())]
+    )
+
+
+def predictions() -> str:
+    """The cost model's, beside what it says of MLX's kernels."""
+    table = kernels.load()
+    chips = [CHIPS[name] for name in ("m1", "m1-max", "m2-max", "m3-max", "m4-max")]
+    lines = ["| | " + " | ".join(chip.name for chip in chips) + " |", "| --- |" + " ---: |" * len(chips)]
+    for dim in report.HEAD_DIMS:
+        dense, causal = report.shape(dim), report.shape(dim, causal=True)
+        cells = []
+        for chip in chips:
+            ours = [
+                report.utilisation(problem, 2, model.seconds(model.forward(table, problem, chip)), chip)
+                for problem in (dense, causal)
+            ]
+            mlx = report.utilisation(dense, 2, report.steel(table, dense, chip).seconds, chip)
+            cells.append(f"{ours[0]:.0%}, {ours[1]:.0%} ({mlx:.0%})")
+        lines.append(f"| forward D {dim}: dense, causal (MLX dense) | " + " | ".join(cells) + " |")
+    for dim in (64, 80, 128):
+        problem = report.shape(dim)
+        times = [model.seconds(model.backward(table, problem, chip)) for chip in chips]
+        cells = [f"{report.utilisation(problem, 5, time, chip):.0%}" for time, chip in zip(times, chips, strict=True)]
+        lines.append(f"| backward D {dim} | " + " | ".join(cells) + " |")
+    for dim in (64, 128):
+        cells = [
+            ", ".join(
+                f"{model_decode.share(problem, model_decode.planned(table, problem, chip).seconds, chip):.0%}"
+                for group in (1, 4, 8)
+                for problem in [report.decoding(dim, group, 32768)]
+            )
+            for chip in chips
+        ]
+        lines.append(f"| decode D {dim}: 1, 4, 8 heads per key head, of the bandwidth | " + " | ".join(cells) + " |")
+    for dim in (64, 128):
+        problem = report.packed(dim)
+        cells = [
+            f"{report.packed_share(model_varlen.planned(table, problem, chip), problem, chip):.0%} "
+            f"({report.equal_share(table, problem, chip):.0%})"
+            for chip in chips
+        ]
+        lines.append(f"| varlen D {dim} (as many tokens in equal sequences) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+GENERATED = {
+    "support": support.markdown,
+    "operations": operations,
+    "libraries": libraries,
+    "predictions": predictions,
+}
+
+
+def sections() -> dict[str, str]:
+    """What the pages say, by name."""
+    return {name: body for page in PAGES for _, name, body, _ in SECTION.findall(page.read_text(encoding="utf-8"))}
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(SECTION.sub(lambda m: f"{m[1]}{GENERATED[m[2]]()}\n<!-- end -->", text), encoding="utf-8")
