@@ -1,7 +1,7 @@
 // The table of contents: every op of the namespace, and what runs it.
 //
 // Schemas are defined here, so that a program without Python can load the ops; fake tensors, autograd, autocast and
-// vmap are in src/mfa/_ops.py.
+// vmap are in src/mfa/_ops/.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
@@ -52,8 +52,8 @@ Function* find(const char* name) {
 }
 
 // STABLE_TORCH_LIBRARY_FRAGMENT, with tags where torch has them (2.12 on; the headers of our target, 2.10, don't name
-// them). FRAGMENT, because another package may own the namespace. Errors are left to _ops.py, which looks for every op:
-// throwing from a static initialiser would end the process.
+// them). FRAGMENT, because another package may own the namespace. Errors are left to _library.py, which looks for every
+// op: throwing from a static initialiser would end the process.
 struct Definitions {
   TorchLibraryHandle library = nullptr;
 

@@ -16,7 +16,7 @@ from test_backward import check as check_gradients
 from torch import Tensor
 
 import mfa
-from mfa import _blocks
+from mfa._cpu import blocks
 
 ALL_DTYPES = (*DTYPES, torch.float64)
 
@@ -43,7 +43,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("scratch", [1, 1 << 12, 1 << 16])
 def test_any_cut_gives_the_same(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of heads and blocks of rows down to one row at a time."""
-    monkeypatch.setattr(_blocks, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(blocks, "SCRATCH_BYTES", scratch)
 
     @seed(scratch)
     @settings(max_examples=40)
@@ -60,7 +60,7 @@ bounds = st.none() | st.integers(-60, 60)
 
 @given(st.integers(0, 40), st.integers(0, 40), bounds, bounds, st.integers(1, 16))
 def test_window(query_length: int, key_length: int, left: int | None, right: int | None, step: int) -> None:
-    window = _blocks.Window.of(query_length, key_length, left, right)
+    window = blocks.Window.of(query_length, key_length, left, right)
     seen = oracle.visible(query_length, key_length, (left, right))
     rows = window.rows()
     assert [bool(row.any()) for row in seen] == [rows.start <= i < rows.stop for i in range(query_length)]

@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mfa
-from mfa import _blocks, _dropout, sdpa
+from mfa import sdpa
+from mfa._cpu import blocks, dropout
 
 FORWARD = torch.ops.mfa.attention_forward.default
 BACKWARD = torch.ops.mfa.attention_backward.default
@@ -107,7 +108,7 @@ def test_blocks_are_parts_of_the_mask(
     state = torch.tensor([start, offset])
     block = (slice(row, row + rows), slice(key, key + keys))
     heads = torch.tensor([[1, 2], [4, 5]])
-    actual = _dropout.keep_factors(state, heads, *block, dropout_p, torch.float64)
+    actual = dropout.keep_factors(state, heads, *block, dropout_p, torch.float64)
     expected = factors(state, (2, 3, row + rows, key + keys), dropout_p)
     torch.testing.assert_close(actual, expected[:, 1:, block[0], block[1]], rtol=0, atol=0)
 
@@ -166,7 +167,7 @@ def check(problem: Problem, dropout_p: float, place: str) -> None:
         normal(*shape, seed=problem.seed + 2),
     )
     torch.manual_seed(problem.seed)
-    by = factors(_dropout.new_state(query.device), (*shape, problem.key_length), dropout_p)
+    by = factors(dropout.new_state(query.device), (*shape, problem.key_length), dropout_p)
 
     def leaves(dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
@@ -223,8 +224,8 @@ def test_gradcheck() -> None:
 def test_any_cut_gives_the_same(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of one head at a time."""
     results = []
-    for size in (_blocks.SCRATCH_BYTES, scratch):
-        monkeypatch.setattr(_blocks, "SCRATCH_BYTES", size)
+    for size in (blocks.SCRATCH_BYTES, scratch):
+        monkeypatch.setattr(blocks, "SCRATCH_BYTES", size)
         tensors = [tensor.requires_grad_() for tensor in qkv((29, 37))]
         torch.manual_seed(0)
         out = mfa.attention(*tensors, dropout_p=0.5, window=(11, 3))
@@ -240,9 +241,9 @@ def test_mask_is_random(dropout_p: float) -> None:
     """Its share, and its correlations along batch, heads, queries, keys and with the next call, to 5 sigma."""
     torch.manual_seed(0)
     heads = torch.arange(64).view(8, 8)
-    states = [_dropout.new_state(torch.device("cpu")) for _ in range(2)]
+    states = [dropout.new_state(torch.device("cpu")) for _ in range(2)]
     masks = [
-        (_dropout.keep_factors(state, heads, slice(0, 128), slice(0, 128), dropout_p, torch.float32) == 0).double()
+        (dropout.keep_factors(state, heads, slice(0, 128), slice(0, 128), dropout_p, torch.float32) == 0).double()
         for state in states
     ]
     share = threshold(dropout_p) / 65536

@@ -18,7 +18,7 @@ try:
     after_autograd = torch._C._after_autograd_keyset
 
     # An op's kernel is called for one level of torch.func, where a public `autograd.Function` starts at the innermost.
-    # This is what torch.func itself makes one level of a Function with (_autograd.py).
+    # This is what torch.func itself makes one level of a Function with (_ops/autograd.py).
     SingleLevelFunction = function._SingleLevelFunction
     single_level = functorch.enable_single_level_autograd_function
     set_forward_mode = forward_ad._set_fwd_grad_enabled

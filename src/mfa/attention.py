@@ -6,9 +6,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _cpu, _dropout, _sharding, simulator
-from ._checks import LARGEST_HEAD_DIM, METAL_DTYPES
-from ._ops import LIBRARY, autocast, nothing_listens, ops
+from ._checks.dense import checked
+from ._checks.tensors import (
+    LARGEST_HEAD_DIM,
+    METAL_DTYPES,
+    as_runtime_errors,
+    check_flag,
+    check_is_tensor,
+    check_number,
+    check_window,
+)
+from ._cpu import dropout
+from ._cpu.forward import attention_forward
+from ._ops import LIBRARY, ops, sharding
+from ._ops.dense import autocast, nothing_listens
 
 _Bound = int | None
 _NUMBERS = (int, float)
@@ -119,17 +130,17 @@ def attention(
         arguments, has_batch = _plain_arguments(query, key, value, is_causal, scale), True
     else:  # which takes longer than the rest of a decoding step
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            _checks.check_is_tensor(name, tensor)
-        _sharding.ready(query)
+            check_is_tensor(name, tensor)
+        sharding.ready(query)
         for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
-            _checks.check_flag(name, flag)
+            check_flag(name, flag)
         for name, number in (
             ("dropout_p", dropout_p),
             ("softcap", softcap),
             ("scale", 1.0 if scale is None else scale),
         ):
-            _checks.check_number(name, number)
-        left, right = _checks.check_window(window)
+            check_number(name, number)
+        left, right = check_window(window)
         device = query.device.type
         if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
             query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
@@ -143,10 +154,10 @@ def attention(
         if is_causal:  # aligned to the upper left; windows are relative to the lower right
             diagonal = query.shape[2] - key.shape[2]
             right = diagonal if right is None else torch.sym_min(right, diagonal)
-        rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
+        rng_state = dropout.new_state(query.device) if dropout_p > 0 else None
         arguments = (query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
     if query.is_cpu and nothing_listens(*arguments[:6]):
-        out, lse = _cpu.attention_forward(*arguments, exact_lse=return_lse, trains=False)
+        out, lse = attention_forward(*arguments, exact_lse=return_lse, trains=False)
     else:
         out, lse = _forward(*arguments)
     if not has_batch:
@@ -192,68 +203,7 @@ def _plain_arguments(
     return query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None
 
 
-def checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    enable_gqa: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Query, key, value, bias and sinks as the op takes them, or one of the errors that `attention` documents."""
-    _checks.check_tensors(query, key, value, ranks=(3, 4))
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    bias = attn_mask
-    if bias is not None:
-        _checks.check_bias("attn_mask", bias, query, key)
-        bias = bias[(None,) * (4 - bias.dim())]
-    if sinks is not None:
-        _checks.check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
-        sinks = sinks.to(torch.promote_types(query.dtype, torch.float32)) if sinks.dtype == query.dtype else sinks
-    _checks.check_terms(
-        *(query, key, value, bias, sinks, alibi_slopes),
-        *(1.0 if scale is None else scale, softcap, dropout_p, None),
-        metal=query.device.type == "mps" or simulator.active() is not None,
-        bias_name="attn_mask",
-    )
-    return query, key, value, bias, sinks
-
-
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views with 4 dimensions and one batch size; with heads that the op takes, or else left for it to refuse."""
-    tensors = [tensor if tensor.dim() == 4 else tensor.unsqueeze(0) for tensor in (query, key, value)]
-    batch = _common([tensor.shape[0] for tensor in tensors], "batch size {}; it must be 1 or that of {}, {}")
-    query, key, value = (tensor if tensor.shape[0] == batch else tensor.expand(batch, -1, -1, -1) for tensor in tensors)
-    if not enable_gqa:
-        what = "{} heads; it must have 1, or those of {}, {}, unless enable_gqa is True"
-        heads = _common([tensor.shape[1] for tensor in (query, key, value)], what)
-        if query.shape[1] != heads:
-            query = query.expand(-1, heads, -1, -1)
-    if key.shape[1] != value.shape[1]:  # one of them has a single head
-        key_heads = _common([1, key.shape[1], value.shape[1]], "{} heads; it must have 1, or those of {}, {}")
-        key, value = (
-            tensor if tensor.shape[1] == key_heads else tensor.expand(-1, key_heads, -1, -1) for tensor in (key, value)
-        )
-    return query, key, value
-
-
-def _common(sizes: list[int], what: str) -> int:
-    """The size that the sizes of query, key and value broadcast to."""
-    names = ("query", "key", "value")
-    common, owner = 1, "query"
-    for name, size in zip(names, sizes, strict=True):
-        if common == 1:
-            common, owner = size, name
-        elif size not in (1, common):
-            raise ValueError(f"{name} has " + what.format(size, owner, common))
-    return common
-
-
-_attention_or_runtime_error = _checks.as_runtime_errors(attention)
+_attention_or_runtime_error = as_runtime_errors(attention)
 
 
 def _composite(

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch.distributed as dist
 
-from . import _checks, _ring, _sharding
+from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window
+from ._ops import sharding
+from ._parallel import ring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,23 +94,23 @@ def context_parallel(
         NotImplementedError: a sequence that is sharded along two dimensions of the mesh.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _checks.check_is_tensor(name, tensor)
+        check_is_tensor(name, tensor)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
-        _checks.check_flag(name, flag)
+        check_flag(name, flag)
     for name, number in (("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        _checks.check_number(name, number)
-    terms = _ring.Terms(is_causal, *_checks.check_window(window), scale, softcap)
-    if _sharding.is_dtensor(query):
+        check_number(name, number)
+    terms = ring.Terms(is_causal, *check_window(window), scale, softcap)
+    if sharding.is_dtensor(query):
         if group is not None:
             raise ValueError("group is given with DTensors; it must be None, since their mesh has the groups")
-        from . import _ring_dtensor
+        from ._parallel import dtensor
 
-        out, lse = _ring_dtensor.attend(query, key, value, sinks, terms)
+        out, lse = dtensor.attend(query, key, value, sinks, terms)
     else:
         for name, other in (("key", key), ("value", value), ("sinks", sinks)):
-            if _sharding.is_dtensor(other):
+            if sharding.is_dtensor(other):
                 raise TypeError(f"{name} is a DTensor, and query is none; all must be of one kind")
         if group is None and not (dist.is_available() and dist.is_initialized()):
             raise ValueError("group is None, and torch.distributed is not initialised; it must be, or group be given")
-        out, lse = _ring.attend(query, key, value, sinks, terms, group)
+        out, lse = ring.attend(query, key, value, sinks, terms, group)
     return (out, lse) if return_lse else out

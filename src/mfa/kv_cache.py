@@ -6,9 +6,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _cache_checks, _checks, _sharding, simulator
-from ._decode_ops import autocast, ops
-from ._index_checks import widened
+from . import _simulation
+from ._checks.cache import capacity, check_decode, check_lengths, check_new_tokens, check_no_grad
+from ._checks.indices import widened
+from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window
+from ._ops import ops, sharding
+from ._ops.decode import autocast
 from .quantize import quantize_kv, store_in_place
 
 _Bound = int | None
@@ -122,13 +125,13 @@ def attention_with_kv_cache(
         NotImplementedError: a legal request that isn't supported: gradients, a device, or a head dimension.
     """
     for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
-        _checks.check_is_tensor(name, tensor)
-    _sharding.ready(query)
+        check_is_tensor(name, tensor)
+    sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
-        _checks.check_flag(name, flag)
+        check_flag(name, flag)
     for name, number in (("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        _checks.check_number(name, number)
-    left, right = _checks.check_window(window)
+        check_number(name, number)
+    left, right = check_window(window)
     if (key is None) != (value is None):
         given, missing = ("value", "key") if key is None else ("key", "value")
         raise ValueError(f"{missing} is None, and {given} is given; both or none must be")
@@ -138,17 +141,17 @@ def attention_with_kv_cache(
         key, value = (t if t is None else autocast(device, t, key_cache) for t in (key, value))
     sinks = widened(sinks, query)
     tensors = (query, key_cache, value_cache, block_table, key_scale, value_scale, sinks, alibi_slopes)
-    _cache_checks.check_decode(
+    check_decode(
         *(*tensors, 1.0 if scale is None else scale, softcap, num_splits),
-        metal=device == "mps" or simulator.active() is not None,
+        metal=_simulation.runs_kernels(query),
     )
     new = 0
     if key is not None and value is not None:
-        _cache_checks.check_new_tokens(query, key_cache, value_cache, key, value)
+        check_new_tokens(query, key_cache, value_cache, key, value)
         new = key.shape[2]
-    _cache_checks.check_lengths("cache_seqlens", cache_seqlens, new, query, key_cache, block_table)
+    check_lengths("cache_seqlens", cache_seqlens, new, query, key_cache, block_table)
     if torch.is_grad_enabled():
-        _cache_checks.check_no_grad(
+        check_no_grad(
             query=query,
             key_cache=key_cache,
             value_cache=value_cache,
@@ -187,9 +190,9 @@ def _places(lengths: Tensor, new: int, key_cache: Tensor, block_table: Tensor | 
 
     Within the cache, whatever the lengths and the table hold.
     """
-    capacity = _cache_checks.capacity(key_cache, block_table)
+    slots = capacity(key_cache, block_table)
     tokens = lengths.long().unsqueeze(1) + torch.arange(new, device=lengths.device)
-    tokens = tokens.clamp(0, capacity - 1)
+    tokens = tokens.clamp(0, slots - 1)
     if block_table is None:
         return torch.arange(lengths.shape[0], device=lengths.device).unsqueeze(1), tokens
     page = key_cache.shape[2]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks
+from ._checks.tensors import DTYPES, check_is_tensor, dtype_name
 
 
 def merge_attention(
@@ -33,7 +33,7 @@ def merge_attention(
         TypeError: dtypes that differ or aren't supported.
     """
     for name, tensor in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        _checks.check_is_tensor(name, tensor)
+        check_is_tensor(name, tensor)
     packed = _check(out_a, lse_a, out_b, lse_b, packed)
     wide = torch.promote_types(out_a.dtype, torch.float32)
 
@@ -60,14 +60,14 @@ def merge_attention(
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, packed: bool | None) -> bool:
     """Whether out is packed."""
     for name, tensor, dtypes in (
-        ("out_a", out_a, _checks.DTYPES),
+        ("out_a", out_a, DTYPES),
         ("out_b", out_b, (out_a.dtype,)),
         ("lse_a", lse_a, (torch.float32, torch.float64)),
         ("lse_b", lse_b, (lse_a.dtype,)),
     ):
         if tensor.dtype not in dtypes:
-            names = " or ".join(map(_checks.dtype_name, dtypes))
-            raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be {names}")
+            names = " or ".join(map(dtype_name, dtypes))
+            raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
         if tensor.device != out_a.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of out_a, {out_a.device}")
     if out_a.dim() not in (3, 4):

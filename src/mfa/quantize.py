@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._cache_checks import QUANTIZED_DTYPES
+from ._checks.cache import QUANTIZED_DTYPES
+from ._checks.tensors import DTYPES, check_is_tensor, dtype_name
 
 
 def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
@@ -24,12 +24,12 @@ def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     Raises:
         TypeError: another dtype of either.
     """
-    _checks.check_is_tensor("tensor", tensor)
-    if tensor.dtype not in _checks.DTYPES:
-        names = ", ".join(map(_checks.dtype_name, _checks.DTYPES))
-        raise TypeError(f"tensor has dtype {_checks.dtype_name(tensor.dtype)}; it must be one of {names}")
+    check_is_tensor("tensor", tensor)
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(map(dtype_name, DTYPES))
+        raise TypeError(f"tensor has dtype {dtype_name(tensor.dtype)}; it must be one of {names}")
     if dtype not in QUANTIZED_DTYPES:
-        names = " or ".join(map(_checks.dtype_name, QUANTIZED_DTYPES))
+        names = " or ".join(map(dtype_name, QUANTIZED_DTYPES))
         raise TypeError(f"dtype is {dtype}; it must be {names}")
     # Not a constant of the module: torch.compile may make a symbol of a float there, and then compiles twice.
     largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _library, _torch
+from . import _library, _simulation, _torch
+from ._simulation import why_not as why_not
 
 if TYPE_CHECKING:
     from . import _native
@@ -61,26 +62,6 @@ class Launch:
     counters: Counters  # zeros without counters
 
 
-def why_not() -> str | None:
-    """Why this build can't simulate, or None."""
-    from . import _native
-
-    if not hasattr(_native, "Simulator"):
-        return "this build of mfa has no simulator, which is for Linux"
-    for name in ("mfa_kernels_count", "mfa_kernels_fast"):
-        if not _library.path_of(name).exists():
-            return f"this build of mfa lacks {_library.path_of(name).name}, the kernels compiled for the simulator"
-    return None
-
-
-_active: Simulation | None = None
-
-
-def active() -> Simulation | None:
-    """The simulation that CPU tensors run on now."""
-    return _active
-
-
 class Simulation:
     """What `simulate()` returns; its results stay readable after the `with` block."""
 
@@ -123,18 +104,16 @@ class Simulation:
         return self.run(lambda: op.redispatch(_torch.DispatchKeySet(_torch.DispatchKey.MPS), *arguments))
 
     def __enter__(self) -> Simulation:
-        global _active
-        if _active is not None:
+        if _simulation.active() is not None:
             raise RuntimeError("mfa.simulate() is active already; simulations don't nest")
         self._simulator.enter(_library.address_of("mfa_set_simulated_launcher"))
-        _active = self
+        _simulation.set_active(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _active
-        _active = None
+        _simulation.set_active(None)
         self._simulator.exit()
 
 

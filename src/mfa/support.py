@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from . import _checks, _native
+from . import _native
+from ._checks.tensors import DTYPES, LARGEST_HEAD_DIM, dtype_name
 
 # What kernels do they should do on mps tensors too, through csrc/metal. Nobody has tried yet, so the table says that.
 MPS = "`mps`, not run on a Mac yet"
@@ -62,10 +63,10 @@ def markdown() -> str:
     dims = [
         [
             dtype,
-            f"1 ... {_checks.LARGEST_HEAD_DIM}",
+            f"1 ... {LARGEST_HEAD_DIM}",
             *(" ".join(head_dims(kind, dtype)) or "none" for kind in kinds),
         ]
-        for dtype in map(_checks.dtype_name, _checks.DTYPES)
+        for dtype in map(dtype_name, DTYPES)
     ]
     features = [[f.name, *("yes" if can else "no" for can in (f.cpu, f.kernels, f.kernels))] for f in FEATURES]
     return "\n\n".join(

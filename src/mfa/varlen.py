@@ -6,9 +6,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _dropout, _ops, _sharding, _varlen_checks, simulator
-from ._index_checks import widened
-from ._varlen_ops import ops
+from . import _simulation
+from ._checks.indices import widened
+from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window
+from ._checks.varlen import check_forward, check_starts
+from ._cpu import dropout
+from ._ops import dense, ops, sharding
 
 _Bound = int | None
 
@@ -107,31 +110,31 @@ def attention_varlen(
         NotImplementedError: a legal request that isn't supported: a device or a head dimension.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _checks.check_is_tensor(name, tensor)
-    _sharding.ready(query)
+        check_is_tensor(name, tensor)
+    sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
-        _checks.check_flag(name, flag)
+        check_flag(name, flag)
     for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        _checks.check_number(name, number)
-    left, right = _checks.check_window(window)
+        check_number(name, number)
+    left, right = check_window(window)
     device = query.device.type
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-        query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, sinks)
+        query, key, value, _, sinks = dense.autocast(device, query, key, value, None, sinks)
     sinks = widened(sinks, query)
     layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    metal = device == "mps" or simulator.active() is not None
-    _varlen_checks.check_forward(
+    metal = _simulation.runs_kernels(query)
+    check_forward(
         *(query, key, value, *layout, sinks, alibi_slopes),
         *(1.0 if scale is None else scale, softcap, dropout_p, None),
         metal=metal,
     )
-    _varlen_checks.check_starts(query, key, *layout)
+    check_starts(query, key, *layout)
 
     if scale is None:
         scale = 1 / math.sqrt(query.shape[2])
     if is_causal:
         right = 0 if right is None else torch.sym_min(right, 0)
-    rng_state = _dropout.new_state(query.device) if dropout_p > 0 else None
+    rng_state = dropout.new_state(query.device) if dropout_p > 0 else None
     out, lse = ops.attention_varlen_forward(
         query, key, value, *layout, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state
     )

@@ -16,8 +16,8 @@ SCORES, SCORES_OF_PLAIN_GRADIENTS = 1 << 28, 1 << 30
 
 
 def _dropout() -> Any:
-    """mfa._dropout by itself: the package may not be there."""
-    path = Path(__file__).parents[2] / "src/mfa/_dropout.py"
+    """mfa._cpu.dropout by itself: the package may not be there."""
+    path = Path(__file__).parents[2] / "src/mfa/_cpu/dropout.py"
     spec = importlib.util.spec_from_file_location("mfa_dropout", path)
     assert spec is not None
     assert spec.loader is not None

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import is_available, pipelines, sdpa
+from .. import pipelines, sdpa
 from .._log import LOG
-from .._ops import ops
+from ..device import is_available
 from ._attention import convert_mask, flash_attention, flash_attention_chunked, flash_attention_with_bias
 from ._quantized import (
     QUANT_FP8_E4M3,
@@ -105,7 +105,7 @@ def clear_cache() -> None:
 
 def register_custom_op() -> bool:
     """Whether the ops are registered, which importing the package does: torch.compile needs nothing more."""
-    return hasattr(ops, "attention_forward")
+    return hasattr(torch.ops.mfa, "attention_forward")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _checks, _log
+from .. import _log
+from .._checks.dense import check_bias
+from .._checks.tensors import check_is_tensor
 from ..attention import attention
 from ..merge import merge_attention
 
@@ -62,7 +64,7 @@ def flash_attention_with_bias(
     """
     check_inputs(query, key, value)
     check_scale(scale, query.shape[3])
-    _checks.check_is_tensor("attn_bias", attn_bias)
+    check_is_tensor("attn_bias", attn_bias)
     if attn_bias.dim() not in (3, 4):
         raise ValueError(f"attn_bias has {attn_bias.dim()} dimensions; it must have 3 or 4")
     if attn_bias.dtype == torch.bool:
@@ -73,7 +75,7 @@ def flash_attention_with_bias(
     repeats = bias_repeat_count if bias.shape[0] != 1 else 0
     if repeats and bias.shape[0] != repeats:
         raise ValueError(f"attn_bias has batch size {bias.shape[0]}; it must be 1 or bias_repeat_count, {repeats}")
-    _checks.check_bias("attn_bias", bias[:1] if repeats else bias, query, key)
+    check_bias("attn_bias", bias[:1] if repeats else bias, query, key)
     factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     # In the dtype of the scores: rounding the product to 16 bits would add an error to that of the bias.
     bias = bias.to(torch.promote_types(query.dtype, torch.float32)) * factor
@@ -181,7 +183,7 @@ def visible(attn_mask: Tensor | None) -> Tensor | None:
     """SDPA's mask of four dimensions (True = attend) for one of ours."""
     if attn_mask is None:
         return None
-    _checks.check_is_tensor("attn_mask", attn_mask)
+    check_is_tensor("attn_mask", attn_mask)
     if attn_mask.dim() not in (2, 3, 4):
         raise ValueError(f"attn_mask has {attn_mask.dim()} dimensions; it must have 2, 3 or 4")
     if attn_mask.dim() == 3:
@@ -193,7 +195,7 @@ def visible(attn_mask: Tensor | None) -> Tensor | None:
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _checks.check_is_tensor(name, tensor)
+        check_is_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4")
 

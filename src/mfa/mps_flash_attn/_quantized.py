@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from .. import _checks
+from .._checks.tensors import check_is_tensor, dtype_name
 from ..kv_cache import attention_with_kv_cache
 from ._attention import attend_chunks, check_inputs, check_scale, visible, window_of
 
@@ -196,13 +196,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, k_scale: Tensor, v_scale: 
         raise ValueError(f"query has head dimension {query.shape[3]}; it must be even for NF4")
     for name, tensor, heads in (("key", key, k_scale), ("value", value, v_scale)):
         if tensor.dtype != torch.uint8:
-            raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be uint8")
+            raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be uint8")
         if tensor.shape[3] != dim and name == "key":
             raise ValueError(f"key has last dimension {tensor.shape[3]}; it must be {what} query's, {dim}")
         scale = "k_scale" if name == "key" else "v_scale"
-        _checks.check_is_tensor(scale, heads)
+        check_is_tensor(scale, heads)
         if heads.dtype != torch.float32:
-            raise TypeError(f"{scale} has dtype {_checks.dtype_name(heads.dtype)}; it must be float32")
+            raise TypeError(f"{scale} has dtype {dtype_name(heads.dtype)}; it must be float32")
         if heads.device != query.device:
             raise ValueError(f"{scale} is on {heads.device}; it must be on the device of query, {query.device}")
         if tuple(heads.shape) not in (tuple(tensor.shape[:2]), tuple(tensor.shape[1:2])):
@@ -220,11 +220,11 @@ def _quantize(key: Tensor, value: Tensor | None, kind: int) -> _Quantized | _Pai
 
 
 def _quantize_one(name: str, tensor: Tensor, kind: int) -> _Pair:
-    _checks.check_is_tensor(name, tensor)
+    check_is_tensor(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4")
     if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be floating-point")
+        raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be floating-point")
     if kind == QUANT_NF4 and tensor.shape[3] % 2 != 0:
         raise ValueError(f"{name} has head dimension {tensor.shape[3]}; it must be even for NF4")
     wide, largest = tensor.detach().float(), _LARGEST[kind]

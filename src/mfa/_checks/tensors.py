@@ -7,7 +7,7 @@ yet. Called through `torch.ops`, the same sentences are RuntimeErrors (`as_runti
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shape(tensor: Tensor) -> list[int]:
+def shape_of(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def listed(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
@@ -100,11 +100,11 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, ranks: tuple[int, .
             layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise NotImplementedError(f"{name} has layout {layout}; only strided tensors are supported: pad it")
         if tensor.dim() not in ranks:
-            raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have {_listed(tuple(map(str, ranks)))}")
+            raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have {listed(tuple(map(str, ranks)))}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
         if tensor.dtype not in DTYPES:
-            names = _listed(tuple(map(dtype_name, DTYPES)))
+            names = listed(tuple(map(dtype_name, DTYPES)))
             raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
         if tensor.dtype != query.dtype:
             raise TypeError(
@@ -141,20 +141,6 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
 
 
-def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
-    """A mask, or additive bias, that broadcasts to [B,Hq,Lq,Lk]."""
-    check_is_tensor(name, bias)
-    if bias.device != query.device:
-        raise ValueError(f"{name} is on {bias.device}; it must be on the device of query, {query.device}")
-    if bias.dtype not in (torch.bool, torch.float32, query.dtype):
-        names = tuple(dict.fromkeys(["bool", "float32", dtype_name(query.dtype)]))
-        raise TypeError(f"{name} has dtype {dtype_name(bias.dtype)}; it must be {_listed(names)}")
-    full = (*query.shape[:3], key.shape[2])
-    sizes = zip(reversed(bias.shape), reversed(full), strict=False)
-    if bias.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
-        raise ValueError(f"{name} has shape {_shape(bias)}; it must broadcast to [B,Hq,Lq,Lk] = {list(full)}")
-
-
 def check_per_head(
     name: str, tensor: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], per_batch: bool = False
 ) -> None:
@@ -163,7 +149,7 @@ def check_per_head(
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
     if tensor.dtype not in dtypes:
-        names = _listed(tuple(dict.fromkeys(map(dtype_name, dtypes))))
+        names = listed(tuple(dict.fromkeys(map(dtype_name, dtypes))))
         raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
     batch, heads = query.shape[:2]
     matches = tensor.dim() == 1 and tensor.shape[0] == heads
@@ -171,7 +157,7 @@ def check_per_head(
         matches = tensor.shape[0] == batch and tensor.shape[1] == heads
     if not matches:
         shapes = f"[Hq] = [{heads}]" + (f" or [B,Hq] = [{batch}, {heads}]" if per_batch else "")
-        raise ValueError(f"{name} has shape {_shape(tensor)}; it must have shape {shapes}")
+        raise ValueError(f"{name} has shape {shape_of(tensor)}; it must have shape {shapes}")
 
 
 def check_scale(scale: float) -> None:
@@ -196,56 +182,13 @@ def check_rng_state(rng_state: Tensor, dropout_p: float, query: Tensor) -> None:
     if rng_state.dtype != torch.int64:
         raise TypeError(f"rng_state has dtype {dtype_name(rng_state.dtype)}; it must be int64")
     if rng_state.shape != (2,):
-        raise ValueError(f"rng_state has shape {_shape(rng_state)}; it must have shape [2]")
+        raise ValueError(f"rng_state has shape {shape_of(rng_state)}; it must have shape [2]")
 
 
 def check_has_state(dropout_p: float, rng_state: Tensor | None) -> None:
     """Ops draw nothing themselves."""
     if dropout_p > 0 and rng_state is None:
         raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {dropout_p}")
-
-
-def check_forward(query: Tensor, key: Tensor, value: Tensor, *terms: Any, metal: bool) -> None:
-    """Everything about the arguments of `mfa::attention_forward`, except that dropout has a state (`check_has_state`).
-
-    `terms`: as in `check_terms`. `metal`: the Metal kernels are going to run.
-    """
-    check_tensors(query, key, value, ranks=(4,))
-    check_terms(query, key, value, *terms, metal=metal)
-
-
-def check_terms(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *,
-    metal: bool,
-    bias_name: str = "bias",
-) -> None:
-    """The part of `check_forward` that is left after `check_tensors`."""
-    check_shapes(query, key, value)
-    if bias is not None:
-        check_bias(bias_name, bias, query, key)
-        if bias.dim() != 4:
-            raise ValueError(f"{bias_name} has {bias.dim()} dimensions; it must have 4")
-    if sinks is not None:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        check_per_head("sinks", sinks, query, (torch.float32, wide))
-    if alibi_slopes is not None:
-        check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,), per_batch=True)
-    check_values(scale, softcap, dropout_p)
-    if rng_state is not None:
-        check_rng_state(rng_state, dropout_p, query)
-    if metal and query.dtype not in METAL_DTYPES:
-        names = _listed(tuple(map(dtype_name, METAL_DTYPES)))
-        raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")
 
 
 def check_results(
@@ -269,7 +212,7 @@ def check_results(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {_shape(tensor)}; it must have shape {list(shape)}")
+            raise ValueError(f"{name} has shape {shape_of(tensor)}; it must have shape {list(shape)}")
         if tensor.dtype != dtype:
             raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {dtype_name(dtype)}")
         if tensor.device != query.device:

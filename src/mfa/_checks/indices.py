@@ -8,7 +8,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from . import _checks, _torch
+from .. import _torch
+from .tensors import METAL_DTYPES, check_is_tensor, dtype_name
 
 _INT32_MAX = 2**31 - 1
 
@@ -40,12 +41,12 @@ def check_integer(name: str, value: object, largest: int = _INT32_MAX) -> None:
 
 def check_index_tensor(name: str, tensor: object, query: Tensor, shape: str, sizes: tuple[int | None, ...]) -> None:
     """An int32 tensor on the query's device, of these sizes; None is any size. `shape` names them."""
-    _checks.check_is_tensor(name, tensor)
+    check_is_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
     if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be int32")
+        raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be int32")
     fits = tensor.dim() == len(sizes) and all(b is None or a == b for a, b in zip(tensor.shape, sizes, strict=False))
     if not fits:
         known = "" if None in sizes else f" = {list(sizes)}"
@@ -61,13 +62,13 @@ def check_per_head(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """A tensor [Hq], or also [N,Hq] with `entries` = ("N", N), on the query's device."""
-    _checks.check_is_tensor(name, tensor)
+    check_is_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
     if tensor.dtype not in dtypes:
-        names = " or ".join(dict.fromkeys(map(_checks.dtype_name, dtypes)))
-        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be {names}")
+        names = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
+        raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
     shape = tuple(tensor.shape)
     if shape != (heads,) and (entries is None or shape != (entries[1], heads)):
         also = "" if entries is None else f" or [{entries[0]},Hq] = {[entries[1], heads]}"
@@ -82,6 +83,6 @@ def widened(sinks: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def check_metal_dtype(query: Tensor) -> None:
-    if query.dtype not in _checks.METAL_DTYPES:
-        names = " or ".join(map(_checks.dtype_name, _checks.METAL_DTYPES))
-        raise TypeError(f"query has dtype {_checks.dtype_name(query.dtype)}; it must be {names}")
+    if query.dtype not in METAL_DTYPES:
+        names = " or ".join(map(dtype_name, METAL_DTYPES))
+        raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")

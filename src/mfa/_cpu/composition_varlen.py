@@ -1,12 +1,12 @@
-"""Second derivatives of packed attention: `_composition.py` on one sequence after the other."""
+"""Second derivatives of packed attention: `composition.py` on one sequence after the other."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _composition, _dropout
-from ._varlen_cpu import sequences
+from . import composition, dropout
+from .varlen import sequences
 
 
 def backward_vjp(
@@ -43,14 +43,14 @@ def backward_vjp(
         q, d_out = sequence.of_queries(query), sequence.of_queries(grad_out)
         k, v = sequence.of_keys(key), sequence.of_keys(value)
         d_lse = None if grad_lse is None else sequence.row_values(grad_lse)
-        factors = _dropout.all_factors(rng_state, dropout_p, q, k.shape[2], sequence.number)
+        factors = dropout.all_factors(rng_state, dropout_p, q, k.shape[2], sequence.number)
         inputs = (q, k, v, None, sinks, sequence.slopes(alibi_slopes))
         passed = (
             None if of_query is None else sequence.of_queries(of_query),
             *(None if x is None else sequence.of_keys(x) for x in (of_key, of_value)),
             *(None, of_sinks, sequence.slopes(of_slopes)),
         )
-        found.append((sequence, _composition.backward_vjp(d_out, d_lse, inputs, scalars, factors, passed)))
+        found.append((sequence, composition.backward_vjp(d_out, d_lse, inputs, scalars, factors, passed)))
 
     def packed(index: int, like: Tensor, by_keys: bool = False) -> Tensor:
         """Result `index` of each sequence, [1,H,L,X], as [T,H,X]; rows of no sequence are zeros."""

@@ -1,12 +1,12 @@
-"""What attention over a cache refuses, with the sentences of _checks.py."""
+"""What attention over a cache refuses, with the sentences of tensors.py."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._index_checks import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
+from .indices import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
+from .tensors import LARGEST_HEAD_DIM, check_is_tensor, check_tensors, check_values, dtype_name
 
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 PAGE_MULTIPLE = 8
@@ -33,7 +33,7 @@ def check_decode(
     metal: bool,
 ) -> None:
     """Everything about the arguments of `mfa::attention_decode` but cache_lengths and the block table's contents."""
-    _checks.check_tensors(query, query, query, ranks=(4,))
+    check_tensors(query, query, query, ranks=(4,))
     for name, cache, dtypes in (
         ("key_cache", key_cache, (query.dtype, *QUANTIZED_DTYPES)),
         ("value_cache", value_cache, (key_cache.dtype,)),
@@ -57,14 +57,14 @@ def check_decode(
         check_per_head("sinks", sinks, query, heads, None, (torch.float32, wide))
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, query, heads, ("B", batch), (torch.float32,))
-    _checks.check_values(scale, softcap, 0)
+    check_values(scale, softcap, 0)
     check_integer("num_splits", num_splits)
     if metal:
         check_metal_dtype(query)
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: Sequence[torch.dtype]) -> None:
-    _checks.check_is_tensor(name, tensor)
+    check_is_tensor(name, tensor)
     if tensor.layout != torch.strided or tensor.is_nested:
         raise NotImplementedError(f"{name} isn't strided; only strided tensors are supported: pad it")
     if tensor.dim() != rank:
@@ -72,8 +72,8 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: S
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
     if tensor.dtype not in dtypes:
-        names = " or ".join(dict.fromkeys(map(_checks.dtype_name, dtypes)))
-        raise TypeError(f"{name} has dtype {_checks.dtype_name(tensor.dtype)}; it must be {names}")
+        names = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
+        raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
 
 
 def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
@@ -88,10 +88,10 @@ def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
         raise ValueError(f"query has {heads} heads; it must have a multiple of those of key_cache, {key_heads}")
     for name, size in (("query", dim), ("value_cache", value_cache.shape[3])):
         if size == 0:
-            raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {_checks.LARGEST_HEAD_DIM}")
-        if size > _checks.LARGEST_HEAD_DIM:
+            raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {LARGEST_HEAD_DIM}")
+        if size > LARGEST_HEAD_DIM:
             raise NotImplementedError(
-                f"{name} has head dimension {size}; it must be within 1 ... {_checks.LARGEST_HEAD_DIM}: use "
+                f"{name} has head dimension {size}; it must be within 1 ... {LARGEST_HEAD_DIM}: use "
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 
@@ -100,11 +100,11 @@ def _check_scales(side: str, scales: Tensor | None, cache: Tensor, query: Tensor
     name = f"{side}_scale"
     if cache.dtype not in QUANTIZED_DTYPES:
         if scales is not None:
-            dtype = _checks.dtype_name(cache.dtype)
+            dtype = dtype_name(cache.dtype)
             raise ValueError(f"{name} is given for a {side}_cache of {dtype}; it must be None unless that is quantized")
         return
     if scales is None:
-        dtype = _checks.dtype_name(cache.dtype)
+        dtype = dtype_name(cache.dtype)
         raise ValueError(f"{name} is None; it must have a scale for each token of the {dtype} {side}_cache")
     _check_tensor(name, scales, query, 3, (torch.float32,))
     if scales.shape != cache.shape[:3]:

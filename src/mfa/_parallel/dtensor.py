@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from . import _checks, _ring
-from ._index_checks import widened
-from ._ops import ops
+from .._checks.dense import check_forward
+from .._checks.indices import widened
+from .._ops import ops
+from . import ring
 
 _BATCH, _HEADS, _SEQUENCE = 0, 1, 2
 
 
-def attend(query: Any, key: Any, value: Any, sinks: Any, terms: _ring.Terms) -> tuple[Tensor, Tensor]:
+def attend(query: Any, key: Any, value: Any, sinks: Any, terms: ring.Terms) -> tuple[Tensor, Tensor]:
     """Out and lse, with the query's placements; see `context_parallel`. All are DTensors, or are refused."""
     sinks = widened(sinks, query)
     for name, tensor in (("key", key), ("value", value), ("sinks", sinks)):
@@ -25,7 +26,7 @@ def attend(query: Any, key: Any, value: Any, sinks: Any, terms: _ring.Terms) -> 
         if tensor.device_mesh != query.device_mesh:
             raise ValueError(f"{name} is on another mesh; it must be on that of query")
     scale = 1.0 if terms.scale is None else terms.scale
-    _checks.check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=False)
+    check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=False)
     mesh, placements = query.device_mesh, query.placements
     for name, tensor in (("key", key), ("value", value)):
         if tensor.placements != placements:
@@ -47,7 +48,7 @@ def attend(query: Any, key: Any, value: Any, sinks: Any, terms: _ring.Terms) -> 
     tensors = (query.to_local(), key.to_local(), value.to_local())
     own_sinks = None if sinks is None else _local_sinks(sinks, sharded)
     if _SEQUENCE in sharded:
-        out, lse = _ring.attend(*tensors, own_sinks, terms, mesh.get_group(sharded.index(_SEQUENCE)))
+        out, lse = ring.attend(*tensors, own_sinks, terms, mesh.get_group(sharded.index(_SEQUENCE)))
     else:
         out, lse = _alone(*tensors, own_sinks, terms)
     sizes = (*query.shape[:3], value.shape[3])
@@ -73,9 +74,7 @@ def _local_sinks(sinks: DTensor, sharded: list[int | None]) -> Tensor:
     return local
 
 
-def _alone(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, terms: _ring.Terms
-) -> tuple[Tensor, Tensor]:
+def _alone(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, terms: ring.Terms) -> tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale
     right = terms.window_right
     if terms.is_causal:

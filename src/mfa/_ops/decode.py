@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _cache_checks, _checks, _cpu, _decode_cpu, _ops, _torch, simulator
-from ._index_checks import check_index_tensor, host_values
-from ._ops import LIBRARY
-from ._ops import ops as ops
+from .. import _simulation, _torch
+from .._checks.cache import QUANTIZED_DTYPES, capacity, check_decode, check_lengths
+from .._checks.indices import check_index_tensor, host_values
+from .._checks.tensors import as_runtime_errors
+from .._cpu.decode import attention_decode
+from .._cpu.layout import empty_outputs
+from . import autograd, dense
+from .library import LIBRARY, ops
 
 _Dims = tuple[int | None, ...]
 _DECODE = "mfa::attention_decode"
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _decode_cpu_kernel(
     query: Tensor,
     key_cache: Tensor,
@@ -32,23 +36,23 @@ def _decode_cpu_kernel(
     softcap: float,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    simulation = simulator.active()
+    simulation = _simulation.active()
     caches, scales = (key_cache, value_cache), (key_scale, value_scale)
     terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
-    _cache_checks.check_decode(
+    check_decode(
         *(query, *caches, block_table, *scales, sinks, alibi_slopes, scale, softcap, num_splits),
         metal=simulation is not None,
     )
-    _cache_checks.check_lengths("cache_lengths", cache_lengths, 0, query, key_cache, block_table)
+    check_lengths("cache_lengths", cache_lengths, 0, query, key_cache, block_table)
     arguments = (query, *caches, cache_lengths, block_table, *scales, *terms)
     if simulation is not None:  # what an MPS tensor reaches
         outputs: tuple[Tensor, Tensor] = simulation.call(ops.attention_decode.default, *arguments, num_splits)
         return outputs
     with _torch.below_autograd():
-        return _decode_cpu.attention_decode(*arguments)
+        return attention_decode(*arguments)
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _decode_fake(
     query: Tensor,
     key_cache: Tensor,
@@ -65,13 +69,13 @@ def _decode_fake(
     softcap: float,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    _cache_checks.check_decode(
+    check_decode(
         *(query, key_cache, value_cache, block_table, key_scale, value_scale, sinks, alibi_slopes),
         *(scale, softcap, num_splits),
         metal=query.device.type == "mps",
     )
     check_index_tensor("cache_lengths", cache_lengths, query, "[B]", (query.shape[0],))
-    return _cpu.empty_outputs(query, value_cache.shape[3])
+    return empty_outputs(query, value_cache.shape[3])
 
 
 def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -94,25 +98,25 @@ def autocast(device: str, tensor: Tensor, key_cache: Tensor) -> Tensor:
     """What autocast makes of a query, key or value: the cache's dtype, for that isn't cast, or else autocast's own."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    quantized = key_cache.dtype in _cache_checks.QUANTIZED_DTYPES
+    quantized = key_cache.dtype in QUANTIZED_DTYPES
     return tensor.to(torch.get_autocast_dtype(device) if quantized else key_cache.dtype)
 
 
 def _decode_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor, ...], _Dims]:
-    return _ops._one_by_one(ops.attention_decode, info.batch_size, in_dims, args)
+    return dense._one_by_one(ops.attention_decode, info.batch_size, in_dims, args)
 
 
 def _decode_flops(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any, **_: Any) -> int:
     """Of the live keys where the host sees how many there are, and of the whole capacity elsewhere."""
     batch, heads, length, dim = query.shape
     lengths = host_values(rest[0])
-    keys = batch * _cache_checks.capacity(key_cache, rest[1]) if lengths is None else sum(lengths)
+    keys = batch * capacity(key_cache, rest[1]) if lengths is None else sum(lengths)
     return 2 * heads * length * keys * (dim + value_cache.shape[3])
 
 
 LIBRARY.impl("attention_decode", _decode_cpu_kernel, "CPU")
 torch.library.register_fake(_DECODE, _decode_fake, lib=LIBRARY)
-_autograd.register(_DECODE, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
+autograd.register(_DECODE, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
 LIBRARY.impl("attention_decode", _decode_autocast, "AutocastCPU")
 LIBRARY.impl("attention_decode", _decode_autocast, "AutocastMPS")
 torch.library.register_vmap(_DECODE, _decode_vmap, lib=LIBRARY)

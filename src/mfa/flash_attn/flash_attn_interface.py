@@ -1,27 +1,18 @@
-"""flash-attn 2.8 on top of mfa: its functions, signatures and conventions.
-
-    from mfa.flash_attn import flash_attn_func        # instead of: from flash_attn import flash_attn_func
-
-    mfa.flash_attn.install()                          # or: for code that imports flash_attn, where there is no other
-
-Layout [B,L,H,D]. Causal and windows are aligned to the lower right, -1 is open. What flash-attn has and this hasn't
-raises NotImplementedError. This has, beyond it, float32, any D up to 256, Dv other than D, gradients through the lse,
-and results that are always deterministic. The lse of a row that sees no key is -inf, where flash-attn has inf.
-"""
+"""flash-attn's functions. Each hands its arguments, in flash-attn's conventions, to mfa's."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._flash_attn_install import install, uninstall
-from .attention import attention
-from .kv_cache import attention_with_kv_cache
-from .varlen import attention_varlen
+from ..attention import attention
+from ..kv_cache import attention_with_kv_cache
+from ..varlen import attention_varlen
 
 __version__ = "2.8.3+mfa"  # whose interface this is
 
 __all__ = [
+    "__version__",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -29,8 +20,6 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
-    "install",
-    "uninstall",
 ]
 
 _Window = tuple[int, int]

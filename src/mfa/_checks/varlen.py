@@ -1,12 +1,12 @@
-"""What packed attention refuses, with the sentences of _checks.py."""
+"""What packed attention refuses, with the sentences of tensors.py."""
 
 import itertools
 
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._index_checks import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
+from .indices import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
+from .tensors import check_rng_state, check_shapes, check_tensors, check_values
 
 
 def check_forward(
@@ -27,10 +27,10 @@ def check_forward(
     metal: bool,
 ) -> None:
     """Everything about the arguments of `mfa::attention_varlen_forward`, except what `check_starts` checks, and that
-    dropout has a state (`_checks.check_has_state`).
+    dropout has a state (`check_has_state`).
     """
-    _checks.check_tensors(query, key, value, ranks=(3,))
-    _checks.check_shapes(*(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)))
+    check_tensors(query, key, value, ranks=(3,))
+    check_shapes(*(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)))
     check_index_tensor("cu_seqlens_q", cu_seqlens_q, query, "[N+1]", (None,))
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q has shape [0]; it must have shape [N+1], starting with 0")
@@ -43,9 +43,9 @@ def check_forward(
         check_per_head("sinks", sinks, query, heads, None, (torch.float32, wide))
     if alibi_slopes is not None:
         check_per_head("alibi_slopes", alibi_slopes, query, heads, ("N", sequences), (torch.float32,))
-    _checks.check_values(scale, softcap, dropout_p)
+    check_values(scale, softcap, dropout_p)
     if rng_state is not None:
-        _checks.check_rng_state(rng_state, dropout_p, query)
+        check_rng_state(rng_state, dropout_p, query)
     if metal:
         check_metal_dtype(query)
 

@@ -1,4 +1,4 @@
-"""Attention over a cache for CPU tensors: `_cpu.py` on the live keys and values of each batch entry.
+"""Attention over a cache for CPU tensors: `forward.py` on the live keys and values of each batch entry.
 
     for each run of batch entries of the same length (paged: for each entry):
         keys, values <- the live part of the cache, its pages gathered, in floating point
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import _cpu
-from ._cache_checks import QUANTIZED_DTYPES
+from .._checks.cache import QUANTIZED_DTYPES
+from . import forward
+from .layout import empty_outputs
 
 
 def attention_decode(
@@ -43,9 +44,9 @@ def attention_decode(
         window_left, window_right: relative to the lower-right diagonal of the live part, None = open.
 
     Returns:
-        out [B,Hq,Lq,Dv], strided as `_cpu.empty_outputs` says, and lse float32 [B,Hq,Lq].
+        out [B,Hq,Lq,Dv], strided as `empty_outputs` says, and lse float32 [B,Hq,Lq].
     """
-    out, lse = _cpu.empty_outputs(query, value_cache.shape[3])
+    out, lse = empty_outputs(query, value_cache.shape[3])
     dtype = torch.promote_types(query.dtype, torch.float32)
     for entries, length in _runs(cache_lengths.tolist(), together=block_table is None):
         keys, values = (
@@ -53,7 +54,7 @@ def attention_decode(
             for cache, scales in ((key_cache, key_scale), (value_cache, value_scale))
         )
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[entries]
-        out[entries], lse[entries] = _cpu.attention_forward(
+        out[entries], lse[entries] = forward.attention_forward(
             query[entries],
             keys,
             values,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._varlen_ops import ops
-from .kv_cache import attention_with_kv_cache
+from .._ops import ops
+from ..kv_cache import attention_with_kv_cache
 
 _Bound = int | None
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _torch
-from ._ops import ops
+from .. import _torch
+from .library import ops
 
 # Where a tensor is split: a dimension, or _SUM: each rank has a term of it, or None: each rank has all of it.
 _SUM = -1

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _cpu, _ops, _torch, _varlen_checks, _varlen_composition, _varlen_cpu, simulator
-from ._index_checks import host_values
-from ._ops import LIBRARY
-from ._ops import ops as ops
+from .. import _simulation, _torch
+from .._checks.indices import host_values
+from .._checks.tensors import as_runtime_errors, check_results
+from .._checks.varlen import check_forward, check_starts
+from .._cpu import composition_varlen
+from .._cpu.layout import empty_correction, empty_gradients
+from .._cpu.varlen import (
+    attention_varlen_backward,
+    attention_varlen_forward,
+    attention_varlen_forward_with_correction,
+    empty_outputs,
+)
+from . import autograd, dense
+from .library import LIBRARY, ops
 
 _Dims = tuple[int | None, ...]
 _FORWARD, _BACKWARD = "mfa::attention_varlen_forward", "mfa::attention_varlen_backward"
@@ -24,24 +34,24 @@ _CORRECTED = "mfa::attention_varlen_forward_with_correction"
 
 def _run(op: Any, on_cpu: Callable[..., Any], *arguments: Any) -> Any:
     """What a forward op returns for CPU tensors; `on_cpu` is its implementation outside of a simulation."""
-    simulation = simulator.active()
-    _ops.check_arguments(_varlen_checks.check_forward, arguments, metal=simulation is not None)
+    simulation = _simulation.active()
+    dense.check_arguments(check_forward, arguments, metal=simulation is not None)
     query, key, _value, *layout = arguments[:7]
-    _varlen_checks.check_starts(query, key, *layout)
+    check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         return simulation.call(op, *arguments)
     with _torch.below_autograd():
         return on_cpu(*arguments[:5], *arguments[7:])  # all but the lengths' maxima
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     op = ops.attention_varlen_forward.default
-    outputs: tuple[Tensor, Tensor] = _run(op, _varlen_cpu.attention_varlen_forward, *arguments)
+    outputs: tuple[Tensor, Tensor] = _run(op, attention_varlen_forward, *arguments)
     return outputs
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -62,14 +72,14 @@ def _forward_fake(
     layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
     arguments = (query, key, value, *layout, *terms, dropout_p, rng_state)
-    _ops.check_arguments(_varlen_checks.check_forward, arguments, metal=query.device.type == "mps")
-    return _varlen_cpu.empty_outputs(query, value.shape[2])
+    dense.check_arguments(check_forward, arguments, metal=query.device.type == "mps")
+    return empty_outputs(query, value.shape[2])
 
 
 def _forward_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     device = query.device.type
     with torch.autocast(device, enabled=False):
-        query, key, value, _, sinks = _ops.autocast(device, query, key, value, None, rest[4])
+        query, key, value, _, sinks = dense.autocast(device, query, key, value, None, rest[4])
         outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(query, key, value, *rest[:4], sinks, *rest[5:])
     return outputs
 
@@ -105,7 +115,7 @@ def _forward_vmap(op: Any, info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple
     places = {0: _TOKENS, 1: _TOKENS, 2: _TOKENS, 7: _HEADS, 8: _HEADS}
     folded = _folded(size, in_dims, args, places, starts=3)
     if folded is None:
-        return _ops._one_by_one(op, size, in_dims, args)
+        return dense._one_by_one(op, size, in_dims, args)
     out, lse, *correction = op(*folded)
     return _unfold([out, lse, *correction], (_TOKENS, _ROWS, _TOKENS), size)
 
@@ -137,24 +147,24 @@ def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: A
 # -- attention_varlen_forward_with_correction: attention_varlen_forward, where something requires grad ---------------
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     op = ops.attention_varlen_forward_with_correction.default
-    on_cpu = _varlen_cpu.attention_varlen_forward_with_correction
+    on_cpu = attention_varlen_forward_with_correction
     outputs: tuple[Tensor, Tensor, Tensor] = _run(op, on_cpu, *arguments)
     return outputs
 
 
 def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = _forward_fake(*arguments, **keywords)
-    return out, lse, _cpu.empty_correction(out)
+    return out, lse, empty_correction(out)
 
 
 def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, *starts, ctx.max_seqlen_q, ctx.max_seqlen_k, sinks, slopes = inputs[:9]
     *ctx.scalars, rng_state = inputs[9:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *_ops.saved_results(ctx, output), *starts, sinks, slopes, rng_state)
+    ctx.save_for_backward(query, key, value, *dense.saved_results(ctx, output), *starts, sinks, slopes, rng_state)
 
 
 def _corrected_backward(
@@ -175,7 +185,7 @@ def _corrected_backward(
 # -- attention_varlen_backward --------------------------------------------------------------------------------------
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _backward_cpu(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -199,23 +209,23 @@ def _backward_cpu(
     output_mask: Sequence[bool],
     correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    simulation = simulator.active()
+    simulation = _simulation.active()
     starts = (cu_seqlens_q, cu_seqlens_k)
     layout = (*starts, max_seqlen_q, max_seqlen_k)
     terms = (sinks, alibi_slopes, scale, window_left, window_right, softcap)
     forward = (query, key, value, *layout, *terms, dropout_p, rng_state)
-    _ops.check_arguments(_varlen_checks.check_forward, forward, metal=simulation is not None)
+    dense.check_arguments(check_forward, forward, metal=simulation is not None)
     tokens, heads = query.shape[:2]
     shapes = (tokens, heads, value.shape[2]), (heads, tokens)
-    _checks.check_results(grad_out, grad_lse, out, lse, correction, query, *shapes)
-    _varlen_checks.check_starts(query, key, *layout)
+    check_results(grad_out, grad_lse, out, lse, correction, query, *shapes)
+    check_starts(query, key, *layout)
     if simulation is not None:  # what an MPS tensor reaches
         results = (grad_out, grad_lse, query, key, value, out, lse)
         arguments = (*results, *layout, *terms, dropout_p, rng_state, output_mask, correction)
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_varlen_backward.default, *arguments)
         return outputs
     with _torch.below_autograd():
-        grads = _varlen_cpu.attention_varlen_backward(
+        grads = attention_varlen_backward(
             *(grad_out, grad_lse, query, key, value, out, lse, *starts, *terms, dropout_p, rng_state, output_mask),
             correction,
         )
@@ -245,7 +255,7 @@ def _backward_fake(
     output_mask: Sequence[bool],
     correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _cpu.empty_gradients((query, key, value, sinks, alibi_slopes), output_mask)
+    return empty_gradients((query, key, value, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -259,7 +269,7 @@ def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, rng_state = ctx.saved_tensors
     cotangents = [grad if asked else None for grad, asked in zip(grads, ctx.mask, strict=True)]
     arguments = (*tensors, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, *ctx.scalars, rng_state, cotangents)
-    found = _varlen_composition.backward_vjp(*arguments)
+    found = composition_varlen.backward_vjp(*arguments)
     needs = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[11:13]]
     results = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return (*results[:5], *(None,) * 6, *results[5:], *(None for _ in ctx.scalars), None, None, None)
@@ -272,7 +282,7 @@ def _backward_vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[tuple[Tensor,
         places[20] = _TOKENS
     folded = _folded(size, in_dims, args, places, starts=7)
     if folded is None:
-        return _ops._one_by_one(ops.attention_varlen_backward, size, in_dims, args)
+        return dense._one_by_one(ops.attention_varlen_backward, size, in_dims, args)
     return _unfold(ops.attention_varlen_backward(*folded), (_TOKENS, _TOKENS, _TOKENS, _HEADS, _HEADS), size)
 
 
@@ -285,7 +295,7 @@ def _backward_flops(_out: object, _lse: object, query: Tensor, key: Tensor, valu
 
 LIBRARY.impl("attention_varlen_forward", _forward_cpu, "CPU")
 torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-_autograd.register_through(_FORWARD, _CORRECTED, lib=LIBRARY)
+autograd.register_through(_FORWARD, _CORRECTED, lib=LIBRARY)
 LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastCPU")
 LIBRARY.impl("attention_varlen_forward", _forward_autocast, "AutocastMPS")
 torch.library.register_vmap(_FORWARD, functools.partial(_forward_vmap, ops.attention_varlen_forward), lib=LIBRARY)
@@ -293,7 +303,7 @@ register_flop_formula(ops.attention_varlen_forward, get_raw=True)(_forward_flops
 
 LIBRARY.impl("attention_varlen_forward_with_correction", _corrected_cpu, "CPU")
 torch.library.register_fake(_CORRECTED, _corrected_fake, lib=LIBRARY)
-_autograd.register(_CORRECTED, _corrected_backward, setup_context=_corrected_setup, lib=LIBRARY)
+autograd.register(_CORRECTED, _corrected_backward, setup_context=_corrected_setup, lib=LIBRARY)
 torch.library.register_vmap(
     _CORRECTED, functools.partial(_forward_vmap, ops.attention_varlen_forward_with_correction), lib=LIBRARY
 )
@@ -301,6 +311,6 @@ register_flop_formula(ops.attention_varlen_forward_with_correction, get_raw=True
 
 LIBRARY.impl("attention_varlen_backward", _backward_cpu, "CPU")
 torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
-_autograd.register(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+autograd.register(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
 torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
 register_flop_formula(ops.attention_varlen_backward, get_raw=True)(_backward_flops)

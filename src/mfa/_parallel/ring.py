@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, simulator
-from ._blocks import HIDDEN, Window
-from ._cpu import empty_correction, lost_to_rounding
-from ._index_checks import widened
-from ._ops import ops
-from .merge import merge_attention
+from .. import _simulation
+from .._checks.dense import check_forward
+from .._checks.indices import widened
+from .._cpu.blocks import HIDDEN, Window
+from .._cpu.layout import empty_correction, lost_to_rounding
+from .._ops import ops
+from ..merge import merge_attention
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ def attend(
     """Out and lse of this process's queries; see `context_parallel`."""
     scale = 1.0 if terms.scale is None else terms.scale
     sinks = widened(sinks, query)
-    metal = query.device.type == "mps" or simulator.active() is not None
-    _checks.check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=metal)
+    metal = _simulation.runs_kernels(query)
+    check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=metal)
     ring = Ring.of(query, key, value, group)
     outputs: tuple[Tensor, Tensor] = _RingAttention.apply(query, key, value, sinks, ring, terms)  # type: ignore[no-untyped-call]
     return outputs

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _log
-from ._blocks import HIDDEN
+from .. import _log
+from .blocks import HIDDEN
 
 _MASKING = -1e38  # a bias of at most this hides its key
 _Scalars = tuple[float, int | None, int | None, float]  # scale, window_left, window_right, softcap

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._blocks import HIDDEN, Cut, Terms, Window, part
-from ._cpu import exactly_scaled, heads_are_batches, is_copied, operand, overflows, raw_scores, slopes_of
-from ._dropout import COPIES, Dropout
+from .blocks import HIDDEN, Cut, Terms, Window, part
+from .dropout import COPIES, Dropout
+from .forward import exactly_scaled, is_copied, operand, overflows, raw_scores, slopes_of
+from .layout import heads_are_batches
 
 # Scores of a group of heads, at most, that are computed at once: about where the calls cost as much as the arithmetic.
 SHORT = 1 << 17

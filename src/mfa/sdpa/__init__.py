@@ -19,8 +19,10 @@ import torch.nn.attention as torch_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from . import _log, _sdpa_varlen, _torch, device, simulator
-from .attention import attention, checked
+from .. import _log, _simulation, _torch, device
+from .._checks.dense import checked
+from ..attention import attention
+from . import varlen
 
 NAME = "MFA"
 
@@ -43,12 +45,12 @@ class Handle:
         self.options = options
         self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
         keys = ["MPS", "AutogradMPS"]
-        if options.cpu or simulator.why_not() is None:
+        if options.cpu or _simulation.why_not() is None:
             keys += ["CPU", "AutogradCPU"]
         for key in keys:  # without the autograd key the op would have no derivative
             self._library.impl("scaled_dot_product_attention", functools.partial(_route, options), key)
         for key in keys[::2]:  # these have derivatives of their own
-            for name, kernel in _sdpa_varlen.kernels(functools.partial(_takes, options)).items():
+            for name, kernel in varlen.kernels(functools.partial(_takes, options)).items():
                 self._library.impl(name, kernel, key)
 
     def remove(self) -> None:
@@ -130,7 +132,7 @@ def enabled(*, cpu: bool = False) -> Iterator[None]:
 
 def _takes(options: Options, tensor: Tensor) -> bool:
     """Whether tensors of this device are meant at all."""
-    return tensor.device.type != "cpu" or options.cpu or simulator.active() is not None
+    return tensor.device.type != "cpu" or options.cpu or _simulation.active() is not None
 
 
 def _route(

@@ -12,79 +12,21 @@ of ATen's kernel does it all (`_attend_plainly`) and only `out` is wanted.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _log
-from ._blocks import HIDDEN, Cut, Terms, Window
-from ._dropout import COPIES, Dropout
+from .. import _log
+from .blocks import HIDDEN, Cut, Terms, Window
+from .dropout import COPIES, Dropout
+from .layout import empty_correction, empty_outputs, heads_are_batches, is_transposed, laid_out, lost_to_rounding
 
 # From so many numbers on, ATen's kernel for half types, which rounds P, is within the numerics rule: at most 0.8 of it.
 # The largest error of few numbers may be small by chance in the SDPA that the rule compares with.
 _MANY = 4096
 
-_HALF_MAX = torch.finfo(torch.float16).max
-
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised `out` [B,Hq,Lq,Dv] and `lse` float32 [B,Hq,Lq], laid out as every backend lays them out.
-
-    Both are contiguous, except that `out` is B,L,H,D in memory when the query is.
-    """
-    batch, heads, length, _ = query.shape
-    if _is_transposed(query):
-        out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
-    else:
-        out = query.new_empty((batch, heads, length, value_dim))
-    return out, query.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-def empty_correction(out: Tensor) -> Tensor:
-    """An uninitialised tensor for what rounding takes from `out`: float16, its shape; of size 0 for wider types."""
-    half = torch.float16
-    return torch.empty_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
-
-
-def lost_to_rounding(exact: Tensor, out: Tensor) -> Tensor:
-    """What a correction holds, in the dtype of `exact`."""
-    return (exact - out).clamp_(-_HALF_MAX, _HALF_MAX)
-
-
-def empty_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of query, key, value and the other inputs, laid out as every backend lays them out.
-
-    Those of query, key and value are B,L,H,D in memory when the tensor is, others contiguous; shape [0] for what isn't
-    wanted, in the query's dtype.
-    """
-    query = inputs[0]
-    assert query is not None
-    gradients = []
-    for index, (tensor, asked) in enumerate(zip(inputs, wanted, strict=True)):
-        if tensor is None or not asked:
-            gradients.append(query.new_empty(0))
-        elif index < 3 and tensor.dim() == 4:
-            gradients.append(empty_outputs(tensor, tensor.shape[3])[0])
-        else:
-            gradients.append(tensor.new_empty(tensor.shape))
-    return tuple(gradients)
-
-
-def _is_transposed(query: Tensor) -> bool:
-    return query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2)
-
-
-def laid_out(out: Tensor, query: Tensor) -> Tensor:
-    """`out` with the strides that `empty_outputs` gives it: itself if it has them, or else a copy."""
-    _, heads, length, dim = out.shape
-    row, head = (heads * dim, dim) if _is_transposed(query) else (dim, length * dim)
-    if out.dtype == query.dtype and out.stride() == (heads * length * dim, head, row, 1):
-        return out
-    return empty_outputs(query, dim)[0].copy_(out)
 
 
 def attention_forward(
@@ -114,7 +56,7 @@ def attention_forward(
         bias: bool (True = attend) or floating, 4 dimensions, each 1 or that of [B,Hq,Lq,Lk]; never expanded.
         sinks: [Hq]. alibi_slopes: [Hq] or [B,Hq].
         window_left, window_right: relative to the lower-right diagonal, None = open.
-        rng_state: int64 [2], what dropout starts from (_dropout.py); it counts batches from `first_batch`.
+        rng_state: int64 [2], what dropout starts from (dropout.py); it counts batches from `first_batch`.
         correction: zeros of `empty_correction`; gets what rounding takes from out.
         exact_lse: whether lse obeys the numerics rule, too. ATen's kernel for half types has it to 1e-4 only.
         trains: whether a backward pass may follow.
@@ -241,7 +183,7 @@ def _attend_as_laid_out(query: Tensor, key: Tensor, value: Tensor, scale: float,
     """The whole problem as one block. ATen's kernel makes B,L,H,D; where B,H,L,D is wanted, heads become batches."""
     heads = query.shape[1]
     tensors = (query, key, value)
-    if key.shape[1] != heads or _is_transposed(query) or not all(map(heads_are_batches, tensors)):
+    if key.shape[1] != heads or is_transposed(query) or not all(map(heads_are_batches, tensors)):
         out, lse = _attend(query, key, value, None, scale, 0, causal)
         return laid_out(out, query), lse
     folded = [tensor.view(-1, 1, *tensor.shape[2:]) for tensor in tensors]
@@ -249,12 +191,6 @@ def _attend_as_laid_out(query: Tensor, key: Tensor, value: Tensor, scale: float,
     if out.dtype != query.dtype:  # scores that overflow make it float64
         out = out.to(query.dtype)
     return out.view(*query.shape[:3], -1), lse.view(query.shape[:3])
-
-
-def heads_are_batches(tensor: Tensor) -> bool:
-    """Whether the first two dimensions are one, in memory."""
-    batch, heads, _, _ = tensor.shape
-    return batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1)
 
 
 def is_copied(tensor: Tensor, dtype: torch.dtype, width: int) -> bool:

@@ -1,7 +1,4 @@
-"""The ops: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order.
-
-Schemas and the kernels on MPS are in csrc/library.cpp. `mfa::attention` decomposes in attention.py.
-"""
+"""Ops of attention: for each its kernel on the CPU, fake, autograd, autocast, vmap and FLOPs, in that order."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,11 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _autograd, _checks, _composition, _cpu, _cpu_backward, _dropout, _library, _torch, simulator
-
-_library.load()
-ops = torch.ops.mfa
-LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops in this namespace too
+from .. import _simulation, _torch
+from .._checks.dense import check_forward
+from .._checks.tensors import as_runtime_errors, check_has_state, check_results
+from .._cpu import composition, dropout
+from .._cpu.backward import attention_backward
+from .._cpu.forward import attention_forward, attention_forward_with_correction
+from .._cpu.layout import empty_correction, empty_gradients, empty_outputs, laid_out
+from . import autograd
+from .library import LIBRARY, ops
 
 _Dims = tuple[int | None, ...]
 _Shape = Sequence[int]
@@ -30,26 +31,26 @@ def check_arguments(check: Callable[..., None], arguments: Sequence[Any], *, met
     """Those of a forward op, in its order; `check` is its kind's check_forward, which doesn't need the window."""
     *terms, _left, _right, softcap, dropout_p, rng_state = arguments
     check(*terms, softcap, dropout_p, rng_state, metal=metal)
-    _checks.check_has_state(dropout_p, rng_state)
+    check_has_state(dropout_p, rng_state)
 
 
 def _run(op: Any, on_cpu: Callable[..., Any], *arguments: Any) -> Any:
     """What a forward op returns for CPU tensors; `on_cpu` is its implementation outside of a simulation."""
-    simulation = simulator.active()
-    check_arguments(_checks.check_forward, arguments, metal=simulation is not None)
+    simulation = _simulation.active()
+    check_arguments(check_forward, arguments, metal=simulation is not None)
     if simulation is not None:  # what an MPS tensor reaches
         return simulation.call(op, *arguments)
     with _torch.below_autograd():
         return on_cpu(*arguments)
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor] = _run(ops.attention_forward.default, _cpu.attention_forward, *arguments)
+    outputs: tuple[Tensor, Tensor] = _run(ops.attention_forward.default, attention_forward, *arguments)
     return outputs
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -66,8 +67,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     arguments = (*tensors, scale, window_left, window_right, softcap, dropout_p, rng_state)
-    check_arguments(_checks.check_forward, arguments, metal=query.device.type == "mps")
-    return _cpu.empty_outputs(query, value.shape[3])
+    check_arguments(check_forward, arguments, metal=query.device.type == "mps")
+    return empty_outputs(query, value.shape[3])
 
 
 def nothing_listens(*tensors: Tensor | None) -> bool:
@@ -76,13 +77,13 @@ def nothing_listens(*tensors: Tensor | None) -> bool:
     That way is most of what a short call costs. Who listens: autograd, torch.func, torch.compile, a mode (FLOP counter,
     fake tensors, tracing), a subclass of Tensor, autocast (which the op turns off), and the simulator.
     """
-    if torch.compiler.is_compiling() or simulator.active() is not None or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or _simulation.active() is not None or torch.is_autocast_enabled("cpu"):
         return False
     if _torch.count_dispatch_modes() or _torch.count_function_modes() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     if _torch.in_torch_func() or _torch.has_dual_level():
         return False
-    if torch.is_grad_enabled() and _autograd.requires_grad(*tensors):
+    if torch.is_grad_enabled() and autograd.requires_grad(*tensors):
         return False
     return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
 
@@ -125,16 +126,16 @@ def _forward_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any
 # -- attention_forward_with_correction: attention_forward, where something requires grad -----------------------------
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _corrected_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     op = ops.attention_forward_with_correction.default
-    outputs: tuple[Tensor, Tensor, Tensor] = _run(op, _cpu.attention_forward_with_correction, *arguments)
+    outputs: tuple[Tensor, Tensor, Tensor] = _run(op, attention_forward_with_correction, *arguments)
     return outputs
 
 
 def _corrected_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = _forward_fake(*arguments, **keywords)
-    return out, lse, _cpu.empty_correction(out)
+    return out, lse, empty_correction(out)
 
 
 def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -165,7 +166,7 @@ def _corrected_backward(
 # -- attention_backward ---------------------------------------------------------------------------------------------
 
 
-@_checks.as_runtime_errors
+@as_runtime_errors
 def _backward_cpu(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -186,23 +187,23 @@ def _backward_cpu(
     output_mask: Sequence[bool],
     correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    simulation = simulator.active()
+    simulation = _simulation.active()
     tensors = (query, key, value, bias, sinks, alibi_slopes)
     window = (window_left, window_right)
     forward = (*tensors, scale, *window, softcap, dropout_p, rng_state)
-    check_arguments(_checks.check_forward, forward, metal=simulation is not None)
+    check_arguments(check_forward, forward, metal=simulation is not None)
     rows = query.shape[:3]
-    _checks.check_results(grad_out, grad_lse, out, lse, correction, query, (*rows, value.shape[3]), rows)
+    check_results(grad_out, grad_lse, out, lse, correction, query, (*rows, value.shape[3]), rows)
     terms = (bias, sinks, alibi_slopes, scale, *window, softcap, dropout_p, rng_state)
     arguments = (grad_out, grad_lse, query, key, value, out, lse, *terms, output_mask, correction)
     if simulation is not None:  # what an MPS tensor reaches
         outputs: tuple[Tensor, ...] = simulation.call(ops.attention_backward.default, *arguments)
         return outputs
     with _torch.below_autograd():
-        grads = _cpu_backward.attention_backward(*arguments)
+        grads = attention_backward(*arguments)
         of_rows = zip(grads[:3], (query, key, value), strict=True)
-        laid_out = [None if grad is None else _cpu.laid_out(grad, tensor) for grad, tensor in of_rows]
-    return tuple(query.new_empty(0) if grad is None else grad for grad in (*laid_out, *grads[3:]))
+        first = [None if grad is None else laid_out(grad, tensor) for grad, tensor in of_rows]
+    return tuple(query.new_empty(0) if grad is None else grad for grad in (*first, *grads[3:]))
 
 
 def _backward_fake(
@@ -225,7 +226,7 @@ def _backward_fake(
     output_mask: Sequence[bool],
     correction: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _cpu.empty_gradients((query, key, value, bias, sinks, alibi_slopes), output_mask)
+    return empty_gradients((query, key, value, bias, sinks, alibi_slopes), output_mask)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -238,10 +239,10 @@ def _backward_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """The results are functions of all arguments but out, lse and correction, which are results of the others."""
     grad_out, grad_lse, *inputs, rng_state = ctx.saved_tensors
     *scalars, dropout_p = ctx.scalars
-    factors = _dropout.all_factors(rng_state, dropout_p, inputs[0], inputs[1].shape[2])
+    factors = dropout.all_factors(rng_state, dropout_p, inputs[0], inputs[1].shape[2])
     wanted = zip(grads, inputs, ctx.mask, strict=True)
-    cotangents = [grad if asked and _composition.is_floating(tensor) else None for grad, tensor, asked in wanted]
-    found = _composition.backward_vjp(grad_out, grad_lse, inputs, tuple(scalars), factors, cotangents)
+    cotangents = [grad if asked and composition.is_floating(tensor) else None for grad, tensor, asked in wanted]
+    found = composition.backward_vjp(grad_out, grad_lse, inputs, tuple(scalars), factors, cotangents)
     needed = zip(found, [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[7:10]], strict=True)
     results = [grad if needs else None for grad, needs in needed]
     return (*results[:5], None, None, *results[5:], *(None for _ in ctx.scalars), None, None, None)
@@ -302,7 +303,7 @@ def _one_by_one(op: Any, size: int, in_dims: _Dims, args: Sequence[Any]) -> tupl
 
 LIBRARY.impl("attention_forward", _forward_cpu, "CPU")
 torch.library.register_fake(_FORWARD, _forward_fake, lib=LIBRARY)
-_autograd.register_through(_FORWARD, _CORRECTED, lib=LIBRARY)
+autograd.register_through(_FORWARD, _CORRECTED, lib=LIBRARY)
 LIBRARY.impl("attention_forward", _forward_autocast, "AutocastCPU")
 LIBRARY.impl("attention_forward", _forward_autocast, "AutocastMPS")
 torch.library.register_vmap(_FORWARD, functools.partial(_forward_vmap, ops.attention_forward), lib=LIBRARY)
@@ -310,7 +311,7 @@ register_flop_formula(ops.attention_forward)(_forward_flops)
 
 LIBRARY.impl("attention_forward_with_correction", _corrected_cpu, "CPU")
 torch.library.register_fake(_CORRECTED, _corrected_fake, lib=LIBRARY)
-_autograd.register(_CORRECTED, _corrected_backward, setup_context=_corrected_setup, lib=LIBRARY)
+autograd.register(_CORRECTED, _corrected_backward, setup_context=_corrected_setup, lib=LIBRARY)
 torch.library.register_vmap(
     _CORRECTED, functools.partial(_forward_vmap, ops.attention_forward_with_correction), lib=LIBRARY
 )
@@ -318,6 +319,6 @@ register_flop_formula(ops.attention_forward_with_correction)(_forward_flops)
 
 LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake(_BACKWARD, _backward_fake, lib=LIBRARY)
-_autograd.register(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
+autograd.register(_BACKWARD, _backward_backward, setup_context=_backward_setup, lib=LIBRARY)
 torch.library.register_vmap(_BACKWARD, _backward_vmap, lib=LIBRARY)
 register_flop_formula(ops.attention_backward)(_backward_flops)

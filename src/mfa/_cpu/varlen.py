@@ -1,4 +1,4 @@
-"""Packed attention for CPU tensors: `_cpu.py` on one sequence after the other.
+"""Packed attention for CPU tensors: `forward.py` on one sequence after the other.
 
     for each sequence: out, lse <- attention of its rows of query, key and value
 
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cpu, _cpu_backward
-from ._blocks import HIDDEN
+from . import backward, forward
+from .blocks import HIDDEN
+from .layout import empty_correction
 
 
 class Packed(NamedTuple):
@@ -84,7 +85,7 @@ def attention_varlen_forward(
         sinks: [Hq]. alibi_slopes: [Hq] or [N,Hq].
         window_left, window_right: relative to each sequence's lower-right diagonal, None = open.
         rng_state: int64 [2], what dropout starts from; it counts sequences as batches.
-        correction: zeros of `_cpu.empty_correction`; gets what rounding takes from out.
+        correction: zeros of `empty_correction`; gets what rounding takes from out.
 
     Returns:
         out [Tq,Hq,Dv] and lse float32 [Hq,Tq].
@@ -96,7 +97,7 @@ def attention_varlen_forward(
     for sequence in sequences(cu_seqlens_q, cu_seqlens_k):
         tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
         slopes = sequence.slopes(alibi_slopes)
-        sequence_out, sequence_lse = _cpu.attention_forward(
+        sequence_out, sequence_lse = forward.attention_forward(
             *tensors,
             None,
             sinks,
@@ -119,7 +120,7 @@ def attention_varlen_forward_with_correction(
     query: Tensor, key: Tensor, value: Tensor, *terms: Any
 ) -> tuple[Tensor, ...]:
     """`attention_varlen_forward`, whose arguments these are, and what rounding took from out."""
-    correction = _cpu.empty_correction(empty_outputs(query, value.shape[2])[0]).zero_()
+    correction = empty_correction(empty_outputs(query, value.shape[2])[0]).zero_()
     return *attention_varlen_forward(query, key, value, *terms, correction=correction), correction
 
 
@@ -165,7 +166,7 @@ def attention_varlen_backward(
     grad_query, grad_key, grad_value, grad_sinks, grad_slopes = grads
     for sequence in sequences(cu_seqlens_q, cu_seqlens_k):
         tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
-        part_query, part_key, part_value, _, part_sinks, part_slopes = _cpu_backward.attention_backward(
+        part_query, part_key, part_value, _, part_sinks, part_slopes = backward.attention_backward(
             sequence.of_queries(grad_out),
             None if grad_lse is None else sequence.row_values(grad_lse),
             *tensors,

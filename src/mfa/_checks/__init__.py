@@ -1,0 +1,1 @@
+"""What the package refuses, and the sentences that it does that with."""

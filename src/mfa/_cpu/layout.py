@@ -1,0 +1,70 @@
+"""How results lie in memory, the same on every backend; fake tensors and CPU kernels make them here."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised `out` [B,Hq,Lq,Dv] and `lse` float32 [B,Hq,Lq], laid out as every backend lays them out.
+
+    Both are contiguous, except that `out` is B,L,H,D in memory when the query is.
+    """
+    batch, heads, length, _ = query.shape
+    if is_transposed(query):
+        out = query.new_empty((batch, length, heads, value_dim)).transpose(1, 2)
+    else:
+        out = query.new_empty((batch, heads, length, value_dim))
+    return out, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def empty_correction(out: Tensor) -> Tensor:
+    """An uninitialised tensor for what rounding takes from `out`: float16, its shape; of size 0 for wider types."""
+    half = torch.float16
+    return torch.empty_like(out, dtype=half) if out.dtype.itemsize == 2 else out.new_empty(0, dtype=half)
+
+
+def lost_to_rounding(exact: Tensor, out: Tensor) -> Tensor:
+    """What a correction holds, in the dtype of `exact`."""
+    return (exact - out).clamp_(-_HALF_MAX, _HALF_MAX)
+
+
+def empty_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of query, key, value and the other inputs, laid out as every backend lays them out.
+
+    Those of query, key and value are B,L,H,D in memory when the tensor is, others contiguous; shape [0] for what isn't
+    wanted, in the query's dtype.
+    """
+    query = inputs[0]
+    assert query is not None
+    gradients = []
+    for index, (tensor, asked) in enumerate(zip(inputs, wanted, strict=True)):
+        if tensor is None or not asked:
+            gradients.append(query.new_empty(0))
+        elif index < 3 and tensor.dim() == 4:
+            gradients.append(empty_outputs(tensor, tensor.shape[3])[0])
+        else:
+            gradients.append(tensor.new_empty(tensor.shape))
+    return tuple(gradients)
+
+
+def laid_out(out: Tensor, query: Tensor) -> Tensor:
+    """`out` with the strides that `empty_outputs` gives it: itself if it has them, or else a copy."""
+    _, heads, length, dim = out.shape
+    row, head = (heads * dim, dim) if is_transposed(query) else (dim, length * dim)
+    if out.dtype == query.dtype and out.stride() == (heads * length * dim, head, row, 1):
+        return out
+    return empty_outputs(query, dim)[0].copy_(out)
+
+
+def is_transposed(query: Tensor) -> bool:
+    return query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2)
+
+
+def heads_are_batches(tensor: Tensor) -> bool:
+    """Whether the first two dimensions are one, in memory."""
+    batch, heads, _, _ = tensor.shape
+    return batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1)
