@@ -1,5 +1,7 @@
-"""Layers look down only: who may include what, as one table."""
+"""Layers look down only: who may include or import what, as one table for C++ and one for Python."""
 
+import ast
+import graphlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -8,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+PACKAGE = "src/mfa"
 
 # A room, or a file -> the rooms, files and libraries that it may include. The innermost row holds. Headers of the C++
 # standard library and of the operating system are everybody's.
@@ -25,6 +28,53 @@ INCLUDES = {
     "metal": {"metal", "metal_stdlib"},
 }
 SYSTEM = {"sys", "mach-o"}
+
+# The same of src/mfa: a room, or a module -> the rooms, modules, and names in modules that it may import.
+LEAVES = {"_torch.py", "_log.py"}
+BELOW = {"_checks", "_cpu", "_ops", "_simulation.py", *LEAVES}
+FUNCTIONS = {  # what users call, for the drop-ins
+    "attention.py/attention",
+    "device.py",
+    "kv_cache.py/attention_with_kv_cache",
+    "merge.py/merge_attention",
+    "pipelines.py",
+    "varlen.py/attention_varlen",
+}
+DROP_IN = {*FUNCTIONS, "_checks", "_simulation.py", *LEAVES}
+IMPORTS = {
+    "_torch.py": set(),
+    "_log.py": set(),
+    "_library.py": {"_native"},
+    "_metal.py": {"_library.py", "_log.py", "_native"},
+    # The one door: what the simulator enters itself in. None but applications import the simulator.
+    "_simulation.py": {"_library.py", "_native"},
+    "simulator.py": {"_simulation.py", "_library.py", "_torch.py", "_native"},
+    "_checks": {"_checks", "_simulation.py", "_torch.py"},
+    "_cpu": {"_cpu", "_checks", "_log.py"},
+    "_ops": {*BELOW, "_library.py"},
+    "_parallel": {*BELOW, "_parallel", "merge.py/merge_attention"},
+    # The functions that users call, each by itself.
+    "attention.py": BELOW,
+    "varlen.py": BELOW,
+    "kv_cache.py": {*BELOW, "quantize.py"},
+    "context_parallel.py": {*BELOW, "_parallel"},
+    "merge.py": {"_checks"},
+    "quantize.py": {"_checks"},
+    "device.py": {"_metal.py"},
+    "pipelines.py": {"_metal.py", "_native"},
+    "support.py": {"_checks", "_native"},
+    # Others' interfaces over them.
+    "sdpa": {*DROP_IN, "sdpa", "_ops/__init__.py/ops"},
+    "flash_attn": {*DROP_IN, "flash_attn"},
+    "mps_flash_attn": {*DROP_IN, "mps_flash_attn", "sdpa"},
+    "transformers.py": DROP_IN,
+    "diffusers.py": {*DROP_IN, "transformers.py"},
+    # Applications.
+    "__init__.py": {"."},
+    "__main__.py": {"."},
+    "demo.py": {"__init__.py", "attention.py", "simulator.py"},
+    "bench": {"__init__.py", "bench", "attention.py", "simulator.py", "_library.py", "_native"},
+}
 
 
 def is_in(path: str, place: str) -> bool:
@@ -94,3 +144,78 @@ def test_no_include_looks_up() -> None:
 )
 def test_one_that_looks_up_is_found(file: str, used: str) -> None:
     assert looking_up([(file, used)], INCLUDES) == [f"{file} uses {used}"]
+
+
+def imported(module: ast.ImportFrom, file: Path, package: Path) -> Iterator[str]:
+    """What a relative import takes, from the package: `_log.py` for a module, `_log.py/once` for a name in one."""
+    folder = file.parents[module.level - 1].joinpath(*(module.module or "").split("."))
+    for alias in module.names:
+        if "_native" in (module.module, alias.name):  # compiled
+            yield "_native"
+            continue
+        for path, name in ((folder / alias.name, ""), (folder, alias.name)):
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            if source.is_file():
+                yield (source.relative_to(package) / name).as_posix()
+                break
+        else:
+            yield f"{module.module}.{alias.name}, which is not there"
+
+
+def imports(package: Path) -> Iterator[tuple[str, str]]:
+    """Those inside of functions, and for types, as well."""
+    for file in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                for used in imported(node, file, package):
+                    yield file.relative_to(package).as_posix(), used
+
+
+def circle(uses: Iterable[tuple[str, str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; none if there is no circle."""
+    graph: dict[str, set[str]] = {}
+    for file, used in uses:
+        module = used if used.endswith(".py") else used.rpartition("/")[0]  # of a name
+        graph.setdefault(file, set()).add(module)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_no_import_looks_up() -> None:
+    found = list(imports(ROOT / PACKAGE))
+    assert len(found) > 100
+    assert looking_up(found, IMPORTS) == []
+
+
+def test_nothing_is_imported_in_a_circle() -> None:
+    assert circle(imports(ROOT / PACKAGE)) == []
+    assert set(circle([("a.py", "b.py/f"), ("b.py", "c.py"), ("c.py", "a.py/g")])) == {"a.py", "b.py", "c.py"}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "used"),
+    [
+        ("_cpu/forward.py", "from .._ops import dense", "_ops/dense.py"),
+        ("_checks/dense.py", "from .._cpu.blocks import HIDDEN", "_cpu/blocks.py/HIDDEN"),
+        ("_checks/dense.py", "from .._ops import ops", "_ops/__init__.py/ops"),
+        ("_ops/dense.py", "from .. import simulator", "simulator.py"),
+        ("attention.py", "def f():\n    from .simulator import Simulation", "simulator.py/Simulation"),
+        ("sdpa/__init__.py", "from .. import simulator", "simulator.py"),
+        ("sdpa/varlen.py", "from ..attention import _composite", "attention.py/_composite"),
+        ("flash_attn/__init__.py", "from .._cpu.forward import attention_forward", "_cpu/forward.py/attention_forward"),
+        ("transformers.py", "from . import _metal", "_metal.py"),
+        ("_torch.py", "from . import _native", "_native"),
+        ("new.py", "from .attention import attention", "attention.py/attention"),
+    ],
+)
+def test_an_import_that_looks_up_is_found(tmp_path: Path, file: str, line: str, used: str) -> None:
+    for module in (ROOT / PACKAGE).rglob("*.py"):
+        copy = tmp_path / module.relative_to(ROOT / PACKAGE)
+        copy.parent.mkdir(exist_ok=True)
+        copy.touch()
+    (tmp_path / file).write_text(line)
+    assert looking_up(imports(tmp_path), IMPORTS) == [f"{file} uses {used}"]
