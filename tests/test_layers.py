@@ -73,7 +73,7 @@ IMPORTS = {
     "__init__.py": {"."},
     "__main__.py": {"."},
     "demo.py": {"__init__.py", "attention.py", "simulator.py"},
-    "bench": {"__init__.py", "bench", "attention.py", "simulator.py", "_library.py", "_native"},
+    "bench": {"__init__.py", "bench", "attention.py", "simulator.py", "_library.py", "_native", "_torch.py"},
 }
 
 

@@ -10,8 +10,10 @@ from torch.autograd import forward_ad
 
 try:
     from torch._functorch import utils as functorch
+    from torch._subclasses import FakeTensorMode as FakeTensorMode  # tensors without memory: documented under this name
     from torch.autograd import function
     from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented under this name
 
     # A kernel of autograd in Python passes its call on to the next kernel; under torch.no_grad it would get it back.
     below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -38,7 +40,7 @@ try:
 
     # Functions on a subclass of Tensor as if it were none: documented, but under this name.
     plain_functions = torch._C.DisableTorchFunctionSubclass
-    tree_map_only = pytree.tree_map_only  # no public module has it
+    tree_leaves, tree_map_only = pytree.tree_leaves, pytree.tree_map_only  # no public module has them
 except (AttributeError, ImportError) as error:
     raise ImportError(f"torch {torch.__version__} lacks an internal that mfa needs: {error}") from error
 
@@ -51,3 +53,8 @@ def has_dual_level() -> bool:
 def count_results(op: Any) -> int:
     """How many results an op has, of `torch.ops`, with its overload."""
     return len(op._schema.returns)
+
+
+def identity_of(storage: torch.UntypedStorage) -> int:
+    """The same for all tensors that share the memory, which may have no address."""
+    return int(storage._cdata)

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from .. import _native, attention
+from .. import _native, _torch, attention
 from . import kernels, model, report
 from .chips import CHIPS
 
@@ -64,7 +61,7 @@ def memory() -> Data:
 def _peak_bytes(call: Callable[..., torch.Tensor], length: int, training: bool) -> int:
     """Of tensors that have no memory, so that any length can be counted."""
     shape = (1, _HEADS, length, _HEAD_DIM)
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+    with _torch.FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         inputs = [torch.empty(shape, dtype=torch.float16, requires_grad=training) for _ in range(3)]
         with _Allocations() as allocations:
             out = call(*inputs, is_causal=True)
@@ -81,7 +78,7 @@ def _peak_bytes(call: Callable[..., torch.Tensor], length: int, training: bool) 
     return int(peak)
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(_torch.TorchDispatchMode):
     """Bytes of the storages that ops make, at their peak."""
 
     def __init__(self) -> None:
@@ -91,13 +88,13 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in _torch.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = _torch.identity_of(storage), storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self.alive += size
