@@ -9,13 +9,14 @@
 
 namespace {
 
-// As the structs of csrc/ops/arguments.h and of each family.
+// As the structs of csrc/ops/arguments.h and of each family, and the tuples of src/mfa/_arguments.py.
 #define QKV "Tensor query, Tensor key, Tensor value, "
 #define FEATURES \
   "Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, "
 #define DROPOUT "float dropout_p, Tensor? rng_state"
 #define DENSE "Tensor? bias, " FEATURES DROPOUT
 #define VARLEN "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT
+#define BACKWARD "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? correction, "
 #define DECODE \
   "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, " FEATURES "SymInt num_splits"
 
@@ -31,17 +32,17 @@ constexpr const char* kSchemas[] = {
     "attention_forward_with_correction(" QKV DENSE ") -> (Tensor out, Tensor lse, Tensor correction)",
 
     // output_mask says which gradients are wanted, in the order of the results; one that is not is of size 0.
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, " QKV "Tensor out, Tensor lse, " DENSE
-    ", bool[6] output_mask, Tensor? correction=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-    "Tensor grad_bias, Tensor grad_sinks, Tensor grad_alibi)",
+    "attention_backward(" QKV DENSE ", " BACKWARD
+    "bool[6] output_mask) -> (Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_bias, Tensor grad_sinks, Tensor grad_alibi_slopes)",
 
     "attention_varlen_forward(" QKV VARLEN ") -> (Tensor out, Tensor lse)",
 
     "attention_varlen_forward_with_correction(" QKV VARLEN ") -> (Tensor out, Tensor lse, Tensor correction)",
 
-    "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, " QKV "Tensor out, Tensor lse, " VARLEN
-    ", bool[5] output_mask, Tensor? correction=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-    "Tensor grad_sinks, Tensor grad_alibi)",
+    "attention_varlen_backward(" QKV VARLEN ", " BACKWARD
+    "bool[5] output_mask) -> (Tensor grad_query, "
+    "Tensor grad_key, Tensor grad_value, Tensor grad_sinks, Tensor grad_alibi_slopes)",
 
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, " DECODE ") -> (Tensor out, Tensor lse)",
 };

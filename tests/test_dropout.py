@@ -129,9 +129,8 @@ def test_same_mask_everywhere(place: str, dtype: torch.dtype, lengths: tuple[int
     with active(place):
         out, _ = FORWARD(query, key, identity, *terms)
         results = FORWARD(query, key, value, *terms)
-        tensors = (query, key, value, *results, *terms[:3])
         wanted = [False, False, True, False, False, False]
-        grad = BACKWARD(rows, None, *tensors, *terms[3:], wanted)[2]
+        grad = BACKWARD(query, key, value, *terms, rows, None, *results, None, wanted)[2]
     mask = kept(STATE, (2, 4, query_length, key_length), 0.4)
     assert torch.equal(out != 0, mask)
     assert torch.equal(grad != 0, mask.unflatten(1, (2, 2)).any(2).transpose(-1, -2))  # of the heads in a group
@@ -336,9 +335,10 @@ def test_opcheck(place: str) -> None:
             opcheck(torch.ops.mfa.attention.default, (query, key, value, None, 0.3), test_utils="test_schema")
         else:
             opcheck(FORWARD, (query, key, value, None, None, None, *terms))
-        out, lse = FORWARD(query, key, value, None, None, None, *terms)
-        tensors = (query, key, value, out, lse, None, None, None)
-        opcheck(BACKWARD, (torch.ones_like(out), torch.ones_like(lse), *tensors, *terms, [True] * 3 + [False] * 3))
+        arguments = (query, key, value, None, None, None, *terms)
+        out, lse = FORWARD(*arguments)
+        given = (torch.ones_like(out), torch.ones_like(lse), out, lse, None, [True] * 3 + [False] * 3)
+        opcheck(BACKWARD, (*arguments, *given))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ INCLUDES = {
 SYSTEM = {"sys", "mach-o"}
 
 # The same of src/mfa: a room, or a module -> the rooms, modules, and names in modules that it may import.
-LEAVES = {"_torch.py", "_log.py"}
+LEAVES = {"_arguments.py", "_torch.py", "_log.py"}
 BELOW = {"_checks", "_cpu", "_ops", "_simulation.py", *LEAVES}
 FUNCTIONS = {  # what users call, for the drop-ins
     "attention.py/attention",
@@ -42,6 +42,7 @@ FUNCTIONS = {  # what users call, for the drop-ins
 }
 DROP_IN = {*FUNCTIONS, "_checks", "_simulation.py", *LEAVES}
 IMPORTS = {
+    "_arguments.py": set(),
     "_torch.py": set(),
     "_log.py": set(),
     "_library.py": {"_native"},
@@ -49,8 +50,8 @@ IMPORTS = {
     # The one door: what the simulator enters itself in. None but applications import the simulator.
     "_simulation.py": {"_library.py", "_native"},
     "simulator.py": {"_simulation.py", "_library.py", "_torch.py", "_native"},
-    "_checks": {"_checks", "_simulation.py", "_torch.py"},
-    "_cpu": {"_cpu", "_checks", "_log.py"},
+    "_checks": {"_checks", "_arguments.py", "_simulation.py", "_torch.py"},
+    "_cpu": {"_cpu", "_checks", "_arguments.py", "_log.py"},
     "_ops": {*BELOW, "_library.py"},
     "_parallel": {*BELOW, "_parallel", "merge.py/merge_attention"},
     # The functions that users call, each by itself.

@@ -14,6 +14,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfa
+from mfa._ops import library
 
 FORWARD = torch.ops.mfa.attention_forward.default
 BACKWARD = torch.ops.mfa.attention_backward.default
@@ -72,7 +73,7 @@ def test_opcheck_forward_with_correction(device: Device, dtype: torch.dtype) -> 
 def test_opcheck_backward(mask: list[bool]) -> None:
     tensors = forward_arguments("every feature")
     out, lse = FORWARD(*tensors)
-    opcheck(BACKWARD, (torch.ones_like(out), torch.ones_like(lse), *tensors[:3], out, lse, *tensors[3:], mask))
+    opcheck(BACKWARD, (*tensors, torch.ones_like(out), torch.ones_like(lse), out, lse, None, mask))
 
 
 def test_opcheck_composite(device: Device) -> None:
@@ -249,9 +250,8 @@ def test_fake_results_have_the_real_layout(
             ops = torch.ops.mfa
             out, lse = ops.attention_forward(query, key, value, *terms)
             out_too, lse_too, correction = ops.attention_forward_with_correction(query, key, value, *terms)
-            tensors = (out_too, None, query, key, value, out_too, lse_too)
-            given = correction if query.dtype.itemsize == 2 else None
-            grads = ops.attention_backward(*tensors, *terms, wanted, given)
+            given = (out_too, None, out_too, lse_too, correction if query.dtype.itemsize == 2 else None, wanted)
+            grads = ops.attention_backward(query, key, value, *terms, *given)
             return [out, lse, out_too, lse_too, correction, *grads]
 
         with device.active():
@@ -260,6 +260,16 @@ def test_fake_results_have_the_real_layout(
             fake = both(*(mode.from_tensor(tensor) for tensor in (query, key, value)))
         for index, (a, b) in enumerate(zip(real, fake, strict=True)):
             assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device), index
+
+
+def test_other_arguments_than_the_schema_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a libmfa of another version."""
+    library.check_signatures()
+    arguments, results = library.SIGNATURES["attention_forward"]
+    for wrong in ((arguments[::-1], results), (arguments, ("out",))):
+        monkeypatch.setitem(library.SIGNATURES, "attention_forward", wrong)
+        with pytest.raises(ImportError, match=r"mfa::attention_forward has arguments and results .* they must be "):
+            library.check_signatures()
 
 
 def test_inference_mode() -> None:

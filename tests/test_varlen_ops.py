@@ -33,7 +33,7 @@ def test_opcheck_gradients(mask: list[bool]) -> None:
     out, lse = torch.ops.mfa.attention_varlen_forward(*inputs)
     opcheck(
         torch.ops.mfa.attention_varlen_backward.default,
-        (torch.ones_like(out), torch.ones_like(lse), *inputs[:3], out, lse, *inputs[3:], mask),
+        (*inputs, torch.ones_like(out), torch.ones_like(lse), out, lse, None, mask),
     )
     leaves = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     opcheck(torch.ops.mfa.attention_varlen_forward.default, tuple(leaves))
@@ -85,8 +85,9 @@ def test_vmap() -> None:
     torch.testing.assert_close(list(lse), [x for _, x in loop])
 
     def grads(query: Tensor, value: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        terms = (sinks, slopes, 0.3, None, 0, 0.0, 0.0, None, [True, True, False, True, True])
-        return torch.ops.mfa.attention_varlen_backward(out.cos(), lse, query, key, value, out, lse, *layout, *terms)
+        terms = (sinks, slopes, 0.3, None, 0, 0.0, 0.0, None)
+        given = (out.cos(), lse, out, lse, None, [True, True, False, True, True])
+        return torch.ops.mfa.attention_varlen_backward(query, key, value, *layout, *terms, *given)
 
     mapped = torch.vmap(grads, in_dims=(0, 2, 0, 0, 0))(query, value, sinks, out, lse)
     singles = [grads(query[i], value[:, :, i], sinks[i], out[i], lse[i]) for i in range(3)]

@@ -54,13 +54,22 @@ struct Dropout {
   }
 };
 
-// What forward gave, and its gradients.
+// What backward takes besides: what forward gave, and its gradients.
 struct Results {
-  const torch::stable::Tensor& grad_out;
-  const std::optional<torch::stable::Tensor>& grad_lse;
-  const torch::stable::Tensor& out;
-  const torch::stable::Tensor& lse;
-  const std::optional<torch::stable::Tensor>& correction;
+  torch::stable::Tensor grad_out;
+  std::optional<torch::stable::Tensor> grad_lse;
+  torch::stable::Tensor out, lse;
+  std::optional<torch::stable::Tensor> correction;
+
+  static Results take(Stack& stack) {
+    return {
+        .grad_out = stack.take<torch::stable::Tensor>(),
+        .grad_lse = stack.take<std::optional<torch::stable::Tensor>>(),
+        .out = stack.take<torch::stable::Tensor>(),
+        .lse = stack.take<torch::stable::Tensor>(),
+        .correction = stack.take<std::optional<torch::stable::Tensor>>(),
+    };
+  }
 };
 
 }  // namespace mfa

@@ -113,11 +113,10 @@ Gradients wanted(const Terms& terms, const std::vector<bool>& output_mask) {
 // Returns the gradients of query, key, value, bias, sinks and alibi_slopes, with the shape and dtype of each; the first
 // three are B,L,H,D in memory if their tensor is. One that `output_mask` (in this order) doesn't ask for, or whose
 // tensor is not there, has size 0.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Qkv& qkv, const Tensor& out, const Tensor& lse,
-    const Terms& terms, const std::vector<bool>& output_mask, const std::optional<Tensor>& correction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Qkv& qkv, const Terms& terms,
+                                                                    const Results& results,
+                                                                    const std::vector<bool>& output_mask) {
   const Tensor &query = qkv.query, &key = qkv.key, &value = qkv.value;
-  const Results results{grad_out, grad_lse, out, lse, correction};
   Operands operands = operands_of(qkv, terms);
   check_results(results, qkv);
   Gradients gradients = wanted(terms, output_mask);

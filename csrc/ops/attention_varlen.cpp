@@ -55,6 +55,17 @@ Qkv packed_view(const Qkv& qkv) {
   return {packed_view("query", qkv.query), packed_view("key", qkv.key), packed_view("value", qkv.value)};
 }
 
+Results packed_view(const Results& results) {
+  Results view{
+      .grad_out = packed_view("grad_out", results.grad_out),
+      .out = packed_view("out", results.out),
+      .lse = torch::stable::unsqueeze(results.lse, 0),
+  };
+  if (results.grad_lse) view.grad_lse = torch::stable::unsqueeze(*results.grad_lse, 0);
+  if (results.correction) view.correction = packed_view("correction", *results.correction);
+  return view;
+}
+
 // Their problem, checked and bound.
 Operands operands_of(const Qkv& view, const Terms& terms) {
   check_alike(view);
@@ -103,22 +114,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const
 }
 
 // Returns the gradients of query, key, value, sinks and alibi_slopes; `output_mask` is in this order.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
-                                                            const std::optional<Tensor>& grad_lse, const Qkv& qkv,
-                                                            const Tensor& out, const Tensor& lse, const Terms& terms,
-                                                            const std::vector<bool>& output_mask,
-                                                            const std::optional<Tensor>& correction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Qkv& qkv, const Terms& terms, const Results& packed,
+                                                            const std::vector<bool>& output_mask) {
   const Tensor &query = qkv.query, &key = qkv.key, &value = qkv.value;
   const Qkv view = packed_view(qkv);
   Operands operands = operands_of(view, terms);
   refuse_unless(output_mask.size() == 5, "output_mask must have 5 entries");
-  const Tensor out_view = packed_view("out", out), grad_view = packed_view("grad_out", grad_out);
-  const Tensor lse_view = torch::stable::unsqueeze(lse, 0);
-  std::optional<Tensor> grad_lse_view;
-  if (grad_lse) grad_lse_view = torch::stable::unsqueeze(*grad_lse, 0);
-  std::optional<Tensor> correction_view;
-  if (correction) correction_view = packed_view("correction", *correction);
-  const Results results{grad_view, grad_lse_view, out_view, lse_view, correction_view};
+  const Results results = packed_view(packed);
   check_results(results, view);
 
   Gradients gradients;

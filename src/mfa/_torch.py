@@ -50,11 +50,12 @@ def has_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
-def count_results(op: Any) -> int:
-    """How many results an op has, of `torch.ops`, with its overload."""
-    return len(op._schema.returns)
-
-
 def identity_of(storage: torch.UntypedStorage) -> int:
     """The same for all tensors that share the memory, which may have no address."""
     return int(storage._cdata)
+
+
+def signature(op: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the arguments and of the results of an op, of `torch.ops`, with its overload."""
+    schema = op._schema
+    return tuple(argument.name for argument in schema.arguments), tuple(result.name for result in schema.returns)

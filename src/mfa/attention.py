@@ -1,11 +1,12 @@
 """What users call: arguments are checked and made canonical here, then the op runs."""
 
 import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from ._arguments import Dense
 from ._checks.dense import checked
 from ._checks.tensors import (
     LARGEST_HEAD_DIM,
@@ -19,7 +20,8 @@ from ._checks.tensors import (
 from ._cpu import dropout
 from ._cpu.forward import attention_forward
 from ._ops import LIBRARY, ops, sharding
-from ._ops.dense import autocast, nothing_listens
+from ._ops.autocast import autocast
+from ._ops.dense import nothing_listens
 
 _Bound = int | None
 _NUMBERS = (int, float)
@@ -141,23 +143,35 @@ def attention(
         ):
             check_number(name, number)
         left, right = check_window(window)
+        arguments = Dense(
+            query=query,
+            key=key,
+            value=value,
+            bias=attn_mask,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            scale=1.0 if scale is None else scale,
+            window_left=left,
+            window_right=right,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            rng_state=None,
+        )
         device = query.device.type
         if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-            query, key, value, attn_mask, sinks = autocast(device, query, key, value, attn_mask, sinks)
-
+            arguments = autocast(device, arguments)
         has_batch = max(query.dim(), key.dim(), value.dim()) == 4
-        query, key, value, bias, sinks = checked(
-            query, key, value, attn_mask, sinks, alibi_slopes, scale, softcap, dropout_p, enable_gqa
-        )
-        if scale is None:
-            scale = 1 / math.sqrt(query.shape[3])
+        arguments = checked(arguments, enable_gqa)
         if is_causal:  # aligned to the upper left; windows are relative to the lower right
-            diagonal = query.shape[2] - key.shape[2]
+            diagonal = arguments.query.shape[2] - arguments.key.shape[2]
             right = diagonal if right is None else torch.sym_min(right, diagonal)
-        rng_state = dropout.new_state(query.device) if dropout_p > 0 else None
-        arguments = (query, key, value, bias, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state)
-    if query.is_cpu and nothing_listens(*arguments[:6]):
-        out, lse = attention_forward(*arguments, exact_lse=return_lse, trains=False)
+        arguments = arguments._replace(
+            scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            window_right=right,
+            rng_state=dropout.new_state(query.device) if dropout_p > 0 else None,
+        )
+    if query.is_cpu and nothing_listens(arguments):
+        out, lse = attention_forward(arguments, exact_lse=return_lse, trains=False)
     else:
         out, lse = _forward(*arguments)
     if not has_batch:
@@ -193,14 +207,12 @@ def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _plain_arguments(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
-) -> tuple[Any, ...]:
+def _plain_arguments(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Dense:
     """Those of the op, of tensors with plain shapes and nothing else."""
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     right = query.shape[2] - key.shape[2] if is_causal else None
-    return query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None
+    return Dense(query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None)
 
 
 _attention_or_runtime_error = as_runtime_errors(attention)

@@ -1,15 +1,15 @@
 """Attention of new queries over a cache of keys and values, dense or paged, of full or of 8-bit numbers."""
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _simulation
+from ._arguments import Decode
 from ._checks.cache import capacity, check_decode, check_lengths, check_new_tokens, check_no_grad
-from ._checks.indices import widened
-from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window
+from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window, widened
 from ._ops import ops, sharding
 from ._ops.decode import autocast
 from .quantize import quantize_kv, store_in_place
@@ -139,33 +139,36 @@ def attention_with_kv_cache(
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
         query = autocast(device, query, key_cache)
         key, value = (t if t is None else autocast(device, t, key_cache) for t in (key, value))
-    sinks = widened(sinks, query)
-    tensors = (query, key_cache, value_cache, block_table, key_scale, value_scale, sinks, alibi_slopes)
-    check_decode(
-        *(*tensors, 1.0 if scale is None else scale, softcap, num_splits),
-        metal=_simulation.runs_kernels(query),
+    lengths: Any = cache_seqlens  # a number becomes a tensor once all has been checked
+    arguments = Decode(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        cache_lengths=lengths,
+        block_table=block_table,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        sinks=widened(sinks, query),
+        alibi_slopes=alibi_slopes,
+        scale=1.0 if scale is None else scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        num_splits=num_splits,
     )
+    check_decode(arguments, metal=_simulation.runs_kernels(query))
     new = 0
     if key is not None and value is not None:
-        check_new_tokens(query, key_cache, value_cache, key, value)
+        check_new_tokens(arguments, key, value)
         new = key.shape[2]
-    check_lengths("cache_seqlens", cache_seqlens, new, query, key_cache, block_table)
+    check_lengths("cache_seqlens", cache_seqlens, new, arguments)
     if torch.is_grad_enabled():
-        check_no_grad(
-            query=query,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            key=key,
-            value=value,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-        )
+        check_no_grad(arguments, key, value)
 
-    lengths = cache_seqlens
     if not isinstance(lengths, Tensor):
         lengths = torch.full((query.shape[0],), lengths, dtype=torch.int32, device=query.device)
     if key is not None and value is not None and new != 0:
-        entries, slots = _places(lengths, new, key_cache, block_table)
+        entries, slots = _places(lengths, new, arguments)
         for cache, scales, rows in ((key_cache, key_scale, key), (value_cache, value_scale, value)):
             if scales is not None:
                 rows, row_scales = quantize_kv(rows, cache.dtype)
@@ -173,26 +176,22 @@ def attention_with_kv_cache(
             store_in_place(cache, entries, slots, rows)
         lengths = lengths + new
 
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[3])
     if is_causal:
         right = 0 if right is None else torch.sym_min(right, 0)
-    caches, scales_ = (key_cache, value_cache), (key_scale, value_scale)
-    out, lse = ops.attention_decode(
-        *(query, *caches, lengths, block_table, *scales_, sinks, alibi_slopes),
-        *(scale, left, right, softcap, num_splits),
-    )
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    arguments = arguments._replace(cache_lengths=lengths, scale=scale, window_right=right)
+    out, lse = ops.attention_decode(*arguments)
     return (out, lse) if return_lse else out
 
 
-def _places(lengths: Tensor, new: int, key_cache: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor]:
+def _places(lengths: Tensor, new: int, arguments: Decode) -> tuple[Tensor, Tensor]:
     """Where `new` tokens go: index in the cache's first dimension, and slot there, as int64 that broadcast to [B,new].
 
     Within the cache, whatever the lengths and the table hold.
     """
-    slots = capacity(key_cache, block_table)
+    key_cache, block_table = arguments.key_cache, arguments.block_table
     tokens = lengths.long().unsqueeze(1) + torch.arange(new, device=lengths.device)
-    tokens = tokens.clamp(0, slots - 1)
+    tokens = tokens.clamp(0, capacity(arguments) - 1)
     if block_table is None:
         return torch.arange(lengths.shape[0], device=lengths.device).unsqueeze(1), tokens
     page = key_cache.shape[2]

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from . import _simulation
-from ._checks.indices import widened
-from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window
+from ._arguments import Varlen
+from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window, widened
 from ._checks.varlen import check_forward, check_starts
 from ._cpu import dropout
-from ._ops import dense, ops, sharding
+from ._ops import ops, sharding
+from ._ops.autocast import autocast
 
 _Bound = int | None
 
@@ -117,25 +118,36 @@ def attention_varlen(
     for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
         check_number(name, number)
     left, right = check_window(window)
+    arguments = Varlen(
+        query=query,
+        key=key,
+        value=value,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        scale=1.0 if scale is None else scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        rng_state=None,
+    )
     device = query.device.type
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-        query, key, value, _, sinks = dense.autocast(device, query, key, value, None, sinks)
-    sinks = widened(sinks, query)
-    layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    metal = _simulation.runs_kernels(query)
-    check_forward(
-        *(query, key, value, *layout, sinks, alibi_slopes),
-        *(1.0 if scale is None else scale, softcap, dropout_p, None),
-        metal=metal,
-    )
-    check_starts(query, key, *layout)
+        arguments = autocast(device, arguments)
+    arguments = arguments._replace(sinks=widened(arguments.sinks, arguments.query))
+    check_forward(arguments, metal=_simulation.runs_kernels(query))
+    check_starts(arguments)
 
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[2])
     if is_causal:
         right = 0 if right is None else torch.sym_min(right, 0)
-    rng_state = dropout.new_state(query.device) if dropout_p > 0 else None
-    out, lse = ops.attention_varlen_forward(
-        query, key, value, *layout, sinks, alibi_slopes, scale, left, right, softcap, dropout_p, rng_state
+    arguments = arguments._replace(
+        scale=1 / math.sqrt(query.shape[2]) if scale is None else scale,
+        window_right=right,
+        rng_state=dropout.new_state(query.device) if dropout_p > 0 else None,
     )
+    out, lse = ops.attention_varlen_forward(*arguments)
     return (out, lse) if return_lse else out

@@ -5,34 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .indices import check_index_tensor, check_integer, check_metal_dtype, check_per_head, host_values
-from .tensors import LARGEST_HEAD_DIM, check_is_tensor, check_tensors, check_values, dtype_name
+from .._arguments import Decode
+from .indices import check_index_tensor, check_integer, host_values
+from .tensors import LARGEST_HEAD_DIM, check_features, check_is_tensor, check_tensors, dtype_name
 
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 PAGE_MULTIPLE = 8
 
 
-def capacity(key_cache: Tensor, block_table: Tensor | None) -> int:
+def capacity(arguments: Decode) -> int:
     """How many tokens one batch entry may have."""
-    return key_cache.shape[2] if block_table is None else block_table.shape[1] * key_cache.shape[2]
+    pages = 1 if arguments.block_table is None else arguments.block_table.shape[1]
+    return pages * arguments.key_cache.shape[2]
 
 
-def check_decode(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    softcap: float,
-    num_splits: int,
-    *,
-    metal: bool,
-) -> None:
+def check_decode(arguments: Decode, *, metal: bool) -> None:
     """Everything about the arguments of `mfa::attention_decode` but cache_lengths and the block table's contents."""
+    query, key_cache, value_cache = arguments.query, arguments.key_cache, arguments.value_cache
     check_tensors(query, query, query, ranks=(4,))
     for name, cache, dtypes in (
         ("key_cache", key_cache, (query.dtype, *QUANTIZED_DTYPES)),
@@ -40,9 +29,9 @@ def check_decode(
     ):
         _check_tensor(name, cache, query, 4, dtypes)
     _check_sizes(query, key_cache, value_cache)
-    batch, heads = query.shape[:2]
-    if block_table is not None:
-        check_index_tensor("block_table", block_table, query, "[B,pages per sequence]", (batch, None))
+    batch = query.shape[0]
+    if arguments.block_table is not None:
+        check_index_tensor("block_table", arguments.block_table, query, "[B,pages per sequence]", (batch, None))
         page = key_cache.shape[2]
         if page < PAGE_MULTIPLE or page % PAGE_MULTIPLE:
             raise ValueError(
@@ -50,17 +39,10 @@ def check_decode(
             )
     elif key_cache.shape[0] != batch:
         raise ValueError(f"key_cache has batch size {key_cache.shape[0]}; it must be that of query, {batch}")
-    for side, scales, cache in (("key", key_scale, key_cache), ("value", value_scale, value_cache)):
-        _check_scales(side, scales, cache, query)
-    if sinks is not None:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        check_per_head("sinks", sinks, query, heads, None, (torch.float32, wide))
-    if alibi_slopes is not None:
-        check_per_head("alibi_slopes", alibi_slopes, query, heads, ("B", batch), (torch.float32,))
-    check_values(scale, softcap, 0)
-    check_integer("num_splits", num_splits)
-    if metal:
-        check_metal_dtype(query)
+    _check_scales("key", arguments.key_scale, key_cache, query)
+    _check_scales("value", arguments.value_scale, value_cache, query)
+    check_features(arguments, ("B", batch), metal=metal)
+    check_integer("num_splits", arguments.num_splits)
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: Sequence[torch.dtype]) -> None:
@@ -114,8 +96,9 @@ def _check_scales(side: str, scales: Tensor | None, cache: Tensor, query: Tensor
         )
 
 
-def check_new_tokens(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor) -> None:
+def check_new_tokens(arguments: Decode, key: Tensor, value: Tensor) -> None:
     """Keys and values that are to be appended: [B,Hkv,Lnew,D] and [B,Hkv,Lnew,Dv], in the query's dtype."""
+    query, key_cache, value_cache = arguments.query, arguments.key_cache, arguments.value_cache
     for name, tensor in (("key", key), ("value", value)):
         _check_tensor(name, tensor, query, 4, (query.dtype,))
     for name, tensor, dim in (("key", key, key_cache.shape[3]), ("value", value, value_cache.shape[3])):
@@ -125,15 +108,14 @@ def check_new_tokens(query: Tensor, key_cache: Tensor, value_cache: Tensor, key:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {sizes}")
 
 
-def check_lengths(
-    name: str, lengths: Tensor | int, new: int, query: Tensor, key_cache: Tensor, block_table: Tensor | None
-) -> None:
+def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode) -> None:
     """Tokens in the cache, before `new` ones are appended: int32 [B], or one number for all.
 
     Contents are checked where the host can see them: the capacity, the pages that live tokens need, and that no two
     batch entries append to the same place.
     """
-    batch, slots = query.shape[0], capacity(key_cache, block_table)
+    query, key_cache, block_table = arguments.query, arguments.key_cache, arguments.block_table
+    batch, slots = query.shape[0], capacity(arguments)
     if isinstance(lengths, Tensor):
         check_index_tensor(name, lengths, query, "[B]", (batch,))
         values = host_values(lengths)
@@ -171,8 +153,10 @@ def check_lengths(
                 )
 
 
-def check_no_grad(**tensors: Tensor | None) -> None:
+def check_no_grad(arguments: Decode, key: Tensor | None, value: Tensor | None) -> None:
     """Refuses, instead of returning something without a gradient."""
+    names = ("query", "key_cache", "value_cache", "sinks", "alibi_slopes")
+    tensors = {name: getattr(arguments, name) for name in names} | {"key": key, "value": value}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise NotImplementedError(

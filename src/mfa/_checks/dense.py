@@ -1,66 +1,43 @@
 """What attention refuses, and how its arguments broadcast, with the sentences of tensors.py."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import _simulation
+from .._arguments import Dense
 from .tensors import (
-    METAL_DTYPES,
+    check_dropout,
+    check_features,
     check_is_tensor,
     check_per_head,
-    check_rng_state,
     check_shapes,
     check_tensors,
-    check_values,
     dtype_name,
     listed,
     shape_of,
+    widened,
 )
 
 
-def check_forward(query: Tensor, key: Tensor, value: Tensor, *terms: Any, metal: bool) -> None:
+def check_forward(arguments: Dense, *, metal: bool) -> None:
     """Everything about the arguments of `mfa::attention_forward`, except that dropout has a state (`check_has_state`).
 
-    `terms`: as in `check_terms`. `metal`: the Metal kernels are going to run.
+    `metal`: the Metal kernels are going to run.
     """
-    check_tensors(query, key, value, ranks=(4,))
-    check_terms(query, key, value, *terms, metal=metal)
+    check_tensors(arguments.query, arguments.key, arguments.value, ranks=(4,))
+    check_terms(arguments, metal=metal)
 
 
-def check_terms(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *,
-    metal: bool,
-    bias_name: str = "bias",
-) -> None:
+def check_terms(arguments: Dense, *, metal: bool, bias_name: str = "bias") -> None:
     """The part of `check_forward` that is left after `check_tensors`."""
-    check_shapes(query, key, value)
+    query, key, bias = arguments.query, arguments.key, arguments.bias
+    check_shapes(query, key, arguments.value)
     if bias is not None:
         check_bias(bias_name, bias, query, key)
         if bias.dim() != 4:
             raise ValueError(f"{bias_name} has {bias.dim()} dimensions; it must have 4")
-    if sinks is not None:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        check_per_head("sinks", sinks, query, (torch.float32, wide))
-    if alibi_slopes is not None:
-        check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,), per_batch=True)
-    check_values(scale, softcap, dropout_p)
-    if rng_state is not None:
-        check_rng_state(rng_state, dropout_p, query)
-    if metal and query.dtype not in METAL_DTYPES:
-        names = listed(tuple(map(dtype_name, METAL_DTYPES)))
-        raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")
+    check_features(arguments, ("B", query.shape[0]), metal=metal)
+    check_dropout(arguments)
 
 
 def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
@@ -77,35 +54,23 @@ def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{name} has shape {shape_of(bias)}; it must broadcast to [B,Hq,Lq,Lk] = {list(full)}")
 
 
-def checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    enable_gqa: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Query, key, value, bias and sinks as the op takes them, or one of the errors that `attention` documents."""
-    check_tensors(query, key, value, ranks=(3, 4))
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    bias = attn_mask
+def checked(arguments: Dense, enable_gqa: bool) -> Dense:
+    """The arguments of `attention` as the op takes them, or one of the errors that it documents.
+
+    Args:
+        arguments: of any shapes that broadcast, with attn_mask as bias.
+    """
+    check_tensors(arguments.query, arguments.key, arguments.value, ranks=(3, 4))
+    query, key, value = _broadcast(arguments.query, arguments.key, arguments.value, enable_gqa)
+    bias, sinks = arguments.bias, arguments.sinks
     if bias is not None:
         check_bias("attn_mask", bias, query, key)
         bias = bias[(None,) * (4 - bias.dim())]
     if sinks is not None:
-        check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
-        sinks = sinks.to(torch.promote_types(query.dtype, torch.float32)) if sinks.dtype == query.dtype else sinks
-    check_terms(
-        *(query, key, value, bias, sinks, alibi_slopes),
-        *(1.0 if scale is None else scale, softcap, dropout_p, None),
-        metal=_simulation.runs_kernels(query),
-        bias_name="attn_mask",
-    )
-    return query, key, value, bias, sinks
+        check_per_head("sinks", sinks, query, query.shape[1], (torch.float32, query.dtype))
+    arguments = arguments._replace(query=query, key=key, value=value, bias=bias, sinks=widened(sinks, query))
+    check_terms(arguments, metal=_simulation.runs_kernels(query), bias_name="attn_mask")
+    return arguments
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .tensors import METAL_DTYPES, check_is_tensor, dtype_name
+from .tensors import check_is_tensor, dtype_name
 
 _INT32_MAX = 2**31 - 1
 
@@ -51,38 +51,3 @@ def check_index_tensor(name: str, tensor: object, query: Tensor, shape: str, siz
     if not fits:
         known = "" if None in sizes else f" = {list(sizes)}"
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {shape}{known}")
-
-
-def check_per_head(
-    name: str,
-    tensor: object,
-    query: Tensor,
-    heads: int,
-    entries: tuple[str, int] | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    """A tensor [Hq], or also [N,Hq] with `entries` = ("N", N), on the query's device."""
-    check_is_tensor(name, tensor)
-    assert isinstance(tensor, Tensor)
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
-    if tensor.dtype not in dtypes:
-        names = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
-        raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
-    shape = tuple(tensor.shape)
-    if shape != (heads,) and (entries is None or shape != (entries[1], heads)):
-        also = "" if entries is None else f" or [{entries[0]},Hq] = {[entries[1], heads]}"
-        raise ValueError(f"{name} has shape {list(shape)}; it must have shape [Hq] = [{heads}]{also}")
-
-
-def widened(sinks: Tensor | None, query: Tensor) -> Tensor | None:
-    """What users may give in the query's dtype, and ops take in that of the scores."""
-    if not isinstance(sinks, Tensor) or sinks.dtype != query.dtype:
-        return sinks
-    return sinks.to(torch.promote_types(query.dtype, torch.float32))
-
-
-def check_metal_dtype(query: Tensor) -> None:
-    if query.dtype not in METAL_DTYPES:
-        names = " or ".join(map(dtype_name, METAL_DTYPES))
-        raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")

@@ -12,6 +12,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .._arguments import Backward, Decode, Dense, Varlen
+
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METAL_DTYPES = DTYPES[:3]
@@ -142,22 +144,45 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_per_head(
-    name: str, tensor: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], per_batch: bool = False
+    name: str,
+    tensor: Tensor,
+    query: Tensor,
+    heads: int,
+    dtypes: tuple[torch.dtype, ...],
+    entries: tuple[str, int] | None = None,
 ) -> None:
-    """A tensor [Hq], or with `per_batch` also [B,Hq]."""
+    """A tensor [Hq], or with `entries` = ("B", B) also [B,Hq], on the query's device."""
     check_is_tensor(name, tensor)
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
     if tensor.dtype not in dtypes:
         names = listed(tuple(dict.fromkeys(map(dtype_name, dtypes))))
         raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
-    batch, heads = query.shape[:2]
-    matches = tensor.dim() == 1 and tensor.shape[0] == heads
-    if per_batch and tensor.dim() == 2:
-        matches = tensor.shape[0] == batch and tensor.shape[1] == heads
-    if not matches:
-        shapes = f"[Hq] = [{heads}]" + (f" or [B,Hq] = [{batch}, {heads}]" if per_batch else "")
-        raise ValueError(f"{name} has shape {shape_of(tensor)}; it must have shape {shapes}")
+    shape = tuple(tensor.shape)
+    if shape != (heads,) and (entries is None or shape != (entries[1], heads)):
+        also = "" if entries is None else f" or [{entries[0]},Hq] = {[entries[1], heads]}"
+        raise ValueError(f"{name} has shape {list(shape)}; it must have shape [Hq] = [{heads}]{also}")
+
+
+def check_features(arguments: Dense | Varlen | Decode, entries: tuple[str, int], *, metal: bool) -> None:
+    """What the families have in common besides the tensors that they are about.
+
+    Args:
+        entries: how many rows alibi_slopes may have, one for each entry, and their letter.
+        metal: the Metal kernels are going to run.
+    """
+    query, sinks, alibi_slopes = arguments.query, arguments.sinks, arguments.alibi_slopes
+    if sinks is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        check_per_head("sinks", sinks, query, query.shape[1], (torch.float32, wide))
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, query, query.shape[1], (torch.float32,), entries)
+    check_scale(arguments.scale)
+    if not 0 <= arguments.softcap < math.inf:
+        raise ValueError(f"softcap is {arguments.softcap}; it must be 0 (off) or more, and finite")
+    if metal and query.dtype not in METAL_DTYPES:
+        names = listed(tuple(map(dtype_name, METAL_DTYPES)))
+        raise TypeError(f"query has dtype {dtype_name(query.dtype)}; it must be {names}")
 
 
 def check_scale(scale: float) -> None:
@@ -165,16 +190,13 @@ def check_scale(scale: float) -> None:
         raise ValueError("scale is nan; it must be a number")
 
 
-def check_values(scale: float, softcap: float, dropout_p: float) -> None:
-    check_scale(scale)
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; it must be 0 (off) or more, and finite")
+def check_dropout(arguments: Dense | Varlen) -> None:
+    """`rng_state` may be missing; see `check_has_state`."""
+    query, dropout_p, rng_state = arguments.query, arguments.dropout_p, arguments.rng_state
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; it must be within [0, 1)")
-
-
-def check_rng_state(rng_state: Tensor, dropout_p: float, query: Tensor) -> None:
-    """A state that an op is given: what dropout starts from."""
+    if rng_state is None:
+        return
     if not dropout_p > 0:
         raise ValueError(f"rng_state is given; it must be None, since dropout_p is {dropout_p}")
     if rng_state.device != query.device:
@@ -185,30 +207,24 @@ def check_rng_state(rng_state: Tensor, dropout_p: float, query: Tensor) -> None:
         raise ValueError(f"rng_state has shape {shape_of(rng_state)}; it must have shape [2]")
 
 
-def check_has_state(dropout_p: float, rng_state: Tensor | None) -> None:
+def check_has_state(arguments: Dense | Varlen) -> None:
     """Ops draw nothing themselves."""
-    if dropout_p > 0 and rng_state is None:
-        raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {dropout_p}")
+    if arguments.dropout_p > 0 and arguments.rng_state is None:
+        raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {arguments.dropout_p}")
 
 
 def check_results(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    correction: Tensor | None,
-    query: Tensor,
-    shape_of_out: tuple[int, ...],
-    shape_of_lse: tuple[int, ...],
+    backward: Backward, query: Tensor, shape_of_out: tuple[int, ...], shape_of_lse: tuple[int, ...]
 ) -> None:
-    """The arguments that a backward op has besides those of its forward pass."""
-    for name, tensor, shape, dtype in (
-        ("grad_out", grad_out, shape_of_out, query.dtype),
-        ("out", out, shape_of_out, query.dtype),
-        ("correction", correction, shape_of_out, torch.float16),
-        ("grad_lse", grad_lse, shape_of_lse, torch.float32),
-        ("lse", lse, shape_of_lse, torch.float32),
+    """What a backward op takes besides the arguments of its forward op."""
+    for name, shape, dtype in (
+        ("grad_out", shape_of_out, query.dtype),
+        ("out", shape_of_out, query.dtype),
+        ("correction", shape_of_out, torch.float16),
+        ("grad_lse", shape_of_lse, torch.float32),
+        ("lse", shape_of_lse, torch.float32),
     ):
+        tensor = getattr(backward, name)
         if tensor is None:
             continue
         if tensor.shape != shape:
@@ -217,3 +233,10 @@ def check_results(
             raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {dtype_name(dtype)}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
+
+
+def widened(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """What users may give in the query's dtype, and ops take in that of the scores."""
+    if not isinstance(sinks, Tensor) or sinks.dtype != query.dtype:
+        return sinks
+    return sinks.to(torch.promote_types(query.dtype, torch.float32))

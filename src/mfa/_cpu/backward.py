@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import DENSE_GRADIENTS, Backward, Dense, Varlen
 from .blocks import HIDDEN, Cut, Terms, Window, part
 from .dropout import COPIES, Dropout
 from .forward import exactly_scaled, is_copied, operand, overflows, raw_scores, slopes_of
@@ -22,78 +23,58 @@ SHORT = 1 << 17
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-_Gradients = Sequence[Tensor | None]  # of query, key, value, bias, sinks, alibi_slopes
+
+def wanted_inputs(
+    arguments: Dense | Varlen, gradients: tuple[str, ...], output_mask: Sequence[bool]
+) -> dict[str, Tensor]:
+    """The tensors whose gradients are wanted, by name; `gradients` names what the mask is about."""
+    found = {name: getattr(arguments, name) for name, asked in zip(gradients, output_mask, strict=True) if asked}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    output_mask: Sequence[bool],
-    correction: Tensor | None = None,
-    *,
-    first_batch: int = 0,
-) -> list[Tensor | None]:
+def attention_backward(arguments: Dense, given: Backward, *, first_batch: int = 0) -> dict[str, Tensor]:
     """`mfa::attention_backward` for CPU tensors. The caller has checked the arguments.
 
     Args:
-        grad_out: [B,Hq,Lq,Dv]. grad_lse: float32 [B,Hq,Lq].
-        out, lse, correction: of `attention_forward_with_correction`. The rest as in `attention_forward`.
-        output_mask: which of the six gradients are wanted.
+        first_batch: what dropout counts batches from.
 
     Returns:
-        Gradients of query, key, value, bias, sinks, alibi_slopes, each in its tensor's shape and dtype, contiguous;
-        None for one that isn't wanted, or whose tensor wasn't given.
+        The gradients that are wanted, of tensors that were given, by the names in DENSE_GRADIENTS; each in its tensor's
+        shape and dtype, contiguous.
     """
+    query, key, value, grad_out = arguments.query, arguments.key, arguments.value, given.grad_out
     dtype = torch.promote_types(query.dtype, torch.float32)
-    window = Window.of(query.shape[2], key.shape[2], window_left, window_right)
-    terms = Terms(window, bias, slopes_of(alibi_slopes, query.shape[1], dtype), dtype)
-    dropout = Dropout.of(rng_state, dropout_p, query.shape[1], dtype, first_batch)
-    inputs = (query, key, value, bias, sinks, alibi_slopes)
-    wanted = [asked and tensor is not None for asked, tensor in zip(output_mask, inputs, strict=True)]
+    window = Window.of(query.shape[2], key.shape[2], arguments.window_left, arguments.window_right)
+    terms = Terms(window, arguments.bias, slopes_of(arguments.alibi_slopes, query.shape[1], dtype), dtype)
+    dropout = Dropout.of(arguments, first_batch)
+    inputs = wanted_inputs(arguments, DENSE_GRADIENTS, given.output_mask)
     # ATen's kernel starts from out and lse, which must be exact to float32, and has the gradients of three inputs.
-    exact = query.dtype == torch.float32 or (dtype == torch.float32 and correction is not None)
-    masked_only = softcap == 0 and dropout is None and grad_lse is None and not (wanted[3] or wanted[5])
+    exact = query.dtype == torch.float32 or (dtype == torch.float32 and given.correction is not None)
+    masked_only = arguments.softcap == 0 and dropout is None and given.grad_lse is None
+    masked_only = masked_only and not ("bias" in inputs or "alibi_slopes" in inputs)
     # Its delta comes from out: a sum over Dv, of which a bfloat16 out and its correction have 20 bits. This is felt
     # where no row sees more than one key, so that gradients of query and key are 0; where Dv is much larger than D,
     # whose scale doesn't make up for it; and by sinks, whose gradient is float32.
     few_keys, few_dims = window.block_keys(1) <= 1, 4 * query.shape[3] < value.shape[3]
-    feels_delta = few_keys or few_dims or (wanted[4] and query.dtype == torch.bfloat16)
+    feels_delta = few_keys or few_dims or ("sinks" in inputs and query.dtype == torch.bfloat16)
     fused = exact and masked_only and not feels_delta and grad_out.numel() > 0 and not overflows(query, key)
-    if fused and not wanted[4]:
-        found = _fused_at_once(grad_out, query, key, value, out, lse, terms, scale)
+    if fused and "sinks" not in inputs:
+        found = _fused_at_once(arguments, given, terms)
         if found is not None:
-            return [grad if asked else None for grad, asked in zip((*found, None, None, None), wanted, strict=True)]
+            return {name: found[name] for name in inputs}
 
     # Sums are kept in the dtype of the scores until the end; those of key and value only for a chunk.
-    grads = [
-        torch.zeros(tensor.shape, dtype=tensor.dtype if index < 3 else dtype) if asked and tensor is not None else None
-        for index, (tensor, asked) in enumerate(zip(inputs, wanted, strict=True))
-    ]
-    tensors = (grad_out, query, key, value)
+    grads = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype if name in ("query", "key", "value") else dtype)
+        for name, tensor in inputs.items()
+    }
     if grad_out.numel() == 0:
         pass
     elif fused:
-        _add_fused(grads, *tensors, out, lse, correction, sinks, terms, scale)
+        _add_fused(grads, arguments, given, terms)
     else:
-        _add_composed(grads, *tensors, grad_lse, sinks, terms, scale, softcap, dropout)
-    return [
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, inputs, strict=True)
-    ]
+        _add_composed(grads, arguments, given, terms, dropout)
+    return {name: grad.to(inputs[name].dtype) for name, grad in grads.items()}
 
 
 def _fused_as_laid_out(
@@ -121,10 +102,9 @@ def _fused_as_laid_out(
     return found
 
 
-def _fused_at_once(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, terms: Terms, scale: float
-) -> list[Tensor] | None:
+def _fused_at_once(arguments: Dense, given: Backward, terms: Terms) -> dict[str, Tensor] | None:
     """Gradients of query, key and value from one call that copies at most grad_out; None if that can't be."""
+    query, key, value, scale = arguments.query, arguments.key, arguments.value, arguments.scale
     visible = terms.window.rows()
     everything = (visible, terms.window.keys(visible)) == (slice(0, query.shape[2]), slice(0, key.shape[2]))
     whole, causal = terms.as_one_block(scale)
@@ -133,29 +113,18 @@ def _fused_at_once(
         alike = tensor.shape[:2] == query.shape[:2] and not is_copied(tensor, terms.dtype, query.shape[3])
         return alike and heads_are_batches(tensor)
 
-    if not (everything and whole and all(map(fits, (query, key, value, out)))):
+    if not (everything and whole and all(map(fits, (query, key, value, given.out)))):
         return None
-    d_out = operand(grad_out, terms.dtype, value.shape[3])
+    d_out = operand(given.grad_out, terms.dtype, value.shape[3])
     if not fits(d_out):
         return None
-    return _fused_as_laid_out(d_out, query, key, value, out, lse, None, scale, causal)
+    grads = _fused_as_laid_out(d_out, query, key, value, given.out, given.lse, None, scale, causal)
+    return dict(zip(("query", "key", "value"), grads, strict=True))
 
 
-def _add_fused(
-    grads: _Gradients,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    correction: Tensor | None,
-    sinks: Tensor | None,
-    terms: Terms,
-    scale: float,
-) -> None:
+def _add_fused(grads: dict[str, Tensor], arguments: Dense, given: Backward, terms: Terms) -> None:
     """Fills in the gradients of query, key, value and sinks, by ATen's kernel, which has one width for D and Dv."""
-    grad_query, grad_key, grad_value, _, grad_sinks, _ = grads
+    query, key, value, sinks, scale = arguments.query, arguments.key, arguments.value, arguments.sinks, arguments.scale
     dtype, window, dim, value_dim = terms.dtype, terms.window, query.shape[3], value.shape[3]
     width, group = max(dim, value_dim), query.shape[1] // key.shape[1]
     whole, causal = terms.as_one_block(scale)
@@ -171,13 +140,15 @@ def _add_fused(
             dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys in [(visible, window.keys(visible))] if whole else cut.blocks():
             part_of_query = batches, q_heads, rows
-            d_out, q, o = (operand(tensor[part_of_query], dtype, width) for tensor in (grad_out, query, out))
-            block_lse = lse[part_of_query]
-            if correction is not None:  # then the operand is a copy
-                o[..., :value_dim] += correction[part_of_query]
-            if grad_sinks is not None and sinks is not None:
+            d_out, q, o = (
+                operand(tensor[part_of_query], dtype, width) for tensor in (given.grad_out, query, given.out)
+            )
+            block_lse = given.lse[part_of_query]
+            if given.correction is not None:  # then the operand is a copy
+                o[..., :value_dim] += given.correction[part_of_query]
+            if "sinks" in grads and sinks is not None:
                 share = torch.exp(sinks[q_heads, None] - block_lse).masked_fill_(block_lse == HIDDEN, 0)
-                grad_sinks[q_heads] -= (share * (d_out * o).sum(-1)).sum((0, 2))
+                grads["sinks"][q_heads] -= (share * (d_out * o).sum(-1)).sum((0, 2))
             block_lse = block_lse.masked_fill(block_lse == HIDDEN, torch.finfo(dtype).max)  # such a row's P is 0
             mask = None if whole else terms.mask(batches, q_heads, rows, keys)
             block = d_out, q, k[:, :, keys], v[:, :, keys], o, block_lse
@@ -187,26 +158,16 @@ def _add_fused(
             else:
                 dk[:, :, keys] += d_k
                 dv[:, :, keys] += d_v
-            if grad_query is not None:
-                grad_query[part_of_query] = d_q[..., :dim]
-        if grad_key is not None:
-            grad_key[batches, heads] = dk[..., :dim]
-        if grad_value is not None:
-            grad_value[batches, heads] = dv[..., :value_dim]
+            if "query" in grads:
+                grads["query"][part_of_query] = d_q[..., :dim]
+        if "key" in grads:
+            grads["key"][batches, heads] = dk[..., :dim]
+        if "value" in grads:
+            grads["value"][batches, heads] = dv[..., :value_dim]
 
 
 def _add_composed(
-    grads: _Gradients,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_lse: Tensor | None,
-    sinks: Tensor | None,
-    terms: Terms,
-    scale: float,
-    softcap: float,
-    dropout: Dropout | None,
+    grads: dict[str, Tensor], arguments: Dense, given: Backward, terms: Terms, dropout: Dropout | None
 ) -> None:
     """Fills in all gradients, by matrix operations: scores are computed again.
 
@@ -218,21 +179,22 @@ def _add_composed(
     of their own: sums over the rows of all of them would be longer, and BLAS sums those of few rows more exactly. They
     come one after the other, or, if they are short, at once with copies of their key.
     """
-    grad_query, grad_key, grad_value, grad_bias, grad_sinks, grad_slopes = grads
+    query, key, value, sinks = arguments.query, arguments.key, arguments.value, arguments.sinks
+    scale, softcap, grad_lse = arguments.scale, arguments.softcap, given.grad_lse
     dtype, query_heads, key_heads = terms.dtype, query.shape[1], key.shape[1]
     group = query_heads // key_heads
     copies = group if group * query.shape[2] * key.shape[2] <= SHORT else 1
     numbers = 2 * copies * (query.shape[3] + value.shape[3]) * (query.shape[2] + key.shape[2])
     score_copies = 4 if dropout is None else 5 + COPIES
     cut = Cut.of(terms, len(query), key_heads, copies, numbers * dtype.itemsize, score_copies)
-    if grad_sinks is not None and grad_lse is not None:  # the lse of a row that sees no key is the sink
-        grad_sinks += grad_lse.sum((0, 2)) - grad_lse[:, :, terms.window.rows()].sum((0, 2))
+    if "sinks" in grads and grad_lse is not None:  # the lse of a row that sees no key is the sink
+        grads["sinks"] += grad_lse.sum((0, 2)) - grad_lse[:, :, terms.window.rows()].sum((0, 2))
     for batches, heads, _ in cut.chunks():
         k, v = (operand[batches, heads].to(dtype).repeat_interleave(copies, 1) for operand in (key, value))
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for member in range(group // copies):
             q_heads = slice(heads.start * group + member, heads.stop * group, group // copies)
-            q, d_out = query[batches, q_heads].to(dtype), grad_out[batches, q_heads].to(dtype)
+            q, d_out = query[batches, q_heads].to(dtype), given.grad_out[batches, q_heads].to(dtype)
             for rows, keys in cut.blocks():
                 raw = raw_scores(q[:, :, rows], k[:, :, keys], scale, softcap)
                 mask = terms.mask(batches, q_heads, rows, keys)
@@ -251,13 +213,13 @@ def _add_composed(
                     d_scores += d_lse
                     delta -= d_lse
                 d_scores *= probability
-                if grad_sinks is not None:
-                    grad_sinks[q_heads] -= (share * delta).sum((0, 2, 3))
-                if grad_bias is not None:
-                    target = part(grad_bias, batches, q_heads, rows, keys)
+                if "sinks" in grads:
+                    grads["sinks"][q_heads] -= (share * delta).sum((0, 2, 3))
+                if "bias" in grads:
+                    target = part(grads["bias"], batches, q_heads, rows, keys)
                     target += d_scores.sum_to_size(target.shape)
-                if grad_slopes is not None:
-                    slopes = grad_slopes.view(-1, query_heads)
+                if "alibi_slopes" in grads:
+                    slopes = grads["alibi_slopes"].view(-1, query_heads)
                     target = part(slopes, batches)[:, q_heads]
                     distances = terms.distances(rows, keys).abs_()
                     target -= (d_scores * distances).sum((-1, -2)).sum_to_size(target.shape)
@@ -265,12 +227,12 @@ def _add_composed(
                     d_scores *= 1 - (raw / softcap).square_()
                 d_scores *= scale
                 dk[:, :, keys] += d_scores.transpose(-1, -2) @ q[:, :, rows]
-                if grad_query is not None:
-                    grad_query[batches, q_heads, rows] = d_scores @ k[:, :, keys]
-        if grad_key is not None:
-            grad_key[batches, heads] = dk.unflatten(1, (-1, copies)).sum(2)
-        if grad_value is not None:
-            grad_value[batches, heads] = dv.unflatten(1, (-1, copies)).sum(2)
+                if "query" in grads:
+                    grads["query"][batches, q_heads, rows] = d_scores @ k[:, :, keys]
+        if "key" in grads:
+            grads["key"][batches, heads] = dk.unflatten(1, (-1, copies)).sum(2)
+        if "value" in grads:
+            grads["value"][batches, heads] = dv.unflatten(1, (-1, copies)).sum(2)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,31 +4,30 @@ Fused kernels give the first derivative only. `backward_vjp` differentiates this
 differentiable, so that derivatives of any order are right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _log
+from .._arguments import DENSE_GRADIENTS, Dense
 from .blocks import HIDDEN
+from .dropout import all_factors
 
 _MASKING = -1e38  # a bias of at most this hides its key
-_Scalars = tuple[float, int | None, int | None, float]  # scale, window_left, window_right, softcap
-_Inputs = Sequence[Tensor | None]  # query, key, value, bias, sinks, alibi_slopes
+_Tensors = Mapping[str, Tensor | None]
 
 
-def attention(inputs: _Inputs, scalars: _Scalars, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention(arguments: Dense, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """`mfa::attention_forward`: out [B,Hq,Lq,Dv], lse [B,Hq,Lq] in the dtype of the scores.
 
     `factors`, [B,Hq,Lq,Lk], are what dropout multiplies probabilities by.
 
     Whatever is hidden is replaced before it is used, so that no derivative of any order has a NaN of its own making.
     """
-    query, key, value, bias, sinks, alibi_slopes = inputs
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    scale, left, right, softcap = scalars
+    query, key, value, bias, sinks = arguments.query, arguments.key, arguments.value, arguments.bias, arguments.sinks
+    softcap, left, right = arguments.softcap, arguments.window_left, arguments.window_right
     dtype = torch.promote_types(query.dtype, torch.float32)
     (batch, heads, rows, _), (_, key_heads, columns, _) = query.shape, key.shape
     if heads == 0 or columns == 0:  # no softmax over nothing
@@ -37,7 +36,7 @@ def attention(inputs: _Inputs, scalars: _Scalars, factors: Tensor | None) -> tup
         return query.new_zeros((batch, heads, rows, value.shape[3])), lse
 
     grouped = query.to(dtype).unflatten(1, (key_heads, heads // key_heads))
-    scores = torch.einsum("bhgid,bhjd->bhgij", grouped, key.to(dtype)).flatten(1, 2) * scale
+    scores = torch.einsum("bhgid,bhjd->bhgij", grouped, key.to(dtype)).flatten(1, 2) * arguments.scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     # j - (i + Lk - Lq), which windows bound.
@@ -54,8 +53,8 @@ def attention(inputs: _Inputs, scalars: _Scalars, factors: Tensor | None) -> tup
         masked = bias <= _MASKING
         seen = seen & ~masked
         scores = scores + torch.where(masked, 0, bias.to(dtype))
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.reshape(-1, heads, 1, 1).to(dtype) * offset.abs()
+    if arguments.alibi_slopes is not None:
+        scores = scores - arguments.alibi_slopes.reshape(-1, heads, 1, 1).to(dtype) * offset.abs()
 
     maximum = torch.where(seen, scores, HIDDEN).detach().amax(-1, keepdim=True)
     extra = None if sinks is None else sinks[:, None, None].to(dtype)
@@ -78,46 +77,37 @@ def attention(inputs: _Inputs, scalars: _Scalars, factors: Tensor | None) -> tup
 
 
 def backward_vjp(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    inputs: _Inputs,
-    scalars: _Scalars,
-    factors: Tensor | None,
-    cotangents: _Inputs,
-) -> list[Tensor | None]:
+    arguments: Dense, grad_out: Tensor, grad_lse: Tensor | None, cotangents: _Tensors, first_batch: int = 0
+) -> dict[str, Tensor]:
     """What the backward pass's results pass on to its arguments.
 
     Args:
-        grad_out: [B,Hq,Lq,Dv]. grad_lse: [B,Hq,Lq]. factors: as in `attention`.
-        cotangents: one for each of `inputs`, None for a gradient that nobody asked for.
+        grad_out: [B,Hq,Lq,Dv]. grad_lse: [B,Hq,Lq].
+        cotangents: of the gradients, by the names in DENSE_GRADIENTS; None or missing where nobody asked for one.
+        first_batch: what dropout counts batches from.
 
     Returns:
-        Gradients of grad_out, grad_lse and the six inputs; None for what isn't a floating-point tensor.
+        Gradients of grad_out, grad_lse and those arguments, by their names; none for what isn't floating-point.
     """
     _log.once("second derivatives of attention have no kernel: ATen computes them on whole Lq x Lk matrices")
-    arguments = (grad_out, grad_lse, *inputs)
-    places = [i for i, tensor in enumerate(arguments) if is_floating(tensor)]
-    wanted = [place for place in places if place >= 2 and cotangents[place - 2] is not None]
+    factors = all_factors(arguments, first_batch)
+    given = {"grad_out": grad_out, "grad_lse": grad_lse, **{name: getattr(arguments, name) for name in DENSE_GRADIENTS}}
+    floating = {name: tensor for name, tensor in given.items() if tensor is not None and tensor.is_floating_point()}
+    asked = {name: cotangent for name, cotangent in cotangents.items() if cotangent is not None and name in floating}
 
-    def backward(*primals: Tensor) -> tuple[Tensor, ...]:
-        filled = dict(zip(places, primals, strict=True))
-        given = [filled.get(i, tensor) for i, tensor in enumerate(arguments)]
+    def backward(primals: dict[str, Tensor]) -> dict[str, Tensor]:
+        results = {name: primals[name] for name in ("grad_out", "grad_lse") if name in primals}
+        inputs: dict[str, Any] = {name: tensor for name, tensor in primals.items() if name not in results}
 
-        def forward(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-            replaced = dict(zip(wanted, leaves, strict=True))
-            return attention([replaced.get(i, given[i]) for i in range(2, 8)], scalars, factors)
+        def forward(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            return attention(arguments._replace(**inputs | leaves), factors)
 
-        d_out, d_lse = given[:2]
-        assert d_out is not None
-        d_lse = d_out.new_zeros(d_out.shape[:3]) if d_lse is None else d_lse
-        vjp = torch.func.vjp(forward, *(filled[place] for place in wanted))[1]
-        grads: tuple[Tensor, ...] = vjp((d_out, d_lse.to(torch.promote_types(d_out.dtype, torch.float32))))
+        d_out = results["grad_out"]
+        d_lse = results.get("grad_lse", d_out.new_zeros(d_out.shape[:3]))
+        vjp = torch.func.vjp(forward, {name: primals[name] for name in asked})[1]
+        grads: dict[str, Tensor] = vjp((d_out, d_lse.to(torch.promote_types(d_out.dtype, torch.float32))))[0]
         return grads
 
-    vjp = torch.func.vjp(backward, *(tensor for tensor in arguments if is_floating(tensor)))[1]
-    grads = iter(vjp(tuple(cotangents[place - 2] for place in wanted)))
-    return [next(grads) if is_floating(tensor) else None for tensor in arguments]
-
-
-def is_floating(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point()
+    vjp = torch.func.vjp(backward, floating)[1]
+    found: dict[str, Tensor] = vjp(asked)[0]
+    return found

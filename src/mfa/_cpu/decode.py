@@ -12,59 +12,37 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._arguments import Decode, Dense
 from .._checks.cache import QUANTIZED_DTYPES
-from . import forward
+from .forward import attention_forward
 from .layout import empty_outputs
 
 
-def attention_decode(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_lengths: Tensor,
-    block_table: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def attention_decode(arguments: Decode) -> tuple[Tensor, Tensor]:
     """`mfa::attention_decode` for CPU tensors. The caller has checked the arguments and their contents.
-
-    Args:
-        query: [B,Hq,Lq,D]; float16, bfloat16, float32 or float64.
-        key_cache, value_cache: [B,Hkv,Lmax,D|Dv], or pages [pages,Hkv,page,D|Dv]; of the query's dtype, int8 or
-            float8_e4m3fn.
-        cache_lengths: int32 [B], live tokens. block_table: int32 [B,pages per sequence] of a paged cache.
-        key_scale, value_scale: float32, a quantized cache's shape without its last dimension.
-        sinks: [Hq]. alibi_slopes: [Hq] or [B,Hq].
-        window_left, window_right: relative to the lower-right diagonal of the live part, None = open.
 
     Returns:
         out [B,Hq,Lq,Dv], strided as `empty_outputs` says, and lse float32 [B,Hq,Lq].
     """
-    out, lse = empty_outputs(query, value_cache.shape[3])
+    query, slopes, table = arguments.query, arguments.alibi_slopes, arguments.block_table
+    out, lse = empty_outputs(query, arguments.value_cache.shape[3])
     dtype = torch.promote_types(query.dtype, torch.float32)
-    for entries, length in _runs(cache_lengths.tolist(), together=block_table is None):
-        keys, values = (
-            _live(cache, scales, block_table, entries, length, dtype)
-            for cache, scales in ((key_cache, key_scale), (value_cache, value_scale))
-        )
-        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[entries]
-        out[entries], lse[entries] = forward.attention_forward(
-            query[entries],
-            keys,
-            values,
-            None,
-            sinks,
-            slopes,
-            scale,
-            window_left,
-            window_right,
-            softcap,
+    for entries, length in _runs(arguments.cache_lengths.tolist(), together=table is None):
+        out[entries], lse[entries] = attention_forward(
+            Dense(
+                query=query[entries],
+                key=_live(arguments.key_cache, arguments.key_scale, table, entries, length, dtype),
+                value=_live(arguments.value_cache, arguments.value_scale, table, entries, length, dtype),
+                bias=None,
+                sinks=arguments.sinks,
+                alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[entries],
+                scale=arguments.scale,
+                window_left=arguments.window_left,
+                window_right=arguments.window_right,
+                softcap=arguments.softcap,
+                dropout_p=0,
+                rng_state=None,
+            ),
             trains=False,
         )
     return out, lse

@@ -5,11 +5,17 @@ so do all devices and all ways to cut a problem. Philox4x32-7 (Salmon et al. 201
 keys.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # tests/gpu_check loads this file by itself
+    from .._arguments import Dense
 
 KEYS = 8  # per call of Philox
 _DRAWS = 1 << 16
@@ -68,13 +74,13 @@ class Dropout:
     first_batch: int = 0  # what the first one counts as: of a packed sequence, its number
 
     @classmethod
-    def of(
-        cls, rng_state: Tensor | None, dropout_p: float, query_heads: int, dtype: torch.dtype, first_batch: int = 0
-    ) -> "Dropout | None":
+    def of(cls, arguments: Dense, first_batch: int = 0) -> Dropout | None:
         """None if nothing is dropped."""
-        if rng_state is None or threshold(dropout_p) == 0:
+        rng_state, query = arguments.rng_state, arguments.query
+        if rng_state is None or threshold(arguments.dropout_p) == 0:
             return None
-        return cls(rng_state, dropout_p, query_heads, dtype, first_batch)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return cls(rng_state, arguments.dropout_p, query.shape[1], dtype, first_batch)
 
     def factors(self, batches: slice, heads: slice, rows: slice, keys: slice) -> Tensor:
         """`keep_factors` of a block [batches,heads,rows,keys]."""
@@ -83,24 +89,20 @@ class Dropout:
         return keep_factors(self.rng_state, batch * self.query_heads + head, rows, keys, self.dropout_p, self.dtype)
 
 
-def all_factors(
-    rng_state: Tensor | None, dropout_p: float, query: Tensor, key_length: int, first_batch: int = 0
-) -> Tensor | None:
+def all_factors(arguments: Dense, first_batch: int = 0) -> Tensor | None:
     """What dropout multiplies all probabilities of a call by, on its device; None if nothing is dropped.
-
-    Args:
-        query: [B,Hq,Lq,D]. The rest as in `Dropout`.
 
     Returns:
         [B,Hq,Lq,Lk] in the dtype of the scores.
     """
-    batch, heads, length, _ = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    state = None if rng_state is None else rng_state.cpu()
-    dropout = Dropout.of(state, dropout_p, heads, dtype, first_batch)
+    query, rng_state = arguments.query, arguments.rng_state
+    on_cpu = arguments._replace(rng_state=None if rng_state is None else rng_state.cpu())
+    dropout = Dropout.of(on_cpu, first_batch)
     if dropout is None:
         return None
-    return dropout.factors(slice(0, batch), slice(0, heads), slice(0, length), slice(0, key_length)).to(query.device)
+    batch, heads, length, _ = query.shape
+    keys = slice(0, arguments.key.shape[2])
+    return dropout.factors(slice(0, batch), slice(0, heads), slice(0, length), keys).to(query.device)
 
 
 def _philox(rng_state: Tensor, column: Tensor, row: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,12 +12,12 @@ of ATen's kernel does it all (`_attend_plainly`) and only `out` is wanted.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _log
+from .._arguments import Dense
 from .blocks import HIDDEN, Cut, Terms, Window
 from .dropout import COPIES, Dropout
 from .layout import empty_correction, empty_outputs, heads_are_batches, is_transposed, laid_out, lost_to_rounding
@@ -30,18 +30,7 @@ _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    dropout_p: float = 0,
-    rng_state: Tensor | None = None,
+    arguments: Dense,
     *,
     first_batch: int = 0,
     correction: Tensor | None = None,
@@ -51,12 +40,8 @@ def attention_forward(
     """`mfa::attention_forward` for CPU tensors. The caller has checked the arguments.
 
     Args:
-        query: [B,Hq,Lq,D], any strides; float16, bfloat16, float32 or float64.
-        key, value: [B,Hkv,Lk,D] and [B,Hkv,Lk,Dv].
-        bias: bool (True = attend) or floating, 4 dimensions, each 1 or that of [B,Hq,Lq,Lk]; never expanded.
-        sinks: [Hq]. alibi_slopes: [Hq] or [B,Hq].
-        window_left, window_right: relative to the lower-right diagonal, None = open.
-        rng_state: int64 [2], what dropout starts from (dropout.py); it counts batches from `first_batch`.
+        arguments: float16, bfloat16, float32 or float64; the bias is never expanded.
+        first_batch: what dropout counts batches from.
         correction: zeros of `empty_correction`; gets what rounding takes from out.
         exact_lse: whether lse obeys the numerics rule, too. ATen's kernel for half types has it to 1e-4 only.
         trains: whether a backward pass may follow.
@@ -64,22 +49,24 @@ def attention_forward(
     Returns:
         out [B,Hq,Lq,Dv] and lse float32 [B,Hq,Lq], strided as `empty_outputs` says.
     """
-    is_plain = bias is sinks is alibi_slopes is rng_state is None and softcap == 0
+    query, key, value = arguments.query, arguments.key, arguments.value
+    sinks, scale, softcap = arguments.sinks, arguments.scale, arguments.softcap
+    is_plain = arguments.bias is sinks is arguments.alibi_slopes is arguments.rng_state is None and softcap == 0
     if is_plain and (correction is None or correction.numel() == 0):
-        found = _attend_plainly(query, key, value, scale, window_left, window_right, exact_lse, trains)
+        found = _attend_plainly(arguments, exact_lse, trains)
         if found is not None:
             return found
 
     batch, query_heads, query_length, dim = query.shape
     key_heads, value_dim = key.shape[1], value.shape[3]
-    window = Window.of(query_length, key.shape[2], window_left, window_right)
+    window = Window.of(query_length, key.shape[2], arguments.window_left, arguments.window_right)
     visible = window.rows()
     keys = window.keys(visible)
     dtype = torch.promote_types(query.dtype, torch.float32)
     # ATen's kernel takes grouped heads (since torch 2.9), and one width for D and Dv.
-    dropout = Dropout.of(rng_state, dropout_p, query_heads, dtype, first_batch)
+    dropout = Dropout.of(arguments, first_batch)
     fused = softcap == 0 and dropout is None
-    terms = Terms(window, bias, slopes_of(alibi_slopes, query_heads, dtype), dtype)
+    terms = Terms(window, arguments.bias, slopes_of(arguments.alibi_slopes, query_heads, dtype), dtype)
     whole, causal = terms.as_one_block(scale) if fused else (False, False)
     width, value_width = (max(dim, value_dim),) * 2 if fused else (dim, value_dim)
     operands = ((query, width), (key, width), (value, value_width))
@@ -125,33 +112,26 @@ def attention_forward(
     return out, lse
 
 
-def attention_forward_with_correction(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, ...]:
-    """`attention_forward`, whose arguments these are, and what rounding took from out: see `empty_correction`."""
-    correction = empty_correction(empty_outputs(query, value.shape[3])[0]).zero_()
-    return *attention_forward(query, key, value, *terms, correction=correction), correction
+def attention_forward_with_correction(arguments: Dense) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_forward`, and what rounding took from out: see `empty_correction`."""
+    correction = empty_correction(empty_outputs(arguments.query, arguments.value.shape[3])[0]).zero_()
+    return *attention_forward(arguments, correction=correction), correction
 
 
 def slopes_of(alibi_slopes: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
     return None if alibi_slopes is None else alibi_slopes.reshape(-1, heads, 1, 1).to(dtype)
 
 
-def _attend_plainly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    exact_lse: bool,
-    trains: bool,
-) -> tuple[Tensor, Tensor] | None:
+def _attend_plainly(arguments: Dense, exact_lse: bool, trains: bool) -> tuple[Tensor, Tensor] | None:
     """What most calls ask for, in one call of ATen's kernel, on tensors as they are; None for anything else.
 
     In a short call Python is felt: all of it together takes up to a tenth as long as L 512 in bfloat16.
     """
+    query, key, value, scale = arguments.query, arguments.key, arguments.value, arguments.scale
+    window_right = arguments.window_right
     batch, heads, length, dim = query.shape
     causal = window_right is not None
-    if window_left is not None or (causal and (window_right != length - key.shape[2] or scale <= 0)):
+    if arguments.window_left is not None or (causal and (window_right != length - key.shape[2] or scale <= 0)):
         return None
     is_half = query.dtype.itemsize == 2
     if value.shape[3] != dim or (is_half and (exact_lse or batch * heads * length * dim < _MANY)):

@@ -1,6 +1,6 @@
 """How results lie in memory, the same on every backend; fake tensors and CPU kernels make them here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,19 +32,19 @@ def lost_to_rounding(exact: Tensor, out: Tensor) -> Tensor:
     return (exact - out).clamp_(-_HALF_MAX, _HALF_MAX)
 
 
-def empty_gradients(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+def empty_gradients(inputs: Mapping[str, Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     """Uninitialised gradients of query, key, value and the other inputs, laid out as every backend lays them out.
 
     Those of query, key and value are B,L,H,D in memory when the tensor is, others contiguous; shape [0] for what isn't
     wanted, in the query's dtype.
     """
-    query = inputs[0]
+    query = inputs["query"]
     assert query is not None
     gradients = []
-    for index, (tensor, asked) in enumerate(zip(inputs, wanted, strict=True)):
+    for (name, tensor), asked in zip(inputs.items(), wanted, strict=True):
         if tensor is None or not asked:
             gradients.append(query.new_empty(0))
-        elif index < 3 and tensor.dim() == 4:
+        elif name in ("query", "key", "value") and tensor.dim() == 4:
             gradients.append(empty_outputs(tensor, tensor.shape[3])[0])
         else:
             gradients.append(tensor.new_empty(tensor.shape))

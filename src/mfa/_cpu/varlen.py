@@ -5,13 +5,15 @@
 Rows that belong to no sequence, behind the last one, see nothing: out 0, lse -inf, gradients 0.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Dense, Varlen
 from . import backward, forward
+from .backward import wanted_inputs
 from .blocks import HIDDEN
 from .layout import empty_correction
 
@@ -27,10 +29,6 @@ class Packed(NamedTuple):
         """[Tq,H,X] as a view [1,H,Lq,X]."""
         return tensor[self.queries].transpose(0, 1).unsqueeze(0)
 
-    def of_correction(self, tensor: Tensor | None) -> Tensor | None:
-        """As `of_queries`; None if there is none."""
-        return None if tensor is None or tensor.shape == (0,) else self.of_queries(tensor)
-
     def of_keys(self, tensor: Tensor) -> Tensor:
         """[Tk,H,X] as a view [1,H,Lk,X]."""
         return tensor[self.keys].transpose(0, 1).unsqueeze(0)
@@ -43,10 +41,39 @@ class Packed(NamedTuple):
         """[Hq] or [N,Hq] as [Hq]."""
         return tensor if tensor is None or tensor.dim() == 1 else tensor[self.number]
 
+    def dense(self, arguments: Varlen) -> Dense:
+        """A problem of its own, of views."""
+        return Dense(
+            query=self.of_queries(arguments.query),
+            key=self.of_keys(arguments.key),
+            value=self.of_keys(arguments.value),
+            bias=None,
+            sinks=arguments.sinks,
+            alibi_slopes=self.slopes(arguments.alibi_slopes),
+            scale=arguments.scale,
+            window_left=arguments.window_left,
+            window_right=arguments.window_right,
+            softcap=arguments.softcap,
+            dropout_p=arguments.dropout_p,
+            rng_state=arguments.rng_state,
+        )
 
-def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[Packed]:
+    def backward(self, backward: Backward) -> Backward:
+        """What belongs to `dense`."""
+        wanted = dict(zip(VARLEN_GRADIENTS, backward.output_mask, strict=True))
+        return Backward(
+            grad_out=self.of_queries(backward.grad_out),
+            grad_lse=None if backward.grad_lse is None else self.row_values(backward.grad_lse),
+            out=self.of_queries(backward.out),
+            lse=self.row_values(backward.lse),
+            correction=None if backward.correction is None else self.of_queries(backward.correction),
+            output_mask=[wanted.get(name, False) for name in DENSE_GRADIENTS],
+        )
+
+
+def sequences(arguments: Varlen) -> Iterator[Packed]:
     """The sequences that have queries."""
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    starts_q, starts_k = arguments.cu_seqlens_q.tolist(), arguments.cu_seqlens_k.tolist()
     for n in range(len(starts_q) - 1):
         if starts_q[n] < starts_q[n + 1]:
             yield Packed(n, slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n + 1]))
@@ -59,143 +86,61 @@ def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((heads, tokens), dtype=torch.float32)
 
 
-def attention_varlen_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *,
-    correction: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention_varlen_forward(arguments: Varlen, *, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`mfa::attention_varlen_forward` for CPU tensors. The caller has checked the arguments, and the starts.
 
     Args:
-        query: [Tq,Hq,D], any strides; float16, bfloat16, float32 or float64.
-        key, value: [Tk,Hkv,D] and [Tk,Hkv,Dv].
-        cu_seqlens_q, cu_seqlens_k: int32 [N+1].
-        sinks: [Hq]. alibi_slopes: [Hq] or [N,Hq].
-        window_left, window_right: relative to each sequence's lower-right diagonal, None = open.
-        rng_state: int64 [2], what dropout starts from; it counts sequences as batches.
         correction: zeros of `empty_correction`; gets what rounding takes from out.
 
     Returns:
         out [Tq,Hq,Dv] and lse float32 [Hq,Tq].
     """
-    out, lse = empty_outputs(query, value.shape[2])
-    end = int(cu_seqlens_q[-1])
+    out, lse = empty_outputs(arguments.query, arguments.value.shape[2])
+    end = int(arguments.cu_seqlens_q[-1])
     out[end:] = 0
     lse[:, end:] = HIDDEN
-    for sequence in sequences(cu_seqlens_q, cu_seqlens_k):
-        tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
-        slopes = sequence.slopes(alibi_slopes)
+    for sequence in sequences(arguments):
         sequence_out, sequence_lse = forward.attention_forward(
-            *tensors,
-            None,
-            sinks,
-            slopes,
-            scale,
-            window_left,
-            window_right,
-            softcap,
-            dropout_p,
-            rng_state,
+            sequence.dense(arguments),
             first_batch=sequence.number,
-            correction=sequence.of_correction(correction),
+            correction=None if correction is None or correction.numel() == 0 else sequence.of_queries(correction),
         )
         sequence.of_queries(out).copy_(sequence_out)
         sequence.row_values(lse).copy_(sequence_lse)
     return out, lse
 
 
-def attention_varlen_forward_with_correction(
-    query: Tensor, key: Tensor, value: Tensor, *terms: Any
-) -> tuple[Tensor, ...]:
-    """`attention_varlen_forward`, whose arguments these are, and what rounding took from out."""
-    correction = empty_correction(empty_outputs(query, value.shape[2])[0]).zero_()
-    return *attention_varlen_forward(query, key, value, *terms, correction=correction), correction
+def attention_varlen_forward_with_correction(arguments: Varlen) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_varlen_forward`, and what rounding took from out."""
+    correction = empty_correction(empty_outputs(arguments.query, arguments.value.shape[2])[0]).zero_()
+    return *attention_varlen_forward(arguments, correction=correction), correction
 
 
-def attention_varlen_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    output_mask: Sequence[bool],
-    correction: Tensor | None = None,
-) -> list[Tensor | None]:
-    """Gradients of `attention_varlen_forward`, whose arguments these are.
-
-    Args:
-        grad_out: [Tq,Hq,Dv]. grad_lse: float32 [Hq,Tq].
-        out, lse, correction: what it returned.
-        output_mask: which of the five gradients are wanted.
+def attention_varlen_backward(arguments: Varlen, given: Backward) -> dict[str, Tensor]:
+    """Gradients of `attention_varlen_forward`.
 
     Returns:
-        Gradients of query, key, value, sinks, alibi_slopes, each in its tensor's shape and dtype, contiguous; None for
-        one that isn't wanted, or whose tensor wasn't given.
+        Those that are wanted, of tensors that were given, by the names in VARLEN_GRADIENTS; each in its tensor's shape
+        and dtype, contiguous.
     """
-    inputs = (query, key, value, sinks, alibi_slopes)
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = torch.promote_types(arguments.query.dtype, torch.float32)
+    inputs = wanted_inputs(arguments, VARLEN_GRADIENTS, given.output_mask)
     # What is summed over sequences is kept in the dtype of the scores until the end.
-    grads = [
-        torch.zeros(tensor.shape, dtype=tensor.dtype if i < 3 else wide) if wanted and tensor is not None else None
-        for i, (tensor, wanted) in enumerate(zip(inputs, output_mask, strict=True))
-    ]
-    grad_query, grad_key, grad_value, grad_sinks, grad_slopes = grads
-    for sequence in sequences(cu_seqlens_q, cu_seqlens_k):
-        tensors = sequence.of_queries(query), sequence.of_keys(key), sequence.of_keys(value)
-        part_query, part_key, part_value, _, part_sinks, part_slopes = backward.attention_backward(
-            sequence.of_queries(grad_out),
-            None if grad_lse is None else sequence.row_values(grad_lse),
-            *tensors,
-            sequence.of_queries(out),
-            sequence.row_values(lse),
-            None,
-            sinks,
-            sequence.slopes(alibi_slopes),
-            scale,
-            window_left,
-            window_right,
-            softcap,
-            dropout_p,
-            rng_state,
-            (*output_mask[:3], False, *output_mask[3:]),
-            sequence.of_correction(correction),
-            first_batch=sequence.number,
+    grads = {
+        name: torch.zeros(tensor.shape, dtype=wide if name in ("sinks", "alibi_slopes") else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
+    for sequence in sequences(arguments):
+        found = backward.attention_backward(
+            sequence.dense(arguments), sequence.backward(given), first_batch=sequence.number
         )
-        if grad_query is not None and part_query is not None:
-            sequence.of_queries(grad_query).copy_(part_query)
-        for grad, part in ((grad_key, part_key), (grad_value, part_value)):
-            if grad is not None and part is not None:
-                sequence.of_keys(grad).copy_(part)
-        if grad_sinks is not None and part_sinks is not None:
-            grad_sinks += part_sinks
-        if grad_slopes is not None and part_slopes is not None:
-            target = grad_slopes if grad_slopes.dim() == 1 else grad_slopes[sequence.number]
-            target += part_slopes
-    return [
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, inputs, strict=True)
-    ]
+        for name, part in found.items():
+            if name == "query":
+                sequence.of_queries(grads[name]).copy_(part)
+            elif name in ("key", "value"):
+                sequence.of_keys(grads[name]).copy_(part)
+            elif name == "alibi_slopes" and grads[name].dim() == 2:
+                grads[name][sequence.number] += part
+            else:
+                grads[name] += part
+    return {name: grad.to(inputs[name].dtype) for name, grad in grads.items()}

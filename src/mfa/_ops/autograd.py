@@ -3,7 +3,7 @@
 torch's own refuses the former, and lets the latter's tangents vanish: torch.func.jvp and hessian would be zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,7 @@ from .. import _torch
 def register(
     name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None], lib: torch.library.Library
 ) -> None:
-    """As `torch.library.register_autograd`, for an op without keyword-only arguments and lists of tensors.
-
-    Trailing arguments that equal their defaults may be missing from `inputs`.
-    """
+    """As `torch.library.register_autograd`, for an op without defaults, keyword-only arguments and lists of tensors."""
     op = _overload(name)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -70,6 +67,25 @@ def register_through(name: str, through: str, *, lib: torch.library.Library) -> 
         return _redispatch(op, keyset, arguments)
 
     lib.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def save(ctx: Any, arguments: Sequence[Any], *more: Tensor | None) -> None:
+    """Keeps an op's arguments, and more tensors, for its backward pass."""
+    tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
+    ctx.others = [argument if tensor is None else None for argument, tensor in zip(arguments, tensors, strict=True)]
+    ctx.save_for_backward(*more, *tensors)
+
+
+def saved(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """What `save` kept: the arguments, and the other tensors."""
+    more, tensors = ctx.saved_tensors[: -len(ctx.others)], ctx.saved_tensors[-len(ctx.others) :]
+    arguments = [other if tensor is None else tensor for other, tensor in zip(ctx.others, tensors, strict=True)]
+    return arguments, more
+
+
+def needed(ctx: Any, fields: Sequence[str]) -> set[str]:
+    """The arguments, by name, whose gradients are asked for."""
+    return {name for name, needs in zip(fields, ctx.needs_input_grad, strict=False) if needs}
 
 
 def requires_grad(*arguments: Any) -> bool:

@@ -2,8 +2,31 @@
 
 import torch
 
-from .. import _library
+from .. import _library, _torch
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Decode, Dense, Varlen
 
 _library.load()
 ops = torch.ops.mfa
 LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops in this namespace too
+
+_RESULTS, _CORRECTION = ("out", "lse"), ("correction",)
+SIGNATURES = {
+    "attention_forward": (Dense._fields, _RESULTS),
+    "attention_forward_with_correction": (Dense._fields, _RESULTS + _CORRECTION),
+    "attention_backward": (Dense._fields + Backward._fields, DENSE_GRADIENTS),
+    "attention_varlen_forward": (Varlen._fields, _RESULTS),
+    "attention_varlen_forward_with_correction": (Varlen._fields, _RESULTS + _CORRECTION),
+    "attention_varlen_backward": (Varlen._fields + Backward._fields, VARLEN_GRADIENTS),
+    "attention_decode": (Decode._fields, _RESULTS),
+}
+
+
+def check_signatures() -> None:
+    """Raises ImportError if an op of libmfa takes or returns something else than Python thinks."""
+    for name, (arguments, results) in SIGNATURES.items():
+        expected = arguments, tuple(f"grad_{result}" if result in arguments else result for result in results)
+        if (found := _torch.signature(getattr(ops, name).default)) != expected:
+            raise ImportError(f"mfa::{name} has arguments and results {found}; they must be {expected}: rebuild libmfa")
+
+
+check_signatures()

@@ -4,6 +4,7 @@
 see context_parallel.py). Registration waits until torch.distributed.tensor is there, since its import is slow.
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -13,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from .. import _torch
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Decode, Dense, Varlen
 from .library import ops
 
 # Where a tensor is split: a dimension, or _SUM: each rank has a term of it, or None: each rank has all of it.
 _SUM = -1
-_Places = list[int | None]
-_Way = tuple[_Places, _Places]  # of the outputs, and of the tensors among the first arguments
-# What stands between the slopes and the correction of a backward pass.
-_NO_TENSORS: _Places = [None] * 7
+_Places = dict[str, int | None]  # by the names of arguments; None where one is missing
+_Way = tuple[list[int | None], _Places]  # of the outputs, and of the tensors among the arguments
+_Ways = dict[str, Callable[..., list[_Way]]]
 _registered = False
 
 
@@ -44,11 +45,13 @@ def register() -> None:
 
     for name, ways in _WAYS.items():
         op = getattr(ops, name).default
-        register_sharding(op)(_rule(_torch.count_results(op), ways))
+        register_sharding(op)(_rule(*_torch.signature(op), ways))
     _registered = True
 
 
-def _rule(outputs: int, ways: Callable[..., list[_Way]]) -> Callable[..., Sequence[tuple[list[Any], list[Any]]]]:
+def _rule(
+    names: tuple[str, ...], results: tuple[str, ...], ways: Callable[..., list[_Way]]
+) -> Callable[..., Sequence[tuple[list[Any], list[Any]]]]:
     """A sharding function of torch: everything on every rank, or one of `ways`."""
 
     def rule(*args: Any) -> Sequence[tuple[list[Any], list[Any]]]:
@@ -58,10 +61,11 @@ def _rule(outputs: int, ways: Callable[..., list[_Way]]) -> Callable[..., Sequen
             return Replicate() if where is None else Partial() if where == _SUM else Shard(where)
 
         def of_arguments(places: _Places) -> list[Any]:
-            padded = itertools.chain(places, itertools.repeat(None))
-            return [placement(where) if _is_tensor(arg) else None for where, arg in zip(padded, args, strict=False)]
+            return [
+                placement(places.get(name)) if _is_tensor(arg) else None for name, arg in zip(names, args, strict=True)
+            ]
 
-        whole: _Way = ([None] * outputs, [])
+        whole: _Way = ([None] * len(results), {})
         return [([placement(where) for where in out], of_arguments(inputs)) for out, inputs in [whole, *ways(*args)]]
 
     return rule
@@ -100,89 +104,83 @@ def _of_bias(bias: Any, dimension: int) -> int | None:
     return None if bias is None or bias.shape[dimension] == 1 else dimension
 
 
-def _gradients(places: _Places, output_mask: Sequence[bool]) -> _Places:
-    """What every rank has all of, it has a term of the gradient of. An unwanted gradient is empty."""
-    return [
-        None if not wanted else _SUM if where is None else where
-        for where, wanted in zip(places, output_mask, strict=True)
-    ]
-
-
-def _dense(query: Any, key: Any, bias: Any, slopes: Any) -> list[_Places]:
-    """Of query, key, value, bias, sinks and alibi_slopes."""
-    ways: list[_Places] = [[0, 0, 0, _of_bias(bias, 0), None, _first(slopes)]]
-    if _heads_belong_together(query, key, 1):
-        keys = _key_place(query, key, 1)
-        ways.append([1, keys, keys, _of_bias(bias, 1), 0, _last(slopes)])
-    return ways
-
-
-def _forward(query: Any, key: Any, value: Any, bias: Any, sinks: Any, slopes: Any, *rest: Any) -> list[_Way]:
+def _dense(arguments: Dense) -> list[_Places]:
     # Dropout is keyed on absolute batches and heads.
-    return [] if rest[4] != 0 else [([places[0]] * 2, places) for places in _dense(query, key, bias, slopes)]
-
-
-def _backward(*args: Any) -> list[_Way]:
-    query, key, bias, slopes = args[2], args[3], args[7], args[9]
-    if args[14] != 0:
+    if arguments.dropout_p != 0:
         return []
-    return [
-        (
-            _gradients(places, args[16]),
-            [places[0], places[0], *places[:3], places[0], places[0], *places[3:], *_NO_TENSORS, places[0]],
-        )
-        for places in _dense(query, key, bias, slopes)
-    ]
-
-
-def _packed(query: Any, key: Any, slopes: Any) -> list[_Places]:
-    """Of query, key, value, four arguments of the layout, sinks and alibi_slopes."""
+    query, key, bias, slopes = arguments.query, arguments.key, arguments.bias, arguments.alibi_slopes
+    by_batch = {"query": 0, "key": 0, "value": 0, "bias": _of_bias(bias, 0), "alibi_slopes": _first(slopes)}
     if not _heads_belong_together(query, key, 1):
+        return [by_batch]
+    keys = _key_place(query, key, 1)
+    rows = {"query": 1, "key": keys, "value": keys}
+    return [by_batch, {**rows, "bias": _of_bias(bias, 1), "sinks": 0, "alibi_slopes": _last(slopes)}]
+
+
+def _varlen(arguments: Varlen) -> list[_Places]:
+    query, key = arguments.query, arguments.key
+    if arguments.dropout_p != 0 or not _heads_belong_together(query, key, 1):
         return []
     keys = _key_place(query, key, 1)
-    return [[1, keys, keys, None, None, None, None, 0, _last(slopes)]]
+    return [{"query": 1, "key": keys, "value": keys, "sinks": 0, "alibi_slopes": _last(arguments.alibi_slopes)}]
 
 
-def _varlen_forward(*args: Any) -> list[_Way]:
-    return [] if args[13] != 0 else [([1, 0], places) for places in _packed(args[0], args[1], args[8])]
-
-
-def _varlen_backward(*args: Any) -> list[_Way]:
-    if args[17] != 0:
-        return []
-    return [
-        (_gradients([*places[:3], *places[7:]], args[19]), [1, 0, *places[:3], 1, 0, *places[3:], *_NO_TENSORS, 1])
-        for places in _packed(args[2], args[3], args[12])
-    ]
-
-
-def _decode(*args: Any) -> list[_Way]:
-    query, cache, table, slopes = args[0], args[1], args[4], args[8]
-    ways: list[_Way] = []
-    if table is None:
-        ways.append(([0, 0], [0, 0, 0, 0, None, 0, 0, None, _first(slopes)]))
+def _decode(arguments: Decode) -> list[_Places]:
+    query, cache, slopes = arguments.query, arguments.key_cache, arguments.alibi_slopes
+    tensors = ("query", "key_cache", "value_cache", "cache_lengths", "key_scale", "value_scale")
+    ways: list[_Places] = []
+    if arguments.block_table is None:
+        ways.append({**dict.fromkeys(tensors, 0), "alibi_slopes": _first(slopes)})
     if _heads_belong_together(query, cache, 1):
         keys = _key_place(query, cache, 1)
-        ways.append(([1, 1], [1, keys, keys, None, None, keys, keys, 0, _last(slopes)]))
+        caches = dict.fromkeys(("key_cache", "value_cache", "key_scale", "value_scale"), keys)
+        ways.append({"query": 1, **caches, "sinks": 0, "alibi_slopes": _last(slopes)})
     return ways
 
 
-def _with_correction(forward: Callable[..., list[_Way]]) -> Callable[..., list[_Way]]:
+def _lse(of_query: int | None, packed: bool) -> int | None:
+    """Where lse is split: it is [B,Hq,Lq], or [Hq,Tq] if packed."""
+    return 0 if packed and of_query is not None else of_query
+
+
+def _forward(places: Callable[[Any], list[_Places]], kind: type[Any], *args: Any) -> list[_Way]:
+    found = places(kind(*args))
+    return [([way["query"], _lse(way["query"], kind is Varlen)], way) for way in found]
+
+
+def _forward_with_correction(places: Callable[[Any], list[_Places]], kind: type[Any], *args: Any) -> list[_Way]:
     """The correction is laid out as out, or empty."""
+    is_empty = kind(*args).query.tensor_meta.dtype.itemsize > 2
+    return [([out, lse, None if is_empty else out], way) for (out, lse), way in _forward(places, kind, *args)]
 
-    def ways(*args: Any) -> list[_Way]:
-        is_empty = args[0].tensor_meta.dtype.itemsize > 2
-        return [([*results, None if is_empty else results[0]], inputs) for results, inputs in forward(*args)]
 
+def _backward(
+    places: Callable[[Any], list[_Places]], kind: type[Any], gradients: tuple[str, ...], *args: Any
+) -> list[_Way]:
+    count = len(kind._fields)
+    arguments, given = kind(*args[:count]), Backward(*args[count:])
+    ways: list[_Way] = []
+    for way in places(arguments):
+        rows, lse = way["query"], _lse(way["query"], kind is Varlen)
+        results = {"grad_out": rows, "grad_lse": lse, "out": rows, "lse": lse, "correction": rows}
+        # What every rank has all of, it has a term of the gradient of. An unwanted gradient is empty.
+        grads = {name: _SUM if way.get(name) is None else way[name] for name in gradients}
+        wanted = zip(gradients, given.output_mask, strict=True)
+        ways.append(([grads[name] if asked else None for name, asked in wanted], {**way, **results}))
     return ways
 
 
-_WAYS: dict[str, Callable[..., list[_Way]]] = {
-    "attention_forward": _forward,
-    "attention_forward_with_correction": _with_correction(_forward),
-    "attention_backward": _backward,
-    "attention_varlen_forward": _varlen_forward,
-    "attention_varlen_forward_with_correction": _with_correction(_varlen_forward),
-    "attention_varlen_backward": _varlen_backward,
-    "attention_decode": _decode,
+def _ways(kind: type[Any], name: str, places: Callable[[Any], list[_Places]], gradients: tuple[str, ...]) -> _Ways:
+    """Of a family's ops."""
+    return {
+        f"{name}_forward": functools.partial(_forward, places, kind),
+        f"{name}_forward_with_correction": functools.partial(_forward_with_correction, places, kind),
+        f"{name}_backward": functools.partial(_backward, places, kind, gradients),
+    }
+
+
+_WAYS: _Ways = {
+    **_ways(Dense, "attention", _dense, DENSE_GRADIENTS),
+    **_ways(Varlen, "attention_varlen", _varlen, VARLEN_GRADIENTS),
+    "attention_decode": functools.partial(_forward, _decode, Decode),
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .._checks.dense import check_forward
-from .._checks.indices import widened
+from .._checks.tensors import widened
 from .._ops import ops
 from . import ring
 
@@ -25,8 +25,7 @@ def attend(query: Any, key: Any, value: Any, sinks: Any, terms: ring.Terms) -> t
             raise TypeError(f"{name} is a tensor, and query is a DTensor; all must be of one kind")
         if tensor.device_mesh != query.device_mesh:
             raise ValueError(f"{name} is on another mesh; it must be on that of query")
-    scale = 1.0 if terms.scale is None else terms.scale
-    check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=False)
+    check_forward(terms.of(query, key, value, sinks), metal=False)
     mesh, placements = query.device_mesh, query.placements
     for name, tensor in (("key", key), ("value", value)):
         if tensor.placements != placements:
@@ -75,14 +74,12 @@ def _local_sinks(sinks: DTensor, sharded: list[int | None]) -> Tensor:
 
 
 def _alone(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, terms: ring.Terms) -> tuple[Tensor, Tensor]:
-    scale = 1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale
     right = terms.window_right
     if terms.is_causal:
         diagonal = query.shape[2] - key.shape[2]
         right = diagonal if right is None else min(right, diagonal)
-    outputs: tuple[Tensor, Tensor] = ops.attention_forward(
-        query, key, value, None, sinks, None, scale, terms.window_left, right, terms.softcap, 0.0, None
-    )
+    arguments = terms.of(query, key, value, sinks)._replace(scale=terms.scale_of(query), window_right=right)
+    outputs: tuple[Tensor, Tensor] = ops.attention_forward(*arguments)
     return outputs
 
 

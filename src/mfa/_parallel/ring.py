@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _simulation
+from .._arguments import DENSE_GRADIENTS, Backward, Dense
 from .._checks.dense import check_forward
-from .._checks.indices import widened
+from .._checks.tensors import widened
 from .._cpu.blocks import HIDDEN, Window
 from .._cpu.layout import empty_correction, lost_to_rounding
 from .._ops import ops
@@ -39,6 +40,26 @@ class Terms:
     window_right: int | None
     scale: float | None
     softcap: float
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Dense:
+        """The op's arguments, but for what needs their shapes: a scale of None is 1, and `is_causal` is left out."""
+        return Dense(
+            query=query,
+            key=key,
+            value=value,
+            bias=None,
+            sinks=sinks,
+            alibi_slopes=None,
+            scale=1.0 if self.scale is None else self.scale,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            softcap=self.softcap,
+            dropout_p=0.0,
+            rng_state=None,
+        )
+
+    def scale_of(self, query: Tensor) -> float:
+        return 1 / math.sqrt(query.shape[3]) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
@@ -136,10 +157,8 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, terms: Terms, group: Any
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of this process's queries; see `context_parallel`."""
-    scale = 1.0 if terms.scale is None else terms.scale
     sinks = widened(sinks, query)
-    metal = _simulation.runs_kernels(query)
-    check_forward(query, key, value, None, sinks, None, scale, terms.softcap, 0, None, metal=metal)
+    check_forward(terms.of(query, key, value, sinks), metal=_simulation.runs_kernels(query))
     ring = Ring.of(query, key, value, group)
     outputs: tuple[Tensor, Tensor] = _RingAttention.apply(query, key, value, sinks, ring, terms)  # type: ignore[no-untyped-call]
     return outputs
@@ -221,9 +240,9 @@ class _RingAttention(torch.autograd.Function):
                     *(grad_out, grad_lse, query, keys, values, _Result(*whole), sinks if is_own else None),
                     *(part, ctx.terms),
                 )
-                grad_query += of_part[0]
-                grads.copy_(torch.cat([of_part[1].flatten(), of_part[2].flatten()]))
-                grad_sinks = of_part[4] if is_own else grad_sinks
+                grad_query += of_part["query"]
+                grads.copy_(torch.cat([of_part["key"].flatten(), of_part["value"].flatten()]))
+                grad_sinks = of_part["sinks"] if is_own else grad_sinks
             _wait(works)
             if begun is not None:
                 grads += begun
@@ -237,15 +256,15 @@ class _RingAttention(torch.autograd.Function):
         return (*sums, None if sinks is None else grad_sinks, None, None)
 
 
-def _scalars(query: Tensor, part: Part, terms: Terms) -> tuple[Any, ...]:
-    scale = 1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale
-    return (scale, part.window_left, part.window_right, terms.softcap, 0.0, None)
+def _arguments(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms) -> Dense:
+    """Of the op, for a part."""
+    return terms.of(query, key, value, sinks)._replace(
+        scale=terms.scale_of(query), window_left=part.window_left, window_right=part.window_right
+    )
 
 
 def _forward_part(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms) -> _Result:
-    return _Result(
-        *ops.attention_forward_with_correction(query, key, value, None, sinks, None, *_scalars(query, part, terms))
-    )
+    return _Result(*ops.attention_forward_with_correction(*_arguments(query, key, value, sinks, part, terms)))
 
 
 def _backward_part(
@@ -258,17 +277,22 @@ def _backward_part(
     sinks: Tensor | None,
     part: Part,
     terms: Terms,
-) -> tuple[Tensor, ...]:
-    """What `attention_backward` returns for a part. In 16 bits each part would be rounded before they add up."""
+) -> dict[str, Tensor]:
+    """Gradients for a part, by the names of the arguments. In 16 bits each part would be rounded before they add up."""
     result = _forward_part(query, key, value, sinks, part, terms)
     out = result.exact()
     grad_out, query, key, value = (tensor.to(out.dtype) for tensor in (grad_out, query, key, value))
     weight = torch.exp(result.lse - whole.lse).masked_fill(result.lse == HIDDEN, 0)
     moved = (grad_out * (out - whole.exact())).sum(-1)
     part_grad_lse = (weight * (grad_lse + moved)).to(torch.float32)
-    grads: tuple[Tensor, ...] = ops.attention_backward(
-        *(grad_out * weight.unsqueeze(-1), part_grad_lse, query, key, value, out, result.lse, None, sinks, None),
-        *_scalars(query, part, terms),
-        [True, True, True, False, sinks is not None, False],
+    wanted = {"query", "key", "value"} if sinks is None else {"query", "key", "value", "sinks"}
+    given = Backward(
+        grad_out=grad_out * weight.unsqueeze(-1),
+        grad_lse=part_grad_lse,
+        out=out,
+        lse=result.lse,
+        correction=None,
+        output_mask=[name in wanted for name in DENSE_GRADIENTS],
     )
-    return grads
+    grads = ops.attention_backward(*_arguments(query, key, value, sinks, part, terms), *given)
+    return dict(zip(DENSE_GRADIENTS, grads, strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .. import _log, _simulation, _torch, device
+from .._arguments import Dense
 from .._checks.dense import checked
 from ..attention import attention
 from . import varlen
@@ -201,7 +202,8 @@ def not_supported_reasons(
     if query.device.type == "mps" and (why_not := _mps_why_not()) is not None:
         reasons.append(why_not)
     try:
-        checked(query, key, value, attn_mask, None, None, scale, 0.0, dropout_p, enable_gqa)
+        scale = 1.0 if scale is None else scale
+        checked(Dense(query, key, value, attn_mask, None, None, scale, None, None, 0.0, dropout_p, None), enable_gqa)
     except (NotImplementedError, TypeError, ValueError) as error:
         reasons.append(str(error))
     return reasons

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Dense, Varlen
 from .._ops import ops
 from ..kv_cache import attention_with_kv_cache
 
 _Bound = int | None
+_Window = tuple[_Bound, _Bound]
 
 
 def kernels(takes: Callable[[Tensor], bool]) -> dict[str, Callable[..., Any]]:
@@ -81,14 +83,14 @@ def _forward(
     if seqused_k is not None or block_table is not None:
         cache = (key, value, seqused_k, block_table)
         return _forward_cached(query, *cache, cum_seq_q, max_q, max_k, scale, window, alibi_slopes, num_splits)
-    terms = (alibi_slopes, scale, *window, 0.0, 0.0, None)  # dense kernels and packed ones split keys as they like
+    # Dense kernels and packed ones split keys as they like.
     if cum_seq_q is None or cum_seq_k is None:
         _check_dense(cum_seq_q, cum_seq_k)
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out, lse = ops.attention_forward(*heads_first, None, None, *terms)
+        out, lse = ops.attention_forward(*_dense(query, key, value, alibi_slopes, scale, window))
         return out.transpose(1, 2), lse
     layout = (cum_seq_q, cum_seq_k, max_q, max_k)
-    outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(query, key, value, *layout, None, *terms)
+    packed = _packed(query, key, value, layout, alibi_slopes, scale, window)
+    outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(*packed)
     return outputs
 
 
@@ -113,18 +115,42 @@ def _backward(
     window_size_right: _Bound = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     window = _window(is_causal, window_size_left, window_size_right)
-    terms = (None, query.shape[-1] ** -0.5 if scale is None else scale, *window, 0.0, 0.0, None)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if cum_seq_q is None or cum_seq_k is None:
         _check_dense(cum_seq_q, cum_seq_k)
-        first, *tensors = (tensor.transpose(1, 2) for tensor in (grad_out, query, key, value, out))
-        wanted = [True] * 3 + [False] * 3
-        grads = ops.attention_backward(first, None, *tensors, logsumexp, None, None, *terms, wanted)
+        given = Backward(
+            grad_out.transpose(1, 2), None, out.transpose(1, 2), logsumexp, None, _mask_of_rows(DENSE_GRADIENTS)
+        )
+        grads = ops.attention_backward(*_dense(query, key, value, None, scale, window), *given)
         query, key, value = (grad.transpose(1, 2) for grad in grads[:3])
         return query, key, value
-    layout = (cum_seq_q, cum_seq_k, max_q, max_k)
-    results = (grad_out, None, query, key, value, out, logsumexp)
-    query, key, value, *_ = ops.attention_varlen_backward(*results, *layout, None, *terms, [True] * 3 + [False] * 2)
+    given = Backward(grad_out, None, out, logsumexp, None, _mask_of_rows(VARLEN_GRADIENTS))
+    packed = _packed(query, key, value, (cum_seq_q, cum_seq_k, max_q, max_k), None, scale, window)
+    query, key, value, *_ = ops.attention_varlen_backward(*packed, *given)
     return query, key, value
+
+
+def _mask_of_rows(gradients: tuple[str, ...]) -> list[bool]:
+    return [name in ("query", "key", "value") for name in gradients]
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None, scale: float, window: _Window
+) -> Dense:
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return Dense(query, key, value, None, None, alibi_slopes, scale, *window, 0.0, 0.0, None)
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: tuple[Tensor, Tensor, int, int],
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window: _Window,
+) -> Varlen:
+    return Varlen(query, key, value, *layout, None, alibi_slopes, scale, *window, 0.0, 0.0, None)
 
 
 def _forward_cached(
@@ -137,7 +163,7 @@ def _forward_cached(
     max_q: int,
     max_k: int,
     scale: float,
-    window: tuple[_Bound, _Bound],
+    window: _Window,
     alibi_slopes: Tensor | None,
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +199,7 @@ def _forward_cached(
     return out.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
 
 
-def _window(is_causal: bool, left: _Bound, right: _Bound) -> tuple[_Bound, _Bound]:
+def _window(is_causal: bool, left: _Bound, right: _Bound) -> _Window:
     left, right = (None if bound is None or bound < 0 else bound for bound in (left, right))
     return left, 0 if is_causal else right
 

@@ -1,0 +1,81 @@
+"""What the ops take: for each family a NamedTuple, with fields in the order of its schemas (csrc/library.cpp).
+
+B batch, Hq and Hkv heads, Lq and Lk lengths, D and Dv head dimensions; packed, Tq and Tk tokens of N sequences.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Dense(NamedTuple):
+    """Of `mfa::attention_forward`: one attention problem per batch entry and head."""
+
+    query: Tensor  # [B,Hq,Lq,D], any strides
+    key: Tensor  # [B,Hkv,Lk,D]
+    value: Tensor  # [B,Hkv,Lk,Dv]
+    bias: Tensor | None  # bool (True = attend) or floating; each size is 1 or that of [B,Hq,Lq,Lk]
+    sinks: Tensor | None  # [Hq]
+    alibi_slopes: Tensor | None  # float32 [Hq] or [B,Hq]
+    scale: float
+    window_left: int | None  # relative to the lower-right diagonal; None is open
+    window_right: int | None
+    softcap: float  # 0 is off
+    dropout_p: float
+    rng_state: Tensor | None  # int64 [2], what dropout starts from: given iff dropout_p > 0
+
+
+class Varlen(NamedTuple):
+    """Of `mfa::attention_varlen_forward`: sequences packed one behind the other."""
+
+    query: Tensor  # [Tq,Hq,D], any strides
+    key: Tensor  # [Tk,Hkv,D]
+    value: Tensor  # [Tk,Hkv,Dv]
+    cu_seqlens_q: Tensor  # int32 [N+1]
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    sinks: Tensor | None  # [Hq]
+    alibi_slopes: Tensor | None  # float32 [Hq] or [N,Hq]
+    scale: float
+    window_left: int | None  # relative to each sequence's lower-right diagonal; None is open
+    window_right: int | None
+    softcap: float
+    dropout_p: float
+    rng_state: Tensor | None  # as in Dense; a sequence counts as a batch entry
+
+
+class Decode(NamedTuple):
+    """Of `mfa::attention_decode`: few queries over a cache of keys and values."""
+
+    query: Tensor  # [B,Hq,Lq,D]
+    key_cache: Tensor  # [B,Hkv,Lmax,D] or pages [pages,Hkv,page,D]; of the query's dtype, int8 or float8_e4m3fn
+    value_cache: Tensor  # the same with Dv
+    cache_lengths: Tensor  # int32 [B], live tokens
+    block_table: Tensor | None  # int32 [B,pages per sequence], of a paged cache
+    key_scale: Tensor | None  # float32, the shape of a quantized cache without its last dimension
+    value_scale: Tensor | None
+    sinks: Tensor | None  # [Hq]
+    alibi_slopes: Tensor | None  # float32 [Hq] or [B,Hq]
+    scale: float
+    window_left: int | None  # relative to the lower-right diagonal of the live part; None is open
+    window_right: int | None
+    softcap: float
+    num_splits: int  # 0 lets the kernels choose
+
+
+class Backward(NamedTuple):
+    """What a backward op takes behind the arguments of its forward op: its results, and their gradients."""
+
+    grad_out: Tensor  # as out
+    grad_lse: Tensor | None  # as lse
+    out: Tensor  # [B,Hq,Lq,Dv] or [Tq,Hq,Dv]
+    lse: Tensor  # float32 [B,Hq,Lq] or [Hq,Tq]
+    correction: Tensor | None  # what rounding took from out: float16, as out
+    output_mask: Sequence[bool]  # which gradients are wanted, of the arguments that have one (below)
+
+
+# The arguments that have gradients, in the order in which backward ops return them.
+DENSE_GRADIENTS = ("query", "key", "value", "bias", "sinks", "alibi_slopes")
+VARLEN_GRADIENTS = ("query", "key", "value", "sinks", "alibi_slopes")
