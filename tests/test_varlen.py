@@ -296,7 +296,7 @@ INT32 = torch.int32
         ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q is 4; .* that of 0 is 5"),
         ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k is -1"),
         ({"max_seqlen_k": 7.0}, TypeError, "max_seqlen_k is 7.0; it must be an integer"),
-        ({"max_seqlen_k": torch.tensor(7)}, TypeError, "max_seqlen_k is a tensor"),
+        ({"max_seqlen_k": torch.tensor([7])}, TypeError, "max_seqlen_k is tensor"),
         ({"query": normal(1, 10, 4, 8)}, ValueError, "query has 4 dimensions; it must have 3"),
         ({"query": normal(10, 3, 8)}, ValueError, "query has 3 heads"),
         ({"key": normal(12, 2, 8).half()}, TypeError, "key has dtype float16"),

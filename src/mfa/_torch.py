@@ -3,6 +3,7 @@
 Nowhere else is such a name used (tests/test_torch_internals.py), so that a torch that lacks one is refused on import.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ try:
 
     # What sdpa_kernel(..., set_priority=True) has set can't be read otherwise.
     sdp_priority_order = torch._C._get_sdp_priority_order
+
+    # What only a run can tell of sizes, it asserts: documented, but under this name.
+    check: Callable[[bool], None] = torch._check
 
     # The simulator calls an op's kernel for MPS with tensors of the CPU; a call goes by the tensors' device.
     DispatchKey, DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet

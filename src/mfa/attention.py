@@ -8,14 +8,12 @@ from torch import Tensor
 
 from ._arguments import Dense
 from ._checks.dense import checked
+from ._checks.numbers import as_number, as_window, check_flag
 from ._checks.tensors import (
     LARGEST_HEAD_DIM,
     METAL_DTYPES,
     as_runtime_errors,
-    check_flag,
     check_is_tensor,
-    check_number,
-    check_window,
 )
 from ._cpu import dropout
 from ._cpu.forward import attention_forward
@@ -121,7 +119,8 @@ def attention(
         NotImplementedError: a legal request that isn't supported: a device, a head dimension.
     """
     plain = (
-        attn_mask is alibi_slopes is sinks is None
+        not torch.compiler.is_compiling()  # sizes may be symbols
+        and attn_mask is alibi_slopes is sinks is None
         and (window == (None, None) and type(window) is tuple)
         and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
         and (scale is None or (type(scale) is float and scale == scale))
@@ -136,13 +135,9 @@ def attention(
         sharding.ready(query)
         for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
             check_flag(name, flag)
-        for name, number in (
-            ("dropout_p", dropout_p),
-            ("softcap", softcap),
-            ("scale", 1.0 if scale is None else scale),
-        ):
-            check_number(name, number)
-        left, right = check_window(window)
+        dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
+        scale = None if scale is None else as_number("scale", scale)
+        left, right = as_window(window)
         arguments = Dense(
             query=query,
             key=key,

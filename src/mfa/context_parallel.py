@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch.distributed as dist
 
-from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window
+from ._checks.numbers import as_number, as_window, check_flag
+from ._checks.tensors import check_is_tensor
 from ._ops import sharding
 from ._parallel import ring
 
@@ -97,9 +98,8 @@ def context_parallel(
         check_is_tensor(name, tensor)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         check_flag(name, flag)
-    for name, number in (("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        check_number(name, number)
-    terms = ring.Terms(is_causal, *check_window(window), scale, softcap)
+    scale = None if scale is None else as_number("scale", scale)
+    terms = ring.Terms(is_causal, *as_window(window), scale, as_number("softcap", softcap))
     if sharding.is_dtensor(query):
         if group is not None:
             raise ValueError("group is given with DTensors; it must be None, since their mesh has the groups")

@@ -9,7 +9,9 @@ from torch import Tensor
 from . import _simulation
 from ._arguments import Decode
 from ._checks.cache import capacity, check_decode, check_lengths, check_new_tokens, check_no_grad
-from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window, widened
+from ._checks.numbers import as_integer, as_number, as_window, check_flag
+from ._checks.sizes import is_known
+from ._checks.tensors import check_is_tensor, widened
 from ._ops import ops, sharding
 from ._ops.decode import autocast
 from .quantize import quantize_kv, store_in_place
@@ -129,9 +131,10 @@ def attention_with_kv_cache(
     sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         check_flag(name, flag)
-    for name, number in (("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        check_number(name, number)
-    left, right = check_window(window)
+    softcap, scale = as_number("softcap", softcap), None if scale is None else as_number("scale", scale)
+    left, right = as_window(window)
+    if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = as_integer("cache_seqlens", cache_seqlens)
     if (key is None) != (value is None):
         given, missing = ("value", "key") if key is None else ("key", "value")
         raise ValueError(f"{missing} is None, and {given} is given; both or none must be")
@@ -154,7 +157,7 @@ def attention_with_kv_cache(
         window_left=left,
         window_right=right,
         softcap=softcap,
-        num_splits=num_splits,
+        num_splits=as_integer("num_splits", num_splits),
     )
     check_decode(arguments, metal=_simulation.runs_kernels(query))
     new = 0
@@ -167,7 +170,7 @@ def attention_with_kv_cache(
 
     if not isinstance(lengths, Tensor):
         lengths = torch.full((query.shape[0],), lengths, dtype=torch.int32, device=query.device)
-    if key is not None and value is not None and new != 0:
+    if key is not None and value is not None and not is_known(new == 0):
         entries, slots = _places(lengths, new, arguments)
         for cache, scales, rows in ((key_cache, key_scale, key), (value_cache, value_scale, value)):
             if scales is not None:

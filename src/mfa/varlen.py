@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import _simulation
 from ._arguments import Varlen
-from ._checks.tensors import check_flag, check_is_tensor, check_number, check_window, widened
+from ._checks.numbers import as_integer, as_number, as_window, check_flag
+from ._checks.tensors import check_is_tensor, widened
 from ._checks.varlen import check_forward, check_starts
 from ._cpu import dropout
 from ._ops import ops, sharding
@@ -81,14 +82,15 @@ def attention_varlen(
 
     Sequence n has the query tokens cu_seqlens_q[n] ... cu_seqlens_q[n+1]-1, and the key tokens that cu_seqlens_k says;
     below, Lq and Lk are its lengths, and i and j count from its start. Either may be 0. Tokens behind the last sequence
-    belong to none: their out is 0, their lse -inf, their gradients 0. Nothing waits for a device.
+    belong to none: their out is 0, their lse -inf, their gradients 0. Nothing waits for a device, unless
+    max_seqlen is a tensor.
 
     Args:
         query: [Tq,Hq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
         key: [Tk,Hkv,D], of the same dtype and device; Hq is a multiple of Hkv, query head h uses key head h//(Hq/Hkv).
         value: [Tk,Hkv,Dv], of the same dtype and device; Dv <= 256.
         cu_seqlens_q, cu_seqlens_k: int32 [N+1], on the same device: 0, then where each sequence ends.
-        max_seqlen_q, max_seqlen_k: no sequence is longer.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. Integers, or tensors without dimensions, which are read.
         is_causal: query i sees key j iff j <= i+Lk-Lq: aligned to the lower right, other than in `mfa.attention`.
         scale: of the scores; None is 1/sqrt(D).
         window: (left, right): query i sees key j iff i+Lk-Lq-left <= j <= i+Lk-Lq+right. None is open; bounds may be
@@ -115,17 +117,17 @@ def attention_varlen(
     sharding.ready(query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         check_flag(name, flag)
-    for name, number in (("dropout_p", dropout_p), ("softcap", softcap), ("scale", 1.0 if scale is None else scale)):
-        check_number(name, number)
-    left, right = check_window(window)
+    dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
+    scale = None if scale is None else as_number("scale", scale)
+    left, right = as_window(window)
     arguments = Varlen(
         query=query,
         key=key,
         value=value,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=as_integer("max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=as_integer("max_seqlen_k", max_seqlen_k),
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         scale=1.0 if scale is None else scale,

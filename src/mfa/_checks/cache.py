@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .._arguments import Decode
-from .indices import check_index_tensor, check_integer, host_values
+from .indices import check_index_tensor, host_values
+from .numbers import as_integer
+from .sizes import equal, holds, is_known
 from .tensors import LARGEST_HEAD_DIM, check_features, check_is_tensor, check_tensors, dtype_name
 
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -37,12 +39,12 @@ def check_decode(arguments: Decode, *, metal: bool) -> None:
             raise ValueError(
                 f"key_cache has pages of {page} tokens; it must be a multiple of {PAGE_MULTIPLE}, and not 0"
             )
-    elif key_cache.shape[0] != batch:
+    elif not holds(key_cache.shape[0] == batch):
         raise ValueError(f"key_cache has batch size {key_cache.shape[0]}; it must be that of query, {batch}")
     _check_scales("key", arguments.key_scale, key_cache, query)
     _check_scales("value", arguments.value_scale, value_cache, query)
     check_features(arguments, ("B", batch), metal=metal)
-    check_integer("num_splits", arguments.num_splits)
+    as_integer("num_splits", arguments.num_splits)
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: Sequence[torch.dtype]) -> None:
@@ -61,10 +63,10 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: S
 def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
     heads, dim = query.shape[1], query.shape[3]
     key_heads = key_cache.shape[1]
-    if value_cache.shape[:3] != key_cache.shape[:3]:
+    if not equal(value_cache.shape[:3], key_cache.shape[:3]):
         shapes = list(value_cache.shape[:3]), list(key_cache.shape[:3])
         raise ValueError(f"value_cache has shape {shapes[0]} and Dv; it must begin with that of key_cache, {shapes[1]}")
-    if key_cache.shape[3] != dim:
+    if not holds(key_cache.shape[3] == dim):
         raise ValueError(f"key_cache has head dimension {key_cache.shape[3]}; it must have that of query, {dim}")
     if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
         raise ValueError(f"query has {heads} heads; it must have a multiple of those of key_cache, {key_heads}")
@@ -89,7 +91,7 @@ def _check_scales(side: str, scales: Tensor | None, cache: Tensor, query: Tensor
         dtype = dtype_name(cache.dtype)
         raise ValueError(f"{name} is None; it must have a scale for each token of the {dtype} {side}_cache")
     _check_tensor(name, scales, query, 3, (torch.float32,))
-    if scales.shape != cache.shape[:3]:
+    if not equal(scales.shape, cache.shape[:3]):
         raise ValueError(
             f"{name} has shape {list(scales.shape)}; it must have the first three sizes of {side}_cache, "
             f"{list(cache.shape[:3])}"
@@ -103,7 +105,7 @@ def check_new_tokens(arguments: Decode, key: Tensor, value: Tensor) -> None:
         _check_tensor(name, tensor, query, 4, (query.dtype,))
     for name, tensor, dim in (("key", key, key_cache.shape[3]), ("value", value, value_cache.shape[3])):
         shape = (query.shape[0], key_cache.shape[1], key.shape[2], dim)
-        if tensor.shape != shape:
+        if not equal(tensor.shape, shape):
             sizes = f"[B,Hkv,Lnew,D] = {list(shape)}"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {sizes}")
 
@@ -120,15 +122,14 @@ def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode)
         check_index_tensor(name, lengths, query, "[B]", (batch,))
         values = host_values(lengths)
     else:
-        check_integer(name, lengths)
-        values = [lengths] * batch
+        values = [as_integer(name, lengths)] * batch
     after = "" if new == 0 else f" and {new} new"
-    if new > slots:
+    if not holds(new <= slots):
         raise ValueError(f"key has length {new}; it must be at most the capacity of the cache, {slots}")
-    if new > 0 and query.shape[0] > 0 and key_cache.shape[0] == 0:
+    if is_known(key_cache.shape[0] == 0) and not (is_known(new == 0) or is_known(query.shape[0] == 0)):
         raise ValueError("key_cache has no pages; it must have some to append to")
     for entry, value in enumerate(values or ()):
-        if not 0 <= value <= slots - new:
+        if not (holds(value >= 0) and holds(value <= slots - new)):
             raise ValueError(
                 f"{name} has {value}{after} tokens at {entry}; they must be within 0 ... {slots}, the cache's capacity"
             )

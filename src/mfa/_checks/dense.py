@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _simulation
 from .._arguments import Dense
+from .sizes import holds, is_known
 from .tensors import (
     check_dropout,
     check_features,
@@ -50,7 +51,7 @@ def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
         raise TypeError(f"{name} has dtype {dtype_name(bias.dtype)}; it must be {listed(names)}")
     full = (*query.shape[:3], key.shape[2])
     sizes = zip(reversed(bias.shape), reversed(full), strict=False)
-    if bias.dim() > 4 or any(size not in (1, whole) for size, whole in sizes):
+    if bias.dim() > 4 or not all(is_known(size == 1) or holds(size == whole) for size, whole in sizes):
         raise ValueError(f"{name} has shape {shape_of(bias)}; it must broadcast to [B,Hq,Lq,Lk] = {list(full)}")
 
 
@@ -77,18 +78,23 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     """Views with 4 dimensions and one batch size; with heads that the op takes, or else left for it to refuse."""
     tensors = [tensor if tensor.dim() == 4 else tensor.unsqueeze(0) for tensor in (query, key, value)]
     batch = _common([tensor.shape[0] for tensor in tensors], "batch size {}; it must be 1 or that of {}, {}")
-    query, key, value = (tensor if tensor.shape[0] == batch else tensor.expand(batch, -1, -1, -1) for tensor in tensors)
+    query, key, value = (_expanded(tensor, 0, batch) for tensor in tensors)
     if not enable_gqa:
         what = "{} heads; it must have 1, or those of {}, {}, unless enable_gqa is True"
         heads = _common([tensor.shape[1] for tensor in (query, key, value)], what)
-        if query.shape[1] != heads:
-            query = query.expand(-1, heads, -1, -1)
-    if key.shape[1] != value.shape[1]:  # one of them has a single head
+        query = _expanded(query, 1, heads)
+    if not is_known(key.shape[1] == value.shape[1]):  # one of them has a single head
         key_heads = _common([1, key.shape[1], value.shape[1]], "{} heads; it must have 1, or those of {}, {}")
-        key, value = (
-            tensor if tensor.shape[1] == key_heads else tensor.expand(-1, key_heads, -1, -1) for tensor in (key, value)
-        )
+        key, value = _expanded(key, 1, key_heads), _expanded(value, 1, key_heads)
     return query, key, value
+
+
+def _expanded(tensor: Tensor, dim: int, size: int) -> Tensor:
+    if is_known(tensor.shape[dim] == size):
+        return tensor
+    sizes = [-1] * 4
+    sizes[dim] = size
+    return tensor.expand(sizes)
 
 
 def _common(sizes: list[int], what: str) -> int:
@@ -96,8 +102,8 @@ def _common(sizes: list[int], what: str) -> int:
     names = ("query", "key", "value")
     common, owner = 1, "query"
     for name, size in zip(names, sizes, strict=True):
-        if common == 1:
+        if is_known(common == 1):
             common, owner = size, name
-        elif size not in (1, common):
+        elif not (is_known(size == 1) or holds(size == common)):
             raise ValueError(f"{name} has " + what.format(size, owner, common))
     return common

@@ -3,15 +3,12 @@
 Shapes and dtypes are checked everywhere; contents only where the host can read them without waiting for a device.
 """
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor
 
 from .. import _torch
+from .sizes import holds
 from .tensors import check_is_tensor, dtype_name
-
-_INT32_MAX = 2**31 - 1
 
 
 def host_values(tensor: Tensor) -> list[int] | None:
@@ -24,21 +21,6 @@ def host_values(tensor: Tensor) -> list[int] | None:
     return values
 
 
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether `value` is an integer, maybe a symbolic one."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def check_integer(name: str, value: object, largest: int = _INT32_MAX) -> None:
-    """An integer within 0 ... `largest`."""
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} is a tensor; it must be an integer, since reading a tensor waits for its device")
-    if not is_count(value):
-        raise TypeError(f"{name} is {value!r}; it must be an integer")
-    if not 0 <= value <= largest:
-        raise ValueError(f"{name} is {value}; it must be within 0 ... {largest}")
-
-
 def check_index_tensor(name: str, tensor: object, query: Tensor, shape: str, sizes: tuple[int | None, ...]) -> None:
     """An int32 tensor on the query's device, of these sizes; None is any size. `shape` names them."""
     check_is_tensor(name, tensor)
@@ -47,7 +29,7 @@ def check_index_tensor(name: str, tensor: object, query: Tensor, shape: str, siz
         raise ValueError(f"{name} is on {tensor.device}; it must be on the device of query, {query.device}")
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be int32")
-    fits = tensor.dim() == len(sizes) and all(b is None or a == b for a, b in zip(tensor.shape, sizes, strict=False))
-    if not fits:
+    pairs = zip(tensor.shape, sizes, strict=False)
+    if tensor.dim() != len(sizes) or not all(size is None or holds(found == size) for found, size in pairs):
         known = "" if None in sizes else f" = {list(sizes)}"
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {shape}{known}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Backward, Decode, Dense, Varlen
+from .sizes import equal, holds
 
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,32 +53,6 @@ def listed(names: tuple[str, ...]) -> str:
 def check_is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be a tensor")
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; it must be True or False")
-
-
-def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
-
-
-def check_window(window: object) -> tuple[int | None, int | None]:
-    """A pair of bounds, each None (open) or an integer of 64 bits."""
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window is {window!r}; it must be a pair (left, right)")
-    for side in window:
-        if side is None:
-            continue
-        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-            raise TypeError(f"window is {tuple(window)!r}; its entries must be integers or None")
-        if not -(2**62) <= side <= 2**62:
-            raise ValueError(
-                f"window is {tuple(window)!r}; its entries must be within -2^62 ... 2^62, or None for open"
-            )
-    return window[0], window[1]
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, ranks: tuple[int, ...]) -> None:
@@ -123,13 +98,13 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Sizes of query [B,Hq,Lq,D], key [B,Hkv,Lk,D], value [B,Hkv,Lk,Dv]."""
     (batch, heads, _, dim), (_, key_heads, length, _) = query.shape, key.shape
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[0] != batch:
+        if not holds(tensor.shape[0] == batch):
             raise ValueError(f"{name} has batch size {tensor.shape[0]}; it must be that of query, {batch}")
-    if value.shape[1] != key_heads:
+    if not holds(value.shape[1] == key_heads):
         raise ValueError(f"value has {value.shape[1]} heads; it must have those of key, {key_heads}")
-    if value.shape[2] != length:
+    if not holds(value.shape[2] == length):
         raise ValueError(f"value has length {value.shape[2]}; it must have that of key, {length}")
-    if key.shape[3] != dim:
+    if not holds(key.shape[3] == dim):
         raise ValueError(f"key has head dimension {key.shape[3]}; it must have that of query, {dim}")
     if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
         raise ValueError(f"query has {heads} heads; it must have a multiple of those of key, {key_heads}")
@@ -158,10 +133,10 @@ def check_per_head(
     if tensor.dtype not in dtypes:
         names = listed(tuple(dict.fromkeys(map(dtype_name, dtypes))))
         raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
-    shape = tuple(tensor.shape)
-    if shape != (heads,) and (entries is None or shape != (entries[1], heads)):
+    shapes = [(heads,)] if entries is None else [(heads,), (entries[1], heads)]
+    if not any(equal(tensor.shape, shape) for shape in shapes):
         also = "" if entries is None else f" or [{entries[0]},Hq] = {[entries[1], heads]}"
-        raise ValueError(f"{name} has shape {list(shape)}; it must have shape [Hq] = [{heads}]{also}")
+        raise ValueError(f"{name} has shape {shape_of(tensor)}; it must have shape [Hq] = [{heads}]{also}")
 
 
 def check_features(arguments: Dense | Varlen | Decode, entries: tuple[str, int], *, metal: bool) -> None:
@@ -227,7 +202,7 @@ def check_results(
         tensor = getattr(backward, name)
         if tensor is None:
             continue
-        if tensor.shape != shape:
+        if not equal(tensor.shape, shape):
             raise ValueError(f"{name} has shape {shape_of(tensor)}; it must have shape {list(shape)}")
         if tensor.dtype != dtype:
             raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {dtype_name(dtype)}")

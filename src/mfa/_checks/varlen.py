@@ -3,7 +3,8 @@
 import itertools
 
 from .._arguments import Varlen
-from .indices import check_index_tensor, check_integer, host_values
+from .indices import check_index_tensor, host_values
+from .numbers import as_integer
 from .tensors import check_dropout, check_features, check_shapes, check_tensors
 
 
@@ -19,8 +20,8 @@ def check_forward(arguments: Varlen, *, metal: bool) -> None:
     if starts.shape[0] == 0:
         raise ValueError("cu_seqlens_q has shape [0]; it must have shape [N+1], starting with 0")
     check_index_tensor("cu_seqlens_k", arguments.cu_seqlens_k, query, "[N+1] of cu_seqlens_q", (starts.shape[0],))
-    check_integer("max_seqlen_q", arguments.max_seqlen_q)
-    check_integer("max_seqlen_k", arguments.max_seqlen_k)
+    as_integer("max_seqlen_q", arguments.max_seqlen_q)
+    as_integer("max_seqlen_k", arguments.max_seqlen_k)
     check_features(arguments, ("N", starts.shape[0] - 1), metal=metal)
     check_dropout(arguments)
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .._checks.sizes import is_known
+
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -61,7 +63,9 @@ def laid_out(out: Tensor, query: Tensor) -> Tensor:
 
 
 def is_transposed(query: Tensor) -> bool:
-    return query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2)
+    """Whether lengths come before heads in memory; a length that only a run can tell is taken to be more than 1."""
+    is_one = is_known(query.shape[1] <= 1) or is_known(query.shape[2] <= 1)
+    return not is_one and is_known(query.stride(1) < query.stride(2))
 
 
 def heads_are_batches(tensor: Tensor) -> bool:
