@@ -47,6 +47,25 @@ inline void scale_columns(thread Rows& rows, thread const Cache<T>& cache, int f
   }
 }
 
+// Whether a mask hides a block of keys from all of a tile's rows: then K and V are not read, as where a static cache is
+// longer than what lives in it. A lane looks at one key, and stops at a row that sees it, so that an open block costs
+// an element per key.
+template <typename T, int kRows, int kBlockKeys>
+inline bool is_hidden(constant AttentionParams& params, Scores<T> scores, int first_row, int row_count, int first_key,
+                      ushort lane_index) {
+  if (!has_bias) {
+    return false;
+  }
+  const int key = min(first_key + lane_index % kBlockKeys, scores.key_length - 1);
+  const bool is_shared = params.bias_heads == 1 && params.bias_rows == 1;
+  const int end = is_shared ? first_row + 1 : min(first_row + kRows, row_count);
+  bool hides = true;
+  for (int row = first_row; row < end && hides; ++row) {
+    hides = scores.of_member(params, row % params.group_size).hides(params, row / params.group_size, key);
+  }
+  return simd_all(hides);
+}
+
 template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(32)]] void decode(
     const device T* query [[buffer(kQuery)]], const device uchar* key [[buffer(kKey)]],
@@ -54,6 +73,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
     device float* lse [[buffer(kLse), function_constant(writes_lse)]],
     device float* partial_out [[buffer(kPartialOut), function_constant(is_split)]],
     device float* partial_lse [[buffer(kPartialLse), function_constant(is_split)]],
+    const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
     const device float* sinks [[buffer(kSinks), function_constant(has_sinks)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device int* key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],
@@ -85,7 +105,7 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
   // Q beside O takes more registers than a thread of M1 has at D 128 with two row tiles, and nearly all at D 256.
   constexpr Own kOwn = kRowTiles * kHeadDim > 192 ? reread : held;
   const OwnOperand<T, kOwn, kRowTiles, kHeadDim, PackedRows<T>> queries(packed, rows.lane);
-  const Rules<T> rules(params, sequence, nullptr, nullptr, alibi_slopes, nullptr, head);
+  const Rules<T> rules(params, sequence, bias, nullptr, alibi_slopes, nullptr, head);
   const Cache<T> keys(params, key, block_table, key_scale, params.key_strides, params.key_scale_strides, sequence.index,
                       key_head, sequence.key_length, head_dim);
   const Cache<T> values(params, value, block_table, value_scale, params.value_strides, params.value_scale_strides,
@@ -96,6 +116,9 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
   const int end = min(rows.view.end_block(kBlockKeys), (part + 1) * blocks);
   for (int block = begin; block < end; ++block) {
     const int first_key = block * kBlockKeys;
+    if (is_hidden<T, kRows, kBlockKeys>(params, rules.scores, first_row, row_count, first_key, lane_index)) {
+      continue;
+    }
     rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(keys, first_key));
     scale_columns(rows, keys, first_key, lane_index);
     rows.softmax(params, rules, first_key);

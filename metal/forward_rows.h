@@ -104,13 +104,15 @@ struct Forward {
   void modify_and_mask(constant AttentionParams& params, Scores<T> scores, int first_key) {
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
-      const int query = query_of(first_row + r * kFragment + lane.row);
+      const int packed_row = first_row + r * kFragment + lane.row;
+      const int query = query_of(packed_row);
+      const Scores<T> own = kPacked ? scores.of_member(params, packed_row % group) : scores;
       const Range keys = visible_keys(params, sequence, query);
       MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + n * kFragment + lane.column;
         float2 derivative;
-        const float2 x = scores.apply(params, score[r][n], int2(query), int2(key, key + 1), slope_log2[r], derivative);
+        const float2 x = own.apply(params, score[r][n], int2(query), int2(key, key + 1), slope_log2[r], derivative);
         score[r][n] = float2(keys.has(key) ? x.x : kMasked, keys.has(key + 1) ? x.y : kMasked);
       }
     }

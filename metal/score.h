@@ -22,6 +22,15 @@ struct Scores {
     }
   }
 
+  // Of a head further on.
+  Scores of_member(constant AttentionParams& params, int member) const {
+    Scores scores = *this;
+    if (has_bias) {
+      scores.bias += member * params.bias_strides[1] * bias_element_size<T>();
+    }
+    return scores;
+  }
+
   bool are_modified() const { return has_softcap || (has_bias && !ignores_bias) || has_alibi; }
 
   // Two neighbours: queries `query` and keys `key` of products `product`. `derivative` is d score / d (scale product).
@@ -44,6 +53,12 @@ struct Scores {
       x -= slope_log2 * float2(abs(q + (key_length - query_length) - k));
     }
     return x;
+  }
+
+  // Whether the bias hides the key; a NaN must be seen.
+  bool hides(constant AttentionParams& params, int query, int key) const {
+    const long index = query * params.bias_strides[2] + key * params.bias_strides[3];
+    return has_mask ? bias[index] == 0 : bias_value<T>(bias, index) <= kHidingBias;
   }
 
   float with_bias(constant AttentionParams& params, float x, int query, int key) const {

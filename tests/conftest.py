@@ -37,6 +37,7 @@ class Device:
     """Where tensors are, and what has to be active for the kernels to be meant."""
 
     name: str
+    family: str = "apple7"  # of the simulator
 
     @property
     def type(self) -> str:
@@ -50,7 +51,7 @@ class Device:
     def active(self, seed: int = 0) -> AbstractContextManager[object]:
         """Inside it, tensors of `type` are computed by the device. The simulator makes all of its checks."""
         if self.name == "simulator":
-            return mfa.simulate(checks=("races", "bounds", "uninitialised"), seed=seed)
+            return mfa.simulate(self.family, checks=("races", "bounds", "uninitialised"), seed=seed)
         return nullcontext()
 
 

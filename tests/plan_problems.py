@@ -100,6 +100,30 @@ def score_constants(problem: dict[str, Any], kernel: str) -> dict[str, bool]:
     }
 
 
+def packs(problem: dict[str, Any]) -> bool:
+    """Whether decode runs: it reads K and V no more often than forward would, and nothing wants what it doesn't do."""
+    if problem["dropout_p"] > 0:
+        return False
+    group = problem["query_heads"] // problem["key_heads"]
+    forward = native.plan(**problem | {"has_correction": True, "bias": "none"}).launches  # which only forward leaves
+    rows = [CATALOGUE[launch.kernel].rows for launch in forward]
+    return all(
+        tiles(problem["query_length"] * group, decode_rows(problem)) <= group * tiles(problem["query_length"], forward)
+        for forward in rows
+    )
+
+
+def decode_rows(problem: dict[str, Any]) -> int:
+    """Of a tile: the smallest that holds all of a group's rows, or the largest."""
+    rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
+    found = sorted(
+        row.rows
+        for row in CATALOGUE.values()
+        if (row.kind, row.dtype, (row.head_dim, row.value_dim)) == ("decode", problem["dtype"], bucket(problem))
+    )
+    return next((size for size in found if rows <= size), found[-1])
+
+
 def classifies(problem: dict[str, Any]) -> bool:
     """Whether mask_blocks runs: see tuning.def."""
     if problem["bias"] == "none" or problem["key_length"] < 128:

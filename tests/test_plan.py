@@ -18,7 +18,9 @@ from plan_problems import (
     aligned,
     bucket,
     classifies,
+    decode_rows,
     declared_constants,
+    packs,
     problems,
     score_constants,
     tiles,
@@ -54,7 +56,18 @@ def test_catalogue_rows_are_launchable() -> None:
 
 
 def attention_launch(plan: native.Plan, problem: dict[str, Any]) -> native.Launch:
-    """The launch of the forward kernel; checks the one of mask_blocks, where there is one."""
+    """The launch that computes scores; checks the one of mask_blocks or combine, where there is one."""
+    if packs(problem):
+        launch, *after = plan.launches
+        assert len(after) == (plan.params.splits > 1) == launch.constants["is_split"]
+        for combine in after:
+            assert CATALOGUE[combine.kernel].kind == "combine"
+            assert combine.constants["writes_lse"] == problem["wants_lse"]
+            rows = problem["batch"] * problem["query_heads"] * problem["query_length"]
+            assert combine.grid == (tiles(rows * tiles(problem["value_dim"], 8), 128), 1, 1)
+            assert plan.partial_lse_bytes == 4 * rows * plan.params.splits
+            assert plan.partial_out_bytes == plan.partial_lse_bytes * problem["value_dim"]
+        return launch
     *before, launch = plan.launches
     assert len(before) == classifies(problem)
     if before:
@@ -77,8 +90,17 @@ def test_every_row_is_covered_once_within_limits(problem: dict[str, Any]) -> Non
         return
     launch = attention_launch(plan, problem)
     row = CATALOGUE[launch.kernel]
-    assert row.kind == "forward"
-    assert launch.grid == (problem["query_heads"], tiles(problem["query_length"], row.rows), problem["batch"])
+    if packs(problem):
+        assert row.kind == "decode"
+        assert row.rows == decode_rows(problem)
+        rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
+        grid = (problem["key_heads"] * tiles(rows, row.rows), plan.params.splits, problem["batch"])
+        assert plan.params.splits * plan.params.split_keys >= problem["key_length"]
+        assert (plan.params.splits - 1) * plan.params.split_keys < max(1, problem["key_length"])
+    else:
+        assert row.kind == "forward"
+        grid = (problem["query_heads"], tiles(problem["query_length"], row.rows), problem["batch"])
+    assert launch.grid == grid
     assert launch.group == (row.threads, 1, 1)
     assert launch.threadgroup_memory == row.threadgroup_memory
 
@@ -109,11 +131,13 @@ def test_constants(problem: dict[str, Any]) -> None:
     if is_empty(problem):
         return
     launch = attention_launch(plan, problem)
+    is_split = plan.params.splits > 1
     used = score_constants(problem, launch.kernel) | {
-        "writes_lse": problem["wants_lse"],
+        "writes_lse": problem["wants_lse"] and not is_split,
+        "is_split": is_split,
         "is_aligned": aligned(problem, {name: problem[f"{name}_strides"] for name in TENSORS}),
         "has_sinks": problem["has_sinks"],
-        "has_mask_blocks": classifies(problem),
+        "has_mask_blocks": classifies(problem) and not packs(problem),
     }
     constants = dict(launch.constants)
     constants.pop("has_window")  # test_window_is_canonical

@@ -122,20 +122,12 @@ Operands operands_of(const Qkv& qkv, const Terms& terms, const Cache& cache) {
 std::tuple<Tensor, Tensor> decode(const Qkv& qkv, const Terms& terms) {
   const Cache cache = cache_of(qkv, terms);
   const Tensor& query = qkv.query;
-  const std::int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), value_dim = qkv.value.size(3);
   Operands operands = operands_of(qkv, terms, cache);
-  const Tensor out = allocate_rows(query, value_dim, query.scalar_type());
-  const Tensor lse = allocate(query, {batch, heads, rows}, ScalarType::Float);
+  operands.problem.cache = cache;
+  const Tensor out = allocate_rows(query, qkv.value.size(3), query.scalar_type());
+  const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   operands.write_results(out, lse);
-  const Plan plan = plan_decode(operands.problem, cache);
-  std::optional<Tensor> partial_lse, partial_out;
-  if (const std::int64_t parts = plan.params.splits; parts > 1) {
-    partial_lse = allocate(query, {parts, batch, heads, rows}, ScalarType::Float);
-    partial_out = allocate(query, {parts, batch, heads, rows, value_dim}, ScalarType::Float);
-    operands.write(kPartialLse, *partial_lse);
-    operands.write(kPartialOut, *partial_out);
-  }
-  operands.run(plan);
+  operands.run(plan_forward(operands.problem));
   return {out, lse};
 }
 

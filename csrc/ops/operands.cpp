@@ -146,6 +146,8 @@ void Operands::run(const Plan& plan) {
   allocate(kScoreGradient, plan.scratch_bytes);
   allocate(kMaskClasses, plan.mask_class_bytes);
   allocate(kTileMap, plan.tile_map_bytes);
+  allocate(kPartialOut, plan.partial_out_bytes);
+  allocate(kPartialLse, plan.partial_lse_bytes);
   // A tensor without elements has no address, but a kernel's argument must be bound: to any buffer, of which it may
   // touch nothing. There is one, since a kernel that runs writes something.
   for (const Buffer& buffer : arguments_) {

@@ -34,6 +34,15 @@ struct Bias {
 
 enum class Alibi { none, per_head, per_batch };  // slopes [Hq] or [B,Hq]
 
+// Where keys and values lie, if each batch entry has its own number of live ones: Problem's key_length is then the
+// capacity per entry, and where there are pages its key_strides[0] is that of a page.
+struct Cache {
+  enum class Format { same_dtype, int8, float8 } format = Format::same_dtype;
+  std::int64_t page_size = 0, pages = 0, pages_per_sequence = 0;  // 0: not paged
+  Strides key_scale_strides{}, value_scale_strides{};             // of a quantized cache
+  std::int64_t splits = 0;                                        // parts of the keys; 0: chosen by the plan
+};
+
 struct Problem {
   Family family = Family::apple7;
   DType dtype = DType::f16;
@@ -54,15 +63,7 @@ struct Problem {
   // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are
   // 0, and windows are relative to each sequence's own lower-right diagonal. 0: not packed.
   std::int64_t sequences = 0;
-};
-
-// Few queries over a cache. `problem` says the rest: key_length is the cache's capacity per batch entry, key_strides[0]
-// is that of a page where there are pages.
-struct Cache {
-  enum class Format { same_dtype, int8, float8 } format = Format::same_dtype;
-  std::int64_t page_size = 0, pages = 0, pages_per_sequence = 0;  // 0: not paged
-  Strides key_scale_strides{}, value_scale_strides{};             // of a quantized cache
-  std::int64_t splits = 0;                                        // parts of the keys; 0: chosen here
+  std::optional<Cache> cache;  // forward only
 };
 
 // seven_gemm: dQ, and dK with dV, each recompute P and dP. five_gemm: dQ comes from a dS that was written to scratch.
@@ -106,15 +107,15 @@ struct Plan {
   std::uint64_t scratch_bytes = 0;     // for Argument::kScoreGradient
   std::uint64_t tile_map_bytes = 0;    // for Argument::kTileMap
   std::uint64_t mask_class_bytes = 0;  // for Argument::kMaskClasses
+  std::uint64_t partial_out_bytes = 0, partial_lse_bytes = 0;  // for Argument::kPartialOut, kPartialLse
 };
 
-// Both throw std::invalid_argument for a problem that no kernel takes; ops/checks.cpp refuses those first. Where it
-// pays, a launch of mask_blocks comes first.
+// Both throw std::invalid_argument for a problem that no kernel takes; ops/checks.cpp refuses those first.
+// Few rows: decode, and combine where the keys are split. Else forward, after mask_blocks or tile_map where it needs
+// them. The problem alone decides, not the op that poses it.
 Plan plan_forward(const Problem& problem);
 // backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias, packed sequences' own
 // slopes. The gradient of the sinks needs backward_delta alone.
 Plan plan_backward(const Problem& problem, const Gradients& gradients);
-// decode, and combine where the keys are split.
-Plan plan_decode(const Problem& problem, const Cache& cache);
 
 }  // namespace mfa

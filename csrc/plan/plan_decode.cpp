@@ -1,3 +1,5 @@
+#include "plan/plan_decode.h"
+
 #include <algorithm>
 
 #include "plan/launches.h"
@@ -25,10 +27,24 @@ std::int64_t choose_splits(std::int64_t groups, std::int64_t rows, std::int64_t 
 
 }  // namespace
 
-Plan plan_decode(const Problem& problem, const Cache& cache) {
-  const Canonical start = canonical(problem);
+// Decode packs the queries of all heads that share a key head into tiles of rows, and cuts the keys into parts where
+// that fills a GPU: K and V are read once per tile. A forward kernel reads them once per query head and tile of
+// queries. Decode runs where it reads them no more often. Forward keeps packed sequences; dropout, which a model that
+// generates has not; and what leaves a correction for a backward pass. Only decode reads pages and 8 bits.
+bool packs_rows(const Problem& problem, const Canonical& start, const Instance& forward) {
+  const AttentionParams& params = start.params;
+  if (problem.sequences > 0 || problem.has_correction || params.dropout_threshold > 0) return false;
+  const Cache cache = problem.cache.value_or(Cache{});
+  if (cache.page_size > 0 || cache.format != Cache::Format::same_dtype || cache.splits > 0) return true;
+  const std::int64_t rows = problem.query_length * params.group_size;
+  return tiles(rows, choose_decode(problem, start.bucket, rows).rows) <=
+         params.group_size * tiles(problem.query_length, forward.rows);
+}
+
+Plan plan_decode(const Problem& problem, const Canonical& start) {
   Plan plan{.launches = {}, .params = start.params};
   AttentionParams& params = plan.params;
+  const Cache cache = problem.cache.value_or(Cache{});
   const std::int64_t rows = problem.query_length * params.group_size;
   const Instance& decode = choose_decode(problem, start.bucket, rows);
   const std::int64_t tiles_of_rows = tiles(rows, decode.rows);
@@ -51,10 +67,8 @@ Plan plan_decode(const Problem& problem, const Cache& cache) {
   add_launch(plan, decode,
              score_constants(problem, start, decode,
                              {{kWritesLse, problem.wants_lse && !is_split},
-                              // Lengths differ by batch entry, so a window may hide keys whatever the capacity is.
-                              {kHasWindow, problem.window_left || problem.window_right},
                               {kHasSinks, problem.has_sinks},
-                              {kHasKeyLengths, true},
+                              {kHasKeyLengths, problem.cache.has_value()},
                               {kIsPaged, cache.page_size > 0},
                               {kIsQuantized, cache.format != Cache::Format::same_dtype},
                               {kIsInt8, cache.format == Cache::Format::int8},
@@ -62,10 +76,12 @@ Plan plan_decode(const Problem& problem, const Cache& cache) {
              {problem.key_heads * tiles_of_rows, splits, problem.batch});
   if (is_split) {
     const Instance& combine = the_instance(Kind::combine, problem.dtype);
-    const std::int64_t octets =
-        problem.batch * problem.query_heads * problem.query_length * tiles(problem.value_dim, 8);
+    const std::int64_t all_rows = problem.batch * problem.query_heads * problem.query_length;
     add_launch(plan, combine, constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),
-               {tiles(octets, combine.threads()), 1, 1});
+               {tiles(all_rows * tiles(problem.value_dim, 8), combine.threads()), 1, 1});
+    const auto floats = static_cast<std::uint64_t>(splits * all_rows) * sizeof(float);
+    plan.partial_lse_bytes = floats;
+    plan.partial_out_bytes = floats * static_cast<std::uint64_t>(problem.value_dim);
   }
   return plan;
 }

@@ -1,4 +1,5 @@
 #include "plan/launches.h"
+#include "plan/plan_decode.h"
 #include "plan/tuning.h"
 
 namespace mfa {
@@ -7,6 +8,7 @@ Plan plan_forward(const Problem& problem) {
   const Canonical start = canonical(problem);
   const bool exact_head = problem.head_dim == start.bucket.head_dim && problem.value_dim == start.bucket.value_dim;
   const Instance& instance = *choose(Kind::forward, problem, start.bucket, start.aligned && exact_head);
+  if (packs_rows(problem, start, instance)) return plan_decode(problem, start);
   Plan plan{.launches = {}, .params = start.params};
   const bool has_classes = add_mask_blocks(plan, problem, start);
   add_tile_map(plan, problem, false, instance.rows);
@@ -15,7 +17,8 @@ Plan plan_forward(const Problem& problem) {
              score_constants(problem, start, instance,
                              {{kWritesLse, problem.wants_lse},
                               {kHasSinks, problem.has_sinks},
-                              {kHasMaskBlocks, has_classes},
+                              {kHasKeyLengths, problem.cache.has_value()},
+                             {kHasMaskBlocks, has_classes},
                               {kHasCorrection, problem.has_correction}}),
              {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
   return plan;

@@ -157,10 +157,10 @@ Plan backward_plan(const nb::kwargs& kwargs) {
 
 Plan decode_plan(const nb::kwargs& kwargs) {
   Fields fields(kwargs);
-  const Problem problem = take_problem(fields);
-  const Cache cache = take_cache(fields);
+  Problem problem = take_problem(fields);
+  problem.cache = take_cache(fields);
   fields.finish();
-  return plan_decode(problem, cache);
+  return plan_forward(problem);
 }
 
 nb::typed<nb::dict, nb::str, bool> constants(const Launch& launch) {
@@ -187,7 +187,7 @@ void bind_plan(nb::module_& m) {
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(group_size), FIELD(query_length), FIELD(key_length);
   FIELD(head_dim), FIELD(value_dim), FIELD(window_left), FIELD(window_right), FIELD(scale), FIELD(scale_log2);
   FIELD(softcap), FIELD(heavy_first), FIELD(dropout_threshold), FIELD(dropout_factor), FIELD(alibi_batch_stride);
-  FIELD(bias_batch), FIELD(bias_heads), FIELD(bias_rows), FIELD(bias_columns), FIELD(splits);
+  FIELD(bias_batch), FIELD(bias_heads), FIELD(bias_rows), FIELD(bias_columns), FIELD(splits), FIELD(split_keys);
 #undef FIELD
 #define STRIDES(field) params.def_prop_ro(#field, &tuple_of<AttentionParams, &AttentionParams::field>)
   STRIDES(bias_strides), STRIDES(query_strides), STRIDES(key_strides), STRIDES(value_strides), STRIDES(out_strides);
@@ -199,7 +199,9 @@ void bind_plan(nb::module_& m) {
       .def_ro("params", &Plan::params)
       .def_ro("scratch_bytes", &Plan::scratch_bytes)
       .def_ro("tile_map_bytes", &Plan::tile_map_bytes)
-      .def_ro("mask_class_bytes", &Plan::mask_class_bytes);
+      .def_ro("mask_class_bytes", &Plan::mask_class_bytes)
+      .def_ro("partial_out_bytes", &Plan::partial_out_bytes)
+      .def_ro("partial_lse_bytes", &Plan::partial_lse_bytes);
 
   m.def("plan", &plan, nb::sig("def plan(**problem: object) -> Plan"),
         "Of attention_forward. The fields of Problem in csrc/plan/plan.h, enumerators by name, the bias flattened: "

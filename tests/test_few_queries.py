@@ -1,0 +1,159 @@
+"""Few queries over many keys: one plan, whichever function poses the problem, and each key and value read once."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Device
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, LARGEST_PRODUCT, LAYOUTS, Problem
+from test_attention import check
+from torch import Tensor
+
+import mfa
+from mfa import sdpa
+from mfa.simulator import Launch
+
+pytestmark = pytest.mark.simulator
+GENERATIONS = ("apple7", "apple9")
+DIMS = (16, 40, 64, 65, 80, 96, 100, 128, 192, 256)
+
+
+@st.composite
+def few_queries(draw: st.DrawFn) -> Problem:
+    """Every feature; mostly so many keys that they are split."""
+
+    def mostly(usual: Any, *others: Any) -> Any:
+        return draw(st.sampled_from((usual,) * 3 + others))
+
+    key_heads, batch, group = mostly(1, 2), mostly(1, 2), draw(st.sampled_from((1, 2, 3, 4, 8)))
+    query_length = draw(st.sampled_from((1, 1, 2, 3, 4, 8, 13, 16)))
+    key_length = draw(st.integers(512, 640) | st.sampled_from((1, 33, 200, 512)))
+    pairs = batch * key_heads * group * query_length * key_length
+    dims = st.sampled_from([dim for dim in DIMS if dim == DIMS[0] or pairs * dim <= 4 * LARGEST_PRODUCT])
+    head_dim = draw(dims)
+    bound = st.none() | st.integers(-20, 700) | st.just(0)
+    kinds = st.tuples(st.sampled_from(("bool", "float32", "query")), st.tuples(*[st.booleans()] * 4))
+    return Problem(
+        dtype=draw(st.sampled_from(DTYPES)),
+        batch=batch,
+        key_heads=key_heads,
+        group=group,
+        query_length=query_length,
+        key_length=key_length,
+        head_dim=head_dim,
+        value_dim=draw(st.just(head_dim) | dims),
+        layouts=(mostly(*LAYOUTS), mostly(*LAYOUTS), mostly(*LAYOUTS)),
+        window=draw(st.just((None, None)) | st.tuples(bound, bound)),
+        is_causal=mostly(False, True),
+        scale=mostly(None, 0.0, -1 / math.sqrt(head_dim)),
+        softcap=mostly(0.0, 30.0),
+        bias=draw(st.none() | kinds),
+        has_sinks=mostly(False, True),
+        alibi=mostly(None, "heads", "batches"),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.parametrize("family", GENERATIONS)
+@pytest.mark.parametrize("shard", range(8))
+def test_random_problems(family: str, shard: int) -> None:
+    @seed(shard)
+    @settings(max_examples=30)
+    @given(few_queries())
+    def holds(problem: Problem) -> None:
+        check(problem, Device("simulator", family))
+
+    holds()
+
+
+def inputs(
+    heads: int, key_heads: int, rows: int, keys: int, dim: int, dtype: torch.dtype = torch.float16, batch: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, heads, rows, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, dim)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return query, key, value
+
+
+def launches(call: Callable[..., Tensor], *tensors: Tensor, **terms: Any) -> tuple[Tensor, list[Launch]]:
+    with mfa.simulate("apple9") as simulation:
+        return call(*tensors, **terms), simulation.launches
+
+
+def routed(*tensors: Tensor, **terms: Any) -> Tensor:
+    with sdpa.enabled():
+        return torch.nn.functional.scaled_dot_product_attention(*tensors, **terms)
+
+
+@pytest.mark.parametrize("family", GENERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "rows", "keys"),
+    [(8, 2, 1, 600), (8, 2, 1, 40), (4, 4, 3, 530), (8, 1, 2, 513), (2, 2, 16, 600), (2, 2, 70, 600), (4, 1, 40, 65)],
+)
+def test_the_same_problem_is_the_same_launches(
+    family: str, dtype: torch.dtype, heads: int, key_heads: int, rows: int, keys: int
+) -> None:
+    tensors = inputs(heads, key_heads, rows, keys, 64, dtype)
+    found = [
+        launches(mfa.attention, *tensors, enable_gqa=True),
+        launches(routed, *tensors, enable_gqa=True),
+        launches(mfa.attention_with_kv_cache, *tensors, cache_seqlens=keys, is_causal=False),
+    ]
+    (first, kernels), *others = found
+    assert kernels[0].kernel.startswith("decode" if rows <= 16 else "forward")
+    assert [launch.kernel.split("_")[0] for launch in kernels[1:]] == ["combine"] * (keys >= 512 and rows <= 16)
+    for out, same in others:
+        assert [(one.kernel, one.grid, one.group) for one in same] == [(x.kernel, x.grid, x.group) for x in kernels]
+        assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 600), (2, 1, 1, 600), (2, 1, 3, 600), (2, 8, 3, 600)])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float16, torch.float32])
+def test_a_mask_takes_no_copy_and_no_launch(shape: tuple[int, ...], kind: torch.dtype) -> None:
+    query, key, value = inputs(8, 2, 3, 600, 64, batch=2)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.8
+    if kind != torch.bool:
+        mask = torch.zeros(shape, dtype=kind).masked_fill(~mask, -math.inf)
+    _, kernels = launches(routed, query, key, value, attn_mask=mask, enable_gqa=True)
+    assert [launch.kernel.split("_")[0] for launch in kernels] == ["decode", "combine"]
+    read = sum(launch.counters.device_read_bytes for launch in kernels)
+    of_mask = 2 * 2 * 16 * 600 * mask.element_size()  # of each batch entry and key head, for a tile of 16 rows
+    assert read <= 1.15 * 2 * key.nbytes + 1.15 * of_mask
+
+
+def test_what_a_static_cache_has_no_tokens_for_is_not_read() -> None:
+    query, key, value = inputs(8, 2, 1, 2048, 64)
+    live = torch.arange(2048) < 256
+    _, kernels = launches(routed, query, key, value, attn_mask=live[None, None, None], enable_gqa=True)
+    read = sum(launch.counters.device_read_bytes for launch in kernels)
+    assert read <= 1.5 * 2 * key.nbytes * 256 / 2048
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(torch.float16, "forward"), (torch.bfloat16, "forward"), (torch.float32, "decode")]
+)
+def test_training_runs_forward_where_that_leaves_a_correction(dtype: torch.dtype, kernel: str) -> None:
+    query, key, value = inputs(2, 2, 4, 100, 64, dtype)
+    out, kernels = launches(mfa.attention, query.requires_grad_(), key, value)
+    assert kernels[0].kernel.startswith(kernel)
+    assert out.requires_grad
+
+
+def test_dropout_runs_forward() -> None:
+    _, kernels = launches(mfa.attention, *inputs(2, 2, 4, 100, 64), dropout_p=0.5)
+    assert [launch.kernel.split("_")[0] for launch in kernels] == ["forward"]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("heads", "key_heads", "rows"), [(32, 8, 1), (8, 8, 1), (8, 1, 1), (8, 8, 4), (4, 1, 2)])
+def test_each_key_and_value_is_read_once(heads: int, key_heads: int, rows: int, dim: int) -> None:
+    tensors = inputs(heads, key_heads, rows, 2048, dim)
+    cache = 2 * tensors[1].nbytes
+    _, (decode, combine) = launches(mfa.attention, *tensors, enable_gqa=True, window=(None, 0))
+    assert decode.counters.device_read_bytes <= 1.15 * cache
+    assert decode.counters.device_write_bytes + combine.counters.device_read_bytes <= 0.5 * cache
