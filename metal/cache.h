@@ -52,6 +52,52 @@ struct Cache {
 
   const device uchar* row(int key) const { return base + offset(key, page_stride, row_stride) * element_size(); }
   float scale(int key) const { return key < length ? scales[offset(key, scale_page_stride, scale_row_stride)] : 0; }
+
+  // Four values from d on of a row, without their scale; zeros where the dimension ends, or the row isn't valid.
+  static vec<T, 4> quad(const device uchar* row, bool is_valid, int d, int dim) {
+    if (is_aligned && is_valid && d + 4 <= dim) {
+      return wide_quad(row, d);
+    }
+    vec<T, 4> x;
+    MFA_UNROLL
+    for (short e = 0; e < 4; ++e) {
+      x[e] = is_valid && d + e < dim ? element(row, d + e) : T(0);
+    }
+    return x;
+  }
+
+  static vec<T, 4> wide_quad(const device uchar* row, int d) {
+    if (!is_quantized) {
+      return load_quad((const device T*)row + d);
+    }
+    MFA_COUNT_FRAGMENT_LOAD();
+    if (is_int8) {
+      return vec<T, 4>(float4(*(const device char4*)(row + d)));  // bfloat has no constructor from integers
+    }
+    const uchar4 x = *(const device uchar4*)(row + d);
+    return vec<T, 4>(T(float8_value(x.x)), T(float8_value(x.y)), T(float8_value(x.z)), T(float8_value(x.w)));
+  }
+
+  static T element(const device uchar* row, int d) {
+    if (is_quantized) {
+      return is_int8 ? T(((const device char*)row)[d]) : T(float8_value(row[d]));
+    }
+    return ((const device T*)row)[d];
+  }
+};
+
+// Those of K and V.
+template <typename T>
+struct Caches {
+  Cache<T> keys, values;
+
+  Caches(constant AttentionParams& params, const device uchar* key, const device uchar* value,
+         constant int* block_table, const device float* key_scale, const device float* value_scale, Sequence sequence,
+         int head, int head_dim, int value_dim)
+      : keys(params, key, block_table, key_scale, params.key_strides, params.key_scale_strides, sequence.index, head,
+             sequence.key_length, head_dim),
+        values(params, value, block_table, value_scale, params.value_strides, params.value_scale_strides,
+               sequence.index, head, sequence.key_length, value_dim) {}
 };
 
 // A block of keys. Page sizes are multiples of eight, so that a tile lies in one page, which is looked up once.
@@ -69,19 +115,8 @@ struct CacheRows {
     }
   }
 
-  // Without their scale; zeros where the keys or the dimension end.
   vec<T, 4> quad(short tile, short row, short d) const {
-    const device uchar* source = tiles[tile] + row * row_bytes;
-    const bool is_valid = tile * kFragment + row < valid;
-    if (is_aligned && is_valid && d + 4 <= dim) {
-      return wide_quad(source, d);
-    }
-    vec<T, 4> x;
-    MFA_UNROLL
-    for (short e = 0; e < 4; ++e) {
-      x[e] = is_valid && d + e < dim ? element(source, d + e) : T(0);
-    }
-    return x;
+    return Cache<T>::quad(tiles[tile] + row * row_bytes, tile * kFragment + row < valid, d, dim);
   }
 
   vec<T, 2> pair(short tile, short row, short d) const { return pair_of_quad(quad(tile, row, d & ~3), d); }
@@ -92,25 +127,28 @@ struct CacheRows {
     }
     return {quad(tile, row, d), quad(tile, row, d + 4)};
   }
-
-  vec<T, 4> wide_quad(const device uchar* source, int d) const {
-    if (!is_quantized) {
-      return load_quad((const device T*)source + d);
-    }
-    MFA_COUNT_FRAGMENT_LOAD();
-    if (is_int8) {
-      return vec<T, 4>(float4(*(const device char4*)(source + d)));  // bfloat has no constructor from integers
-    }
-    const uchar4 x = *(const device uchar4*)(source + d);
-    return vec<T, 4>(T(float8_value(x.x)), T(float8_value(x.y)), T(float8_value(x.z)), T(float8_value(x.w)));
-  }
-
-  T element(const device uchar* source, int d) const {
-    if (is_quantized) {
-      return is_int8 ? T(((const device char*)source)[d]) : T(float8_value(source[d]));
-    }
-    return ((const device T*)source)[d];
-  }
 };
+
+// As stage_rows, of the keys from `first_key` on.
+template <typename T, int kRows, int kDim, Loads kLoads, int kThreads>
+inline void stage_cache(threadgroup T* tile, thread const Cache<T>& cache, int first_key, ushort thread_index) {
+  constexpr int kChunk = 16 / sizeof(T);
+  constexpr int kChunksPerRow = kDim / kChunk;
+  for (int chunk = thread_index; chunk < kRows * kChunksPerRow; chunk += kThreads) {
+    const int row = chunk / kChunksPerRow;
+    const int d = chunk % kChunksPerRow * kChunk;
+    const bool is_valid = first_key + row < cache.length;
+    const device uchar* source = is_valid ? cache.row(first_key + row) : cache.base;
+    threadgroup T* target = tile + row * StagedRows<T, kDim, kLoads>::kStride + d;
+    if (!is_quantized && is_aligned && is_valid && d + kChunk <= cache.dim) {
+      *(threadgroup uint4*)target = *(const device uint4*)((const device T*)source + d);
+      continue;
+    }
+    MFA_UNROLL
+    for (short e = 0; e < kChunk; e += 4) {
+      *(threadgroup vec<T, 4>*)(target + e) = Cache<T>::quad(source, is_valid, d + e, cache.dim);
+    }
+  }
+}
 
 }  // namespace mfa

@@ -1,7 +1,6 @@
-// Attention of few queries over a long cache. One SIMD-group per (key head and row tile, part of the keys, batch
-// entry): its rows are the queries of all heads of the group (PackGQA), so that each K and V is read once, and comes
-// straight from device memory into fragments. A part's result goes to scratch, where combine merges the parts in a
-// fixed order.
+// Attention of few queries over many keys. The rows of a threadgroup are the queries of all heads of a group (PackGQA),
+// so that each K and V is read once for all of them; it works on a part of the keys. A part's result goes to scratch,
+// where combine merges the parts in a fixed order. Grid: key heads and row tiles, parts, batch.
 //
 //   for each key block of this part that a row sees:
 //     S = Q K' (times the keys' scales), P = softmax step, O += P (times the values' scales) V
@@ -29,114 +28,105 @@ struct PackedRows {
   }
 };
 
-// Of a quantized cache: S takes the scale of its key, and P, after it was summed, that of its value.
-template <typename T, typename Rows>
-inline void scale_columns(thread Rows& rows, thread const Cache<T>& cache, int first_key, ushort lane_index) {
-  if (is_quantized) {
-    // Each lane reads one scale, and all lanes share them.
-    const float own = lane_index < Rows::kKeyTiles * kFragment ? cache.scale(first_key + lane_index) : 0;
+#define DECODE_ARGUMENTS                                                                                     \
+  const device T *query [[buffer(kQuery)]], const device uchar *key [[buffer(kKey)]],                        \
+      const device uchar *value [[buffer(kValue)]], device T *out [[buffer(kOut)]],                          \
+      device float *lse [[buffer(kLse), function_constant(writes_lse)]],                                     \
+      device float *partial_out [[buffer(kPartialOut), function_constant(is_split)]],                        \
+      device float *partial_lse [[buffer(kPartialLse), function_constant(is_split)]],                        \
+      const device uchar *bias [[buffer(kBias), function_constant(has_bias)]],                               \
+      const device float *sinks [[buffer(kSinks), function_constant(has_sinks)]],                            \
+      const device float *alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],               \
+      const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],             \
+      constant int *block_table [[buffer(kBlockTable), function_constant(is_paged)]],                        \
+      const device float *key_scale [[buffer(kKeyScale), function_constant(is_quantized)]],                  \
+      const device float *value_scale [[buffer(kValueScale), function_constant(is_quantized)]],              \
+      constant AttentionParams &params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]], \
+      ushort lane_index [[thread_index_in_simdgroup]]
+
+// Where a threadgroup works.
+struct DecodeTile {
+  Sequence sequence;
+  int key_head, head;        // and the group's first query head
+  int first_row, row_count;  // of a group's rows
+  int part;
+
+  DecodeTile(constant AttentionParams& params, const device int* key_lengths, uint3 position, int rows)
+      : sequence(Layout{nullptr, nullptr, nullptr, key_lengths}.sequence(params, position.z)),
+        key_head(position.x % params.key_heads),
+        head(key_head * params.group_size),
+        first_row(position.x / params.key_heads * rows),
+        row_count(sequence.query_length * params.group_size),
+        part(position.y) {}
+
+  template <typename T>
+  PackedRows<T> queries(constant AttentionParams& params, const device T* query, int row, int dim) const {
+    return {query + sequence.index * params.query_strides[0] + head * params.query_strides[1],
+            long(params.query_strides[1]),
+            long(params.query_strides[2]),
+            row,
+            row_count,
+            params.group_size,
+            dim};
+  }
+
+  // Of the blocks of keys that a view has, those of this part.
+  Range blocks(constant AttentionParams& params, View view, int block_keys) const {
+    const int count = params.split_keys / block_keys;
+    return {max(view.first_block(block_keys), part * count), min(view.end_block(block_keys), (part + 1) * count) - 1};
+  }
+};
+
+// Of a quantized cache: S takes the scale of its key, and P, after it was summed, that of its value. Each lane has the
+// scale of one key of the block, and all lanes share them.
+template <typename Rows>
+inline void scale_columns(thread Rows& rows, float own) {
+  MFA_UNROLL
+  for (short n = 0; n < Rows::kKeyTiles; ++n) {
+    const ushort column = n * kFragment + rows.lane.column;
+    const float2 scale = float2(simd_shuffle(own, column), simd_shuffle(own, column + 1));
     MFA_UNROLL
-    for (short n = 0; n < Rows::kKeyTiles; ++n) {
-      const ushort column = n * kFragment + rows.lane.column;
-      const float2 scale = float2(simd_shuffle(own, column), simd_shuffle(own, column + 1));
-      MFA_UNROLL
-      for (short r = 0; r < Rows::kTiles; ++r) {
-        rows.score[r][n] *= scale;
-      }
+    for (short r = 0; r < Rows::kTiles; ++r) {
+      rows.score[r][n] *= scale;
     }
   }
 }
 
-// Whether a mask hides a block of keys from all of a tile's rows: then K and V are not read, as where a static cache is
+// Whether a mask hides a block of keys from all rows of a tile: then K and V are not read, as where a static cache is
 // longer than what lives in it. A lane looks at one key, and stops at a row that sees it, so that an open block costs
 // an element per key.
 template <typename T, int kRows, int kBlockKeys>
-inline bool is_hidden(constant AttentionParams& params, Scores<T> scores, int first_row, int row_count, int first_key,
+inline bool is_hidden(constant AttentionParams& params, Scores<T> scores, DecodeTile tile, int first_key,
                       ushort lane_index) {
   if (!has_bias) {
     return false;
   }
   const int key = min(first_key + lane_index % kBlockKeys, scores.key_length - 1);
   const bool is_shared = params.bias_heads == 1 && params.bias_rows == 1;
-  const int end = is_shared ? first_row + 1 : min(first_row + kRows, row_count);
+  const int end = is_shared ? tile.first_row + 1 : min(tile.first_row + kRows, tile.row_count);
   bool hides = true;
-  for (int row = first_row; row < end && hides; ++row) {
+  for (int row = tile.first_row; row < end && hides; ++row) {
     hides = scores.of_member(params, row % params.group_size).hides(params, row / params.group_size, key);
   }
   return simd_all(hides);
 }
 
-template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys>
-[[kernel, max_total_threads_per_threadgroup(32)]] void decode(
-    const device T* query [[buffer(kQuery)]], const device uchar* key [[buffer(kKey)]],
-    const device uchar* value [[buffer(kValue)]], device T* out [[buffer(kOut)]],
-    device float* lse [[buffer(kLse), function_constant(writes_lse)]],
-    device float* partial_out [[buffer(kPartialOut), function_constant(is_split)]],
-    device float* partial_lse [[buffer(kPartialLse), function_constant(is_split)]],
-    const device uchar* bias [[buffer(kBias), function_constant(has_bias)]],
-    const device float* sinks [[buffer(kSinks), function_constant(has_sinks)]],
-    const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
-    const device int* key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],
-    constant int* block_table [[buffer(kBlockTable), function_constant(is_paged)]],
-    const device float* key_scale [[buffer(kKeyScale), function_constant(is_quantized)]],
-    const device float* value_scale [[buffer(kValueScale), function_constant(is_quantized)]],
-    constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
-    ushort lane_index [[thread_index_in_simdgroup]]) {
-  constexpr int kRows = kRowTiles * kFragment;
-  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, true> Rows;
-  const int key_head = position.x % params.key_heads;
-  const int first_row = position.x / params.key_heads * kRows;
-  const int part = position.y;
-  const Sequence sequence = Layout{nullptr, nullptr, nullptr, key_lengths}.sequence(params, position.z);
-  const int head = key_head * params.group_size;
-  const int row_count = sequence.query_length * params.group_size;
-  const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
+// O / l and m + log l.
+template <int kValueDim, typename T, typename Rows>
+inline void store_packed(constant AttentionParams& params, thread Rows& rows, DecodeTile tile, device T* out,
+                         device float* lse, device float* partial_out, device float* partial_lse) {
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
-
-  // A sink belongs to one part only.
-  Rows rows(params, sequence, first_row, sinks, alibi_slopes, head, part == 0, lane_index);
-  const PackedRows<T> packed = {query + sequence.index * params.query_strides[0] + head * params.query_strides[1],
-                                long(params.query_strides[1]),
-                                long(params.query_strides[2]),
-                                first_row,
-                                row_count,
-                                params.group_size,
-                                head_dim};
-  // Q beside O takes more registers than a thread of M1 has at D 128 with two row tiles, and nearly all at D 256.
-  constexpr Own kOwn = kRowTiles * kHeadDim > 192 ? reread : held;
-  const OwnOperand<T, kOwn, kRowTiles, kHeadDim, PackedRows<T>> queries(packed, rows.lane);
-  const Rules<T> rules(params, sequence, bias, nullptr, alibi_slopes, nullptr, head);
-  const Cache<T> keys(params, key, block_table, key_scale, params.key_strides, params.key_scale_strides, sequence.index,
-                      key_head, sequence.key_length, head_dim);
-  const Cache<T> values(params, value, block_table, value_scale, params.value_strides, params.value_scale_strides,
-                        sequence.index, key_head, sequence.key_length, value_dim);
-
-  const int blocks = params.split_keys / kBlockKeys;
-  const int begin = max(rows.view.first_block(kBlockKeys), part * blocks);
-  const int end = min(rows.view.end_block(kBlockKeys), (part + 1) * blocks);
-  for (int block = begin; block < end; ++block) {
-    const int first_key = block * kBlockKeys;
-    if (is_hidden<T, kRows, kBlockKeys>(params, rules.scores, first_row, row_count, first_key, lane_index)) {
-      continue;
-    }
-    rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(keys, first_key));
-    scale_columns(rows, keys, first_key, lane_index);
-    rows.softmax(params, rules, first_key);
-    scale_columns(rows, values, first_key, lane_index);
-    rows.add_values(CacheRows<T, Rows::kKeyTiles>(values, first_key));
-  }
-
   MFA_UNROLL
-  for (short r = 0; r < kRowTiles; ++r) {
-    const int row = first_row + r * kFragment + rows.lane.row;
+  for (short r = 0; r < Rows::kTiles; ++r) {
+    const int row = rows.first_row + r * kFragment + rows.lane.row;
     const float sum = row_sum(rows.row[r].sum);
     const float inverse = sum == 0 ? 0 : 1 / sum;
-    if (row < row_count) {
-      const int query_head = head + row % params.group_size;
+    if (row < tile.row_count) {
+      const int query_head = tile.head + row % params.group_size;
       const long index =
-          (long(sequence.index) * params.query_heads + query_head) * params.query_length + row / params.group_size;
-      const long partial_index = index + long(part) * params.batch * params.query_heads * params.query_length;
-      device T* target = out + (sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
+          (long(tile.sequence.index) * params.query_heads + query_head) * params.query_length + row / params.group_size;
+      const long partial_index = index + long(tile.part) * params.batch * params.query_heads * params.query_length;
+      device T* target = out + (tile.sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
                                 row / params.group_size * params.out_strides[2]);
       MFA_UNROLL
       for (short s = 0; s < sets_of(kValueDim); ++s) {
@@ -159,10 +149,108 @@ template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys
   }
 }
 
-#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                                                    \
-  template                                                                                                           \
-      [[host_name("decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles                                    \
-                  "_k" #block_keys)]] [[kernel]] decltype(decode<dtype, head_dim, value_dim, row_tiles, block_keys>) \
-          decode<dtype, head_dim, value_dim, row_tiles, block_keys>;
+// One SIMD-group: fragments come straight from device memory.
+template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(32)]] void decode_direct(DECODE_ARGUMENTS) {
+  static_assert(kSimdgroups == 1, "SIMD-groups share K and V in threadgroup memory only");
+  constexpr int kRows = kRowTiles * kFragment;
+  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, true> Rows;
+  const DecodeTile tile(params, key_lengths, position, kRows);
+  // A sink belongs to one part only.
+  Rows rows(params, tile.sequence, tile.first_row, sinks, alibi_slopes, tile.head, tile.part == 0, lane_index);
+  // Q beside O takes nearly all registers that a thread of M1 has at D 256.
+  constexpr Own kOwn = kRowTiles * kHeadDim > 192 ? reread : held;
+  const OwnOperand<T, kOwn, kRowTiles, kHeadDim, PackedRows<T>> queries(
+      tile.queries(params, query, tile.first_row, is_exact_head ? kHeadDim : params.head_dim), rows.lane);
+  const Rules<T> rules(params, tile.sequence, bias, nullptr, alibi_slopes, nullptr, tile.head);
+  const Caches<T> cache(params, key, value, block_table, key_scale, value_scale, tile.sequence, tile.key_head,
+                        is_exact_head ? kHeadDim : params.head_dim, is_exact_head ? kValueDim : params.value_dim);
+
+  const Range blocks = tile.blocks(params, rows.view, kBlockKeys);
+  for (int block = blocks.first; block <= blocks.last; ++block) {
+    const int first_key = block * kBlockKeys;
+    if (is_hidden<T, kRows, kBlockKeys>(params, rules.scores, tile, first_key, lane_index)) {
+      continue;
+    }
+    rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(cache.keys, first_key));
+    if (is_quantized) {
+      scale_columns(rows, lane_index < kBlockKeys ? cache.keys.scale(first_key + lane_index) : 0);
+    }
+    rows.softmax(params, rules, first_key);
+    if (is_quantized) {
+      scale_columns(rows, lane_index < kBlockKeys ? cache.values.scale(first_key + lane_index) : 0);
+    }
+    rows.add_values(CacheRows<T, Rows::kKeyTiles>(cache.values, first_key));
+  }
+  store_packed<kValueDim>(params, rows, tile, out, lse, partial_out, partial_lse);
+}
+
+// K and V go through threadgroup memory, which the SIMD-groups share. They are of the query's dtype there.
+template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void decode_staged(DECODE_ARGUMENTS,
+                                                                                   ushort simdgroup
+                                                                                   [[simdgroup_index_in_threadgroup]],
+                                                                                   ushort thread_index
+                                                                                   [[thread_index_in_threadgroup]]) {
+  constexpr int kRows = kRowTiles * kFragment;
+  constexpr int kThreads = kSimdgroups * 32;
+  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, true> Rows;
+  typedef StagedRows<T, kHeadDim, quads> Keys;
+  typedef StagedRows<T, kValueDim, octets> Values;
+  threadgroup uint4 memory[decode_threadgroup_bytes(staged, kHeadDim, kValueDim, kBlockKeys, sizeof(T)) / 16];
+  threadgroup T* keys = (threadgroup T*)memory;
+  threadgroup T* values = keys + kBlockKeys * Keys::kStride;
+  threadgroup float* scales = (threadgroup float*)(values + kBlockKeys * Values::kStride);  // of keys, then of values
+
+  const DecodeTile tile(params, key_lengths, position, kSimdgroups * kRows);
+  Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, tile.part == 0,
+            lane_index);
+  const OwnOperand<T, held, kRowTiles, kHeadDim, PackedRows<T>> queries(
+      tile.queries(params, query, rows.first_row, is_exact_head ? kHeadDim : params.head_dim), rows.lane);
+  const Rules<T> rules(params, tile.sequence, bias, nullptr, alibi_slopes, nullptr, tile.head);
+  const Caches<T> cache(params, key, value, block_table, key_scale, value_scale, tile.sequence, tile.key_head,
+                        is_exact_head ? kHeadDim : params.head_dim, is_exact_head ? kValueDim : params.value_dim);
+
+  const View view = view_of_queries(params, tile.sequence, rows.query_of(tile.first_row),
+                                    rows.query_of(tile.first_row + kSimdgroups * kRows - 1) + 1);
+  const Range blocks = tile.blocks(params, view, kBlockKeys);
+  bool is_first = true;
+  for (int block = blocks.first; block <= blocks.last; ++block) {
+    const int first_key = block * kBlockKeys;
+    // All SIMD-groups look at the same elements: what they find must not differ, since barriers follow.
+    if (is_hidden<T, kSimdgroups * kRows, kBlockKeys>(params, rules.scores, tile, first_key, lane_index)) {
+      continue;
+    }
+    if (!is_first) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    is_first = false;
+    stage_cache<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, cache.keys, first_key, thread_index);
+    stage_cache<T, kBlockKeys, kValueDim, octets, kThreads>(values, cache.values, first_key, thread_index);
+    if (is_quantized && thread_index < 2 * kBlockKeys) {
+      scales[thread_index] = thread_index < kBlockKeys ? cache.keys.scale(first_key + thread_index)
+                                                       : cache.values.scale(first_key + thread_index - kBlockKeys);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (rows.view.sees(first_key, kBlockKeys)) {
+      rows.multiply_keys(queries.operand, Keys{keys});
+      if (is_quantized) {
+        scale_columns(rows, scales[lane_index % kBlockKeys]);
+      }
+      rows.softmax(params, rules, first_key);
+      if (is_quantized) {
+        scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
+      }
+      rows.add_values(Values{values});
+    }
+  }
+  store_packed<kValueDim>(params, rows, tile, out, lse, partial_out, partial_lse);
+}
+
+#define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \
+  template [[host_name("decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles \
+                       "_k" #block_keys)]] [[kernel]]                                                             \
+  decltype(decode_##path<dtype, head_dim, value_dim, simdgroups, row_tiles, block_keys>)                          \
+      decode_##path<dtype, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
 
 }  // namespace mfa

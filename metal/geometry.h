@@ -36,6 +36,13 @@ constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, 
                                                      padded_row_bytes(value_dim, element_size, octets));
 }
 
+// K and V of a block of keys, and their scales.
+constexpr int decode_threadgroup_bytes(Path path, int head_dim, int value_dim, int block_keys, int element_size) {
+  return path == direct ? 0
+                        : block_keys * (padded_row_bytes(head_dim, element_size, quads) +
+                                        padded_row_bytes(value_dim, element_size, octets) + 2 * int(sizeof(float)));
+}
+
 // K and V of a block of keys.
 constexpr int backward_dq_threadgroup_bytes(int head_dim, int value_dim, int block_keys, int element_size) {
   return block_keys *

@@ -78,7 +78,7 @@ def host_name(row: str) -> str:
     words = arguments.split(", ")
     forms = {
         "FORWARD": "forward_{0}_d{3}_v{4}_{1}_s{5}_r{6}_k{7}",
-        "DECODE": "decode_{0}_d{1}_v{2}_r{3}_k{4}",
+        "DECODE": "decode_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DKDV": "backward_dkdv_{0}_d{1}_v{2}_s{3}_r{4}_q{5}",
         "BACKWARD_DQ": "backward_dq_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",

@@ -101,16 +101,29 @@ def score_constants(problem: dict[str, Any], kernel: str) -> dict[str, bool]:
 
 
 def packs(problem: dict[str, Any]) -> bool:
-    """Whether decode runs: it reads K and V no more often than forward would, and nothing wants what it doesn't do."""
-    if problem["dropout_p"] > 0:
-        return False
+    """Whether decode runs: it reads K and V less often than forward would; or as often, in parts or by one SIMD-group."""
     group = problem["query_heads"] // problem["key_heads"]
-    forward = native.plan(**problem | {"has_correction": True, "bias": "none"}).launches  # which only forward leaves
-    rows = [CATALOGUE[launch.kernel].rows for launch in forward]
-    return all(
-        tiles(problem["query_length"] * group, decode_rows(problem)) <= group * tiles(problem["query_length"], forward)
-        for forward in rows
-    )
+    rows = problem["query_length"] * group
+    if problem["dropout_p"] > 0 or rows > 128:
+        return False
+    if is_empty(problem):
+        return True
+    [forward] = native.plan(**problem | {"has_correction": True, "bias": "none"}).launches  # which only forward leaves
+    reads = tiles(rows, decode_rows(problem)), group * tiles(problem["query_length"], CATALOGUE[forward.kernel].rows)
+    return reads[0] < reads[1] or (reads[0] == reads[1] and (decode_rows(problem) == 8 or is_split(problem)))
+
+
+def is_empty(problem: dict[str, Any]) -> bool:
+    return not (problem["batch"] and problem["query_heads"] and problem["query_length"])
+
+
+def is_split(problem: dict[str, Any]) -> bool:
+    """Whether there are keys for two parts, and too few tiles for a GPU. With as many reads as forward has."""
+    rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
+    row_tiles, least = tiles(rows, decode_rows(problem)), max(min(256, max(64, 32 * rows)), 5 * rows)
+    wanted = 192 if decode_rows(problem) == 8 else 128
+    enough = problem["key_length"] >= max(512, 2 * least)
+    return bool(enough and problem["batch"] * problem["key_heads"] * row_tiles < wanted)
 
 
 def decode_rows(problem: dict[str, Any]) -> int:

@@ -129,7 +129,7 @@ def test_two_row_tiles_have_an_alternative_of_one() -> None:
     """For the case that Apple's compiler spills: of what takes more than 90 registers, from D 64 on."""
     tiles = {(kernel.kind, kernel.head_dim, kernel.path, kernel.rows // kernel.simdgroups): kernel for kernel in OURS}
     wide = [key for key, kernel in tiles.items() if key[3] == 16 and key[1] >= 64 and kernel.registers > 90]
-    assert len(wide) >= 8
+    assert len(wide) >= 6
     for kind, head_dim, path, _ in wide:
         assert tiles[kind, head_dim, path, 8].registers <= 90
 
@@ -157,6 +157,7 @@ decodings = st.builds(
     group=st.integers(1, 16),
     keys=st.integers(512, 1 << 17),
     head_dim=st.sampled_from([64, 80, 128]),
+    queries=st.sampled_from([1, 2, 8]),
 )
 
 
@@ -166,7 +167,7 @@ def test_decoding_reads_the_cache_once_and_no_faster_than_memory(problem: Decodi
     for kernel in OURS:
         if (kernel.kind, kernel.head_dim) == ("decode", problem.head_dim):
             prediction = model_decode.predict(kernel, problem, gpu, splits)
-            passes = math.ceil(problem.group / kernel.rows)
+            passes = math.ceil(problem.rows / kernel.rows)
             assert 0 < model_decode.share(problem, prediction.seconds, gpu) < 1 / passes
             slower = model_decode.predict(kernel, problem, gpu._replace(bandwidth=gpu.bandwidth / 2), splits)
             assert slower.seconds >= prediction.seconds
@@ -174,12 +175,12 @@ def test_decoding_reads_the_cache_once_and_no_faster_than_memory(problem: Decodi
 
 @given(decodings, chips)
 def test_the_plan_splits_nearly_as_well_as_can_be(problem: Decoding, chip: str) -> None:
-    """Of parts that have 32 keys per row, so that what is read is at most 1.1 times the cache."""
+    """Of parts that have 32 keys per row, or 256 and five per row: then they are a fraction of the cache."""
     planned, best = (way(TABLE, problem, CHIPS[chip]) for way in (model_decode.planned, model_decode.best))
     assert best.seconds <= planned.seconds
     if problem.batch * problem.key_heads >= 4:  # with fewer, what is left of a GPU's bandwidth is beside the point
         kernel = TABLE[planned.kernel]
-        most = problem.keys // min(256, max(64, 32 * problem.group))
+        most = max(1, problem.keys // max(min(256, max(64, 32 * problem.rows)), 5 * problem.rows))
         allowed = (model_decode.predict(kernel, problem, CHIPS[chip], splits) for splits in range(1, most + 1))
         assert planned.seconds <= 2 * min(prediction.seconds for prediction in allowed)
 
@@ -187,7 +188,15 @@ def test_the_plan_splits_nearly_as_well_as_can_be(problem: Decoding, chip: str) 
 @given(decodings, chips)
 def test_the_plan_fills_row_tiles(problem: Decoding, chip: str) -> None:
     planned = model_decode.planned(TABLE, problem, CHIPS[chip])
-    assert (TABLE[planned.kernel].rows == 16) == (problem.group > 8)
+    assert TABLE[planned.kernel].rows == (8 if problem.rows <= 8 else 64)
+
+
+@given(decodings, chips)
+def test_the_plan_packs_where_that_pays(problem: Decoding, chip: str) -> None:
+    """With few keys it may lose some microseconds: many rows of one head in one threadgroup, where a GPU is all but idle."""
+    planned, forward = (way(TABLE, problem, CHIPS[chip]) for way in (model_decode.planned, model_decode.unpacked))
+    assert planned.kernel.startswith("decode")
+    assert planned.seconds <= 1.15 * forward.seconds + (2e-5 if problem.keys < 2048 else model.LAUNCH_SECONDS)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

@@ -59,10 +59,10 @@ def few_queries(draw: st.DrawFn) -> Problem:
 
 
 @pytest.mark.parametrize("family", GENERATIONS)
-@pytest.mark.parametrize("shard", range(8))
+@pytest.mark.parametrize("shard", range(12))
 def test_random_problems(family: str, shard: int) -> None:
     @seed(shard)
-    @settings(max_examples=30)
+    @settings(max_examples=17)
     @given(few_queries())
     def holds(problem: Problem) -> None:
         check(problem, Device("simulator", family))
@@ -79,8 +79,10 @@ def inputs(
     return query, key, value
 
 
-def launches(call: Callable[..., Tensor], *tensors: Tensor, **terms: Any) -> tuple[Tensor, list[Launch]]:
-    with mfa.simulate("apple9") as simulation:
+def launches(
+    call: Callable[..., Tensor], *tensors: Tensor, family: str = "apple9", **terms: Any
+) -> tuple[Tensor, list[Launch]]:
+    with mfa.simulate(family) as simulation:
         return call(*tensors, **terms), simulation.launches
 
 
@@ -93,20 +95,21 @@ def routed(*tensors: Tensor, **terms: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "key_heads", "rows", "keys"),
-    [(8, 2, 1, 600), (8, 2, 1, 40), (4, 4, 3, 530), (8, 1, 2, 513), (2, 2, 16, 600), (2, 2, 70, 600), (4, 1, 40, 65)],
+    [(8, 2, 1, 600), (8, 2, 1, 40), (4, 4, 3, 530), (8, 1, 8, 640), (8, 1, 16, 90), (2, 2, 129, 600), (4, 1, 40, 65)],
 )
 def test_the_same_problem_is_the_same_launches(
     family: str, dtype: torch.dtype, heads: int, key_heads: int, rows: int, keys: int
 ) -> None:
     tensors = inputs(heads, key_heads, rows, keys, 64, dtype)
     found = [
-        launches(mfa.attention, *tensors, enable_gqa=True),
-        launches(routed, *tensors, enable_gqa=True),
-        launches(mfa.attention_with_kv_cache, *tensors, cache_seqlens=keys, is_causal=False),
+        launches(mfa.attention, *tensors, family=family, enable_gqa=True),
+        launches(routed, *tensors, family=family, enable_gqa=True),
+        launches(mfa.attention_with_kv_cache, *tensors, family=family, cache_seqlens=keys, is_causal=False),
     ]
     (first, kernels), *others = found
-    assert kernels[0].kernel.startswith("decode" if rows <= 16 else "forward")
-    assert [launch.kernel.split("_")[0] for launch in kernels[1:]] == ["combine"] * (keys >= 512 and rows <= 16)
+    packed = rows * heads // key_heads <= 128
+    expected = ["decode", "combine"] if packed and keys >= 512 else ["decode"] if packed else ["forward"]
+    assert [launch.kernel.split("_")[0] for launch in kernels] == expected
     for out, same in others:
         assert [(one.kernel, one.grid, one.group) for one in same] == [(x.kernel, x.grid, x.group) for x in kernels]
         assert torch.equal(out, first)
@@ -123,15 +126,16 @@ def test_a_mask_takes_no_copy_and_no_launch(shape: tuple[int, ...], kind: torch.
     assert [launch.kernel.split("_")[0] for launch in kernels] == ["decode", "combine"]
     read = sum(launch.counters.device_read_bytes for launch in kernels)
     of_mask = 2 * 2 * 16 * 600 * mask.element_size()  # of each batch entry and key head, for a tile of 16 rows
-    assert read <= 1.15 * 2 * key.nbytes + 1.15 * of_mask
+    assert read <= 1.15 * 2 * key.nbytes + 2 * of_mask
 
 
-def test_what_a_static_cache_has_no_tokens_for_is_not_read() -> None:
-    query, key, value = inputs(8, 2, 1, 2048, 64)
-    live = torch.arange(2048) < 256
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_a_static_cache_has_no_tokens_for_is_not_read(tokens: int) -> None:
+    query, key, value = inputs(8, 2, tokens, 2048, 64)
+    live = torch.arange(2048) < 768
     _, kernels = launches(routed, query, key, value, attn_mask=live[None, None, None], enable_gqa=True)
-    read = sum(launch.counters.device_read_bytes for launch in kernels)
-    assert read <= 1.5 * 2 * key.nbytes * 256 / 2048
+    live_bytes = 2 * key.nbytes * 768 // 2048
+    assert kernels[0].counters.device_read_bytes <= 1.35 * live_bytes  # each part reads the queries, and its mask
 
 
 @pytest.mark.parametrize(
@@ -149,11 +153,13 @@ def test_dropout_runs_forward() -> None:
     assert [launch.kernel.split("_")[0] for launch in kernels] == ["forward"]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("heads", "key_heads", "rows"), [(32, 8, 1), (8, 8, 1), (8, 1, 1), (8, 8, 4), (4, 1, 2)])
-def test_each_key_and_value_is_read_once(heads: int, key_heads: int, rows: int, dim: int) -> None:
-    tensors = inputs(heads, key_heads, rows, 2048, dim)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_each_key_and_value_is_read_once(group: int, rows: int, dim: int) -> None:
+    """Or twice, if they serve more than 64 rows. Parts, and what reads them, count apart."""
+    tensors = inputs(2 * group, 2, rows, 2048, dim)
     cache = 2 * tensors[1].nbytes
     _, (decode, combine) = launches(mfa.attention, *tensors, enable_gqa=True, window=(None, 0))
-    assert decode.counters.device_read_bytes <= 1.15 * cache
+    assert decode.counters.device_read_bytes <= (1.15 if rows * group <= 64 else 2.2) * cache
     assert decode.counters.device_write_bytes + combine.counters.device_read_bytes <= 0.5 * cache

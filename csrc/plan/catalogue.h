@@ -109,16 +109,17 @@ inline constexpr Instance kInstances[] = {
   {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
 #define MASK_BLOCKS(dtype, simdgroups) \
   {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
-#define DECODE(dtype, head_dim, value_dim, row_tiles, block_keys)                    \
-  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_r" #row_tiles "_k" #block_keys, \
-   Kind::decode,                                                                     \
-   DType::dtype,                                                                     \
-   head_dim,                                                                         \
-   value_dim,                                                                        \
-   1,                                                                                \
-   8 * row_tiles,                                                                    \
-   block_keys,                                                                       \
-   0},
+#define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                             \
+  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys, \
+   Kind::decode,                                                                                                \
+   DType::dtype,                                                                                                \
+   head_dim,                                                                                                    \
+   value_dim,                                                                                                   \
+   simdgroups,                                                                                                  \
+   8 * row_tiles * simdgroups,                                                                                  \
+   block_keys,                                                                                                  \
+   decode_threadgroup_bytes(Path::path, head_dim, value_dim, block_keys, element_size(DType::dtype)),           \
+   Path::path},
 #define COMBINE(dtype, threads) \
   {"combine_" #dtype "_t" #threads, Kind::combine, DType::dtype, 0, 0, threads / 32, 0, 0, 0},
 #define TILE_MAP(of, of_keys, simdgroups) \

@@ -8,62 +8,83 @@
 namespace mfa {
 namespace {
 
-// SIMD-groups that a GPU wants: twelve per core, and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
-constexpr std::int64_t kWantedGroups = 12 * 16;
+// Threadgroups that a GPU wants: twelve per core if each is a SIMD-group, eight if SIMD-groups share what they load;
+// and sixteen cores, between a Pro and a Max. Fewer leave memory idle.
+constexpr std::int64_t kWantedAlone = 12 * 16, kWantedSharing = 8 * 16;
 // A part of the keys writes and reads back 8 bytes per row and value dimension: a sixteenth of its K and V, in 16 bits,
-// if it has 32 keys per row. But no part is refused 256 keys, so that many rows find enough parts, and none has under
-// 64, which are two steps.
-constexpr std::int64_t kKeysPerRow = 32, kFewKeys = 64, kEnoughKeys = 256;
+// if it has 32 keys per row. But no part is refused 256 keys, so that many rows find enough parts; with five per row, a
+// part moves less than half of its K and V. None has under 64, which are two steps.
+constexpr std::int64_t kKeysPerRow = 32, kFewKeys = 64, kEnoughKeys = 256, kLeastKeysPerRow = 5;
 // Fewer keys are done before combine could start.
 constexpr std::int64_t kWorthSplitting = 512;
+// Of a group: more fill a GPU without parts.
+constexpr std::int64_t kMostPackedRows = 128;
 
-std::int64_t choose_splits(std::int64_t groups, std::int64_t rows, std::int64_t keys) {
-  if (keys < kWorthSplitting) {
-    return 1;
-  }
-  const std::int64_t least = std::clamp(kKeysPerRow * rows, kFewKeys, kEnoughKeys);
-  return std::clamp<std::int64_t>((kWantedGroups + groups - 1) / std::max<std::int64_t>(1, groups), 1, keys / least);
+std::int64_t choose_splits(const Instance& tile, std::int64_t groups, std::int64_t rows, std::int64_t keys) {
+  if (keys < kWorthSplitting) return 1;
+  const std::int64_t least = std::max(std::clamp(kKeysPerRow * rows, kFewKeys, kEnoughKeys), kLeastKeysPerRow * rows);
+  const std::int64_t wanted = tile.simdgroups == 1 ? kWantedAlone : kWantedSharing;
+  const std::int64_t most = std::max<std::int64_t>(1, keys / least);
+  return std::clamp<std::int64_t>((wanted + groups - 1) / std::max<std::int64_t>(1, groups), 1, most);
+}
+
+// How decode would run a problem.
+struct Packing {
+  const Instance& tile;
+  std::int64_t row_tiles, splits, split_keys;
+};
+
+Packing pack(const Problem& problem, const Canonical& start) {
+  const std::int64_t rows = problem.query_length * start.params.group_size;
+  const Instance& tile = choose_decode(problem, start.bucket, rows);
+  const std::int64_t row_tiles = tiles(rows, tile.rows);
+  const std::int64_t asked = problem.cache ? problem.cache->splits : 0;
+  const std::int64_t wanted =
+      asked > 0 ? asked : choose_splits(tile, problem.key_heads * row_tiles * problem.batch, rows, problem.key_length);
+  const std::int64_t blocks = std::max<std::int64_t>(1, tiles(problem.key_length, tile.block));
+  const std::int64_t blocks_per_part = (blocks + wanted - 1) / wanted;
+  return {.tile = tile,
+          .row_tiles = row_tiles,
+          .splits = tiles(blocks, static_cast<int>(blocks_per_part)),
+          .split_keys = blocks_per_part * tile.block};
 }
 
 }  // namespace
 
 // Decode packs the queries of all heads that share a key head into tiles of rows, and cuts the keys into parts where
-// that fills a GPU: K and V are read once per tile. A forward kernel reads them once per query head and tile of
-// queries. Decode runs where it reads them no more often. Forward keeps packed sequences; dropout, which a model that
-// generates has not; and what leaves a correction for a backward pass. Only decode reads pages and 8 bits.
+// that fills a GPU: it reads K and V once per tile, a forward kernel once per query head and tile of queries. Decode
+// runs where it reads them less often; or as often, but in parts, or for so few rows that the forward kernel's other
+// SIMD-groups would have none. Predicted in us, forward's in brackets (8 key heads, 4096 keys, D 128, m1-max; `python
+// -m mfa bench --model m1-max`): 4 rows 54 (275), 8 rows 55 (341), 32 rows 73 (341), 64 rows 136 (341), 128 rows 254
+// (341). Forward keeps packed sequences, dropout, and what leaves a correction for the backward pass. Only decode reads
+// pages and 8 bits, and takes a number of parts.
 bool packs_rows(const Problem& problem, const Canonical& start, const Instance& forward) {
-  const AttentionParams& params = start.params;
-  if (problem.sequences > 0 || problem.has_correction || params.dropout_threshold > 0) return false;
+  if (is_preferred(forward) || problem.sequences > 0 || problem.has_correction || start.params.dropout_threshold > 0)
+    return false;
   const Cache cache = problem.cache.value_or(Cache{});
   if (cache.page_size > 0 || cache.format != Cache::Format::same_dtype || cache.splits > 0) return true;
-  const std::int64_t rows = problem.query_length * params.group_size;
-  return tiles(rows, choose_decode(problem, start.bucket, rows).rows) <=
-         params.group_size * tiles(problem.query_length, forward.rows);
+  if (problem.query_length * start.params.group_size > kMostPackedRows) return false;
+  const Packing packing = pack(problem, start);
+  const std::int64_t reads = start.params.group_size * tiles(problem.query_length, forward.rows);
+  if (packing.row_tiles > reads) return false;
+  return packing.row_tiles < reads || packing.splits > 1 || packing.tile.simdgroups == 1;
 }
 
 Plan plan_decode(const Problem& problem, const Canonical& start) {
+  const Packing packing = pack(problem, start);
+  const Instance& decode = packing.tile;
+  const Cache cache = problem.cache.value_or(Cache{});
   Plan plan{.launches = {}, .params = start.params};
   AttentionParams& params = plan.params;
-  const Cache cache = problem.cache.value_or(Cache{});
-  const std::int64_t rows = problem.query_length * params.group_size;
-  const Instance& decode = choose_decode(problem, start.bucket, rows);
-  const std::int64_t tiles_of_rows = tiles(rows, decode.rows);
-  const std::int64_t groups = problem.key_heads * tiles_of_rows * problem.batch;
-  const std::int64_t wanted =
-      cache.splits > 0 ? cache.splits
-                       : choose_splits(groups, std::min<std::int64_t>(rows, decode.rows), problem.key_length);
-  const std::int64_t blocks = std::max<std::int64_t>(1, tiles(problem.key_length, decode.block));
-  const std::int64_t blocks_per_part = (blocks + wanted - 1) / wanted;
-  const std::int64_t splits = (blocks + blocks_per_part - 1) / blocks_per_part;
-  params.splits = static_cast<int>(splits);
-  params.split_keys = static_cast<int>(blocks_per_part * decode.block);
+  params.splits = static_cast<int>(packing.splits);
+  params.split_keys = static_cast<int>(packing.split_keys);
   params.page_size = static_cast<int>(cache.page_size);
   params.pages = static_cast<int>(cache.pages);
   params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
   std::ranges::copy(cache.key_scale_strides, params.key_scale_strides);
   std::ranges::copy(cache.value_scale_strides, params.value_scale_strides);
 
-  const bool is_split = splits > 1;
+  const bool is_split = packing.splits > 1;
   add_launch(plan, decode,
              score_constants(problem, start, decode,
                              {{kWritesLse, problem.wants_lse && !is_split},
@@ -73,13 +94,13 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
                               {kIsQuantized, cache.format != Cache::Format::same_dtype},
                               {kIsInt8, cache.format == Cache::Format::int8},
                               {kIsSplit, is_split}}),
-             {problem.key_heads * tiles_of_rows, splits, problem.batch});
+             {problem.key_heads * packing.row_tiles, packing.splits, problem.batch});
   if (is_split) {
     const Instance& combine = the_instance(Kind::combine, problem.dtype);
     const std::int64_t all_rows = problem.batch * problem.query_heads * problem.query_length;
     add_launch(plan, combine, constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),
                {tiles(all_rows * tiles(problem.value_dim, 8), combine.threads()), 1, 1});
-    const auto floats = static_cast<std::uint64_t>(splits * all_rows) * sizeof(float);
+    const auto floats = static_cast<std::uint64_t>(packing.splits * all_rows) * sizeof(float);
     plan.partial_lse_bytes = floats;
     plan.partial_out_bytes = floats * static_cast<std::uint64_t>(problem.value_dim);
   }

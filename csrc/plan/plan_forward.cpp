@@ -18,7 +18,7 @@ Plan plan_forward(const Problem& problem) {
                              {{kWritesLse, problem.wants_lse},
                               {kHasSinks, problem.has_sinks},
                               {kHasKeyLengths, problem.cache.has_value()},
-                             {kHasMaskBlocks, has_classes},
+                              {kHasMaskBlocks, has_classes},
                               {kHasCorrection, problem.has_correction}}),
              {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
   return plan;

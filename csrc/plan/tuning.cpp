@@ -1,5 +1,6 @@
 #include "plan/tuning.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string_view>
 #include <vector>
@@ -84,13 +85,18 @@ constexpr bool fits(int dim, int bucket) { return dim == 0 || dim == bucket; }  
 
 std::vector<const Instance*> preferred;  // before the rows of tuning.def, newest first
 
-}  // namespace
-
-const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
+const Instance* find_preferred(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
   for (const Instance* instance : preferred)
     if (instance->kind == kind && instance->dtype == problem.dtype && fits(instance->head_dim, bucket.head_dim) &&
         fits(instance->value_dim, bucket.value_dim) && (instance->path == staged || takes_direct))
       return instance;
+  return nullptr;
+}
+
+}  // namespace
+
+const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
+  if (const Instance* instance = find_preferred(kind, problem, bucket, takes_direct)) return instance;
   for (const Tuning& row : kTuning)
     if (row.kind == kind && row.family <= problem.family && row.dtype == problem.dtype &&
         fits(row.head_dim, bucket.head_dim) && fits(row.value_dim, bucket.value_dim) &&
@@ -125,7 +131,10 @@ const Instance& the_instance(Kind kind, std::optional<DType> dtype) {
   throw std::logic_error("instances.def lacks a kind of kernel");
 }
 
+bool is_preferred(const Instance& instance) { return std::ranges::find(preferred, &instance) != preferred.end(); }
+
 const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_t rows) {
+  if (const Instance* instance = find_preferred(Kind::decode, problem, bucket, true)) return *instance;
   const Instance* best = nullptr;
   for (const Instance& instance : kInstances)
     if (instance.kind == Kind::decode && instance.dtype == problem.dtype && instance.head_dim == bucket.head_dim &&

@@ -15,8 +15,10 @@ const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool ta
 // The one instance of a kind, or of a kind and dtype, that tuning.def has no choice of.
 const Instance& the_instance(Kind kind, std::optional<DType> dtype = std::nullopt);
 
-// The decode kernel for so many rows: two row tiles where they are filled and fit in registers. With one, 16 rows would
-// read K and V twice: predicted to take 1.4 to 2 times as long (D 64 and 128, 4k to 32k keys), if no cache keeps them.
+// Whether mfa_prefer_instance() has named it.
+bool is_preferred(const Instance& instance);
+
+// The decode kernel for so many rows: the smallest tile that holds them, or else the largest.
 const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_t rows);
 
 // The mode that a family runs best in a bucket.

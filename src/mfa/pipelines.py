@@ -5,7 +5,8 @@ import torch
 from . import _metal, _native
 
 _DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-_LENGTH = 1024  # any: no pipeline depends on lengths
+_LENGTH = 1024  # any long one
+_MANY_HEADS = 16  # of one key head: more than the smallest tile of the decode kernels holds
 
 
 def precompile(
@@ -17,6 +18,8 @@ def precompile(
     training: bool = False,
 ) -> int:
     """Compiles what attention on contiguous `mps` tensors of these properties runs, so that its first call doesn't.
+
+    That is of long sequences, and of decoding steps over long ones.
 
     The pipelines are also archived on disk, so that later processes find them. `training` adds the backward pass.
     Returns the number of pipelines. Raises RuntimeError where the Metal kernels can't run, TypeError for another dtype.
@@ -35,7 +38,9 @@ def precompile(
         "value_dim": head_dim if value_dim is None else value_dim,
         "window_right": 0 if is_causal else None,
     }
-    launches = list(_native.plan(**problem).launches)
+    step = problem | {"query_length": 1}
+    launches = [*_native.plan(**problem).launches, *_native.plan(**step).launches]
+    launches += _native.plan(**step, query_heads=_MANY_HEADS).launches[:1]  # and the same combine
     if training:
         launches += _native.plan_backward(**problem).launches
     _metal.precompile(launches)

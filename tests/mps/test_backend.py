@@ -193,8 +193,11 @@ def test_precompile_compiles_what_attention_uses() -> None:
     mfa.clear_cache()
     assert mfa.precompile(64, dtype=torch.float32, is_causal=True, training=True) > 3
     compiled = (_metal.info() or {})["pipelines_compiled"]
-    tensors = [torch.randn(1, 2, 70, 64, device="mps", requires_grad=True) for _ in range(3)]
+    tensors = [torch.randn(1, 2, 200, 64, device="mps", requires_grad=True) for _ in range(3)]
     mfa.attention(*tensors, is_causal=True).sum().backward()
+    tensors = [torch.randn(1, heads, length, 64, device="mps") for heads, length in ((16, 1), (1, 600), (1, 600))]
+    mfa.attention(tensors[0][:, :4], *tensors[1:], enable_gqa=True)
+    mfa.attention(*tensors, enable_gqa=True)
     assert (_metal.info() or {})["pipelines_compiled"] == compiled
 
 

@@ -1,7 +1,7 @@
-"""The cost model of decoding: one query per head over a long cache, which K and V of the live keys bound.
+"""The cost model of decoding: few queries per head over a long cache, which K and V of the live keys bound.
 
-part    a SIMD-group's steps over its part of the keys; parts are dealt evenly to cores
-launch  no faster than device memory delivers K and V, once per row tile: caches are not relied upon
+part    a threadgroup's steps over its part of the keys; parts are dealt evenly to cores
+launch  no faster than device memory delivers K and V, once per tile: caches are not relied upon
 step    the launch and, where keys are split, that of combine, which reads what the parts wrote
 """
 
@@ -15,13 +15,19 @@ from .model import LAUNCH_SECONDS, combined, resident_groups, step_pipes
 
 
 class Decoding(NamedTuple):
-    """One token of each sequence, float16, D = Dv."""
+    """A few tokens of each sequence, float16, D = Dv."""
 
     batch: int
     key_heads: int
-    group: int  # query heads per key head: the rows that share K and V
+    group: int  # query heads per key head
     keys: int  # live ones of each sequence
     head_dim: int
+    queries: int = 1  # tokens
+
+    @property
+    def rows(self) -> int:
+        """That share K and V."""
+        return self.group * self.queries
 
     @property
     def cache_bytes(self) -> int:
@@ -38,14 +44,18 @@ class Prediction(NamedTuple):
 
 
 def predict(kernel: Kernel, problem: Decoding, chip: Chip, splits: int) -> Prediction:
-    row_tiles = math.ceil(problem.group / kernel.rows)
+    """By a decode kernel; or by a forward kernel, whose tiles have the queries of one head."""
+    if kernel.kind == "forward":
+        row_tiles = problem.group * math.ceil(problem.queries / kernel.rows)
+    else:
+        row_tiles = math.ceil(problem.rows / kernel.rows)
     parts = problem.batch * problem.key_heads * row_tiles * splits
     steps = math.ceil(math.ceil(problem.keys / kernel.block) / splits)
     per_core = math.ceil(parts / chip.cores)
-    pipes = step_pipes(kernel, chip, resident=min(per_core, resident_groups(kernel)))
+    pipes = step_pipes(busy(kernel, problem), chip, resident=min(per_core, resident_groups(kernel)))
     hertz, bandwidth = chip.ghz * 1e9, chip.bandwidth * 1e9
     times = {name: steps * per_core * clocks / hertz for name, clocks in pipes.items()}
-    rows = problem.batch * problem.key_heads * problem.group
+    rows = problem.batch * problem.key_heads * problem.rows
     partial = 4 * rows * splits * (problem.head_dim + 1) if splits > 1 else 0
     times["device"] = (row_tiles * problem.cache_bytes + partial) / bandwidth
     seconds = max(steps * per_core * combined(pipes) / hertz, times["device"]) + LAUNCH_SECONDS
@@ -54,21 +64,42 @@ def predict(kernel: Kernel, problem: Decoding, chip: Chip, splits: int) -> Predi
     return Prediction(kernel.name, splits, seconds, times, max(times, key=lambda name: times[name]))
 
 
+def busy(kernel: Kernel, problem: Decoding) -> Kernel:
+    """As the kernel, with those of its SIMD-groups that have rows; all of them have the same loads and stores."""
+    own = kernel.rows // kernel.simdgroups
+    rows = problem.queries if kernel.kind == "forward" else problem.rows
+    count = min(kernel.simdgroups, math.ceil(rows / own))
+    return kernel._replace(
+        simdgroups=count, threadgroup_read=kernel.threadgroup_read * count // kernel.simdgroups
+    )
+
+
 def planned(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:
     """With the kernel and the splits of the plan."""
-    plan = _native.plan_decode(
+    plan = _plan(problem, chip)
+    return predict(kernels[plan.launches[0].kernel], problem, chip, max(1, plan.params.splits))
+
+
+def unpacked(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:
+    """With the forward kernel, which the plan takes where it must."""
+    plan = _plan(problem, chip, has_correction=True)
+    return predict(kernels[plan.launches[0].kernel], problem, chip, 1)
+
+
+def _plan(problem: Decoding, chip: Chip, **more: object) -> _native.Plan:
+    return _native.plan(
         family=chip.family,
         dtype="f16",
         batch=problem.batch,
         query_heads=problem.key_heads * problem.group,
         key_heads=problem.key_heads,
-        query_length=1,
+        query_length=problem.queries,
         key_length=problem.keys,
         head_dim=problem.head_dim,
         value_dim=problem.head_dim,
         scale=problem.head_dim**-0.5,
+        **more,
     )
-    return predict(kernels[plan.launches[0].kernel], problem, chip, plan.params.splits)
 
 
 def best(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:

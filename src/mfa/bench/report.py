@@ -15,6 +15,7 @@ SEED_FORWARD_MS, SEED_TRAINING_MS = 5.3, 55
 
 
 GROUPS = (1, 4, 8, 16)  # query heads per key head
+WINDOWS = ((8, 4), (8, 8), (8, 16))  # with tokens that a draft model proposed, to be verified
 CACHE_KEYS = (1024, 4096, 32768)
 PACKED_HEADS, PACKED_LENGTHS = 2, model_varlen.spread(64, 2048)
 
@@ -66,23 +67,24 @@ def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]
             )
 
 
-def decoding(head_dim: int, group: int, keys: int) -> Decoding:
-    """One token of one sequence: where decoding is hardest to spread over a GPU."""
-    return Decoding(1, 8, group, keys, head_dim)
+def decoding(head_dim: int, group: int, keys: int, tokens: int = 1) -> Decoding:
+    """One sequence: where decoding is hardest to spread over a GPU."""
+    return Decoding(1, 8, group, keys, head_dim, tokens)
 
 
 def decode_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
-    heading = f"{'D':>4}{'keys':>7}{'heads':>7} {'kernel':24}{'splits':>7}{'share':>7}{'bound':>9}{'next':>6}"
-    yield f"{heading}  best by the model"
+    heading = f"{'D':>4}{'keys':>7}{'heads':>7}{'tokens':>7} {'kernel':36}{'splits':>7}{'us':>7}{'forward':>8}{'share':>7}"
+    yield f"{heading}{'bound':>9}{'next':>6}  best by the model"
     for dim in (64, 128):
         for keys in CACHE_KEYS:
-            for group in GROUPS:
-                problem = decoding(dim, group, keys)
-                ours, best = (way(table, problem, chip) for way in (model_decode.planned, model_decode.best))
+            for group, tokens in (*((group, 1) for group in GROUPS), *WINDOWS):
+                problem = decoding(dim, group, keys, tokens)
+                ways = (model_decode.planned, model_decode.unpacked, model_decode.best)
+                ours, forward, best = (way(table, problem, chip) for way in ways)
                 others = max(value for name, value in ours.pipes.items() if name != "device")
                 yield (
-                    f"{dim:>4}{keys:>7}{group:>7} {ours.kernel:24}{ours.splits:>7}"
-                    f"{model_decode.share(problem, ours.seconds, chip):>7.1%}{ours.bound:>9}"
+                    f"{dim:>4}{keys:>7}{group:>7}{tokens:>7} {ours.kernel:36}{ours.splits:>7}"
+                    f"{ours.seconds * 1e6:>7.0f}{forward.seconds * 1e6:>8.0f}{model_decode.share(problem, ours.seconds, chip):>7.1%}{ours.bound:>9}"
                     f"{others / ours.pipes['device']:>6.0%}  {best.kernel}, {best.splits} splits: "
                     f"{model_decode.share(problem, best.seconds, chip):.1%}"
                 )
