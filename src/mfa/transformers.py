@@ -4,33 +4,34 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mfa")
 
 transformers asks two functions: `mask`, once per forward pass, which keys a query may see, and `attention`, in each
-layer, for the result. Ours say what may be seen as a window and a row of keys, as long as that is all there is to say:
-causal, sliding and padded attention then need no L x L matrix.
+layer, for the result. Ours say what may be seen as a window, a row of keys and sequences in a row, as long as that is
+all there is to say: causal, sliding, padded and packed attention then need no L x L matrix.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
-from transformers import masking_utils as hf
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from . import _torch
+from . import _log
+from ._transformers_mask import Mask, mask
+from ._transformers_models import is_eager_only, watch
 from .attention import attention as mfa_attention
 from .varlen import attention_varlen
 
-_Window = tuple[int | None, int | None]
+__all__ = ["Mask", "attention", "mask", "register"]
 
 # Arguments that change the result, of which nothing here knows how.
-_UNSUPPORTED = ("indices", "block_indices", "sinks", "block_table", "k_cache", "output_attentions", "head_mask")
+_UNSUPPORTED = ("sinks", "block_table", "k_cache", "head_mask")
 _SPECIAL = ("flash", "sdpa", "flex_attention", "eager")  # transformers treats names with these words as its own
 
 
 def register(name: str = "mfa") -> None:
     """Makes `attn_implementation=name` work in every model whose attention goes through transformers' interface.
 
-    That is: in `from_pretrained`, in configurations, and in `model.set_attn_implementation`. Again: nothing changes.
+    That is: in `from_pretrained`, in configurations, and in `model.set_attn_implementation`. Where a model has other
+    attention, the log says so, once. Again: nothing changes.
 
     Raises:
         ValueError: a name that means something else to transformers.
@@ -39,162 +40,7 @@ def register(name: str = "mfa") -> None:
         raise ValueError(f"name is {name!r}; it must be an identifier without {', '.join(map(repr, _SPECIAL))}")
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
-
-
-class Mask(Tensor):
-    """A bool mask [B,1,Lq,Lk], True = attend, that is kept as a window and a row of keys.
-
-    `attention` takes those. For everybody else it is a tensor: whatever is done to it is done to the matrix itself.
-    """
-
-    window: _Window  # relative to the lower right
-    keys: Tensor | None  # bool [B,1,1,Lk]
-    _matrix: Tensor | None
-
-    @classmethod
-    def of(cls, size: Sequence[int], device: torch.device | str, window: _Window, keys: Tensor | None) -> "Mask":
-        # Should its own elements ever be seen, then they hide everything, and no model gives sense.
-        made: Mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device).expand(*size).as_subclass(cls)
-        made.window, made.keys, made._matrix = window, keys, None
-        return made
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with _torch.plain_functions():
-            if func not in _ABOUT:
-                args, kwargs = _torch.tree_map_only(Mask, Mask.matrix, (args, kwargs))
-            return func(*args, **(kwargs or {}))
-
-    def matrix(self) -> Tensor:
-        """The mask itself, made when it is first needed."""
-        if self._matrix is None:
-            batch, _, length_q, length_k = self.shape
-            diagonal = torch.arange(length_q, device=self.device)[:, None] + (length_k - length_q)
-            key = torch.arange(length_k, device=self.device)
-            seen = torch.ones((1, 1, length_q, length_k), dtype=torch.bool, device=self.device)
-            left, right = self.window
-            if left is not None:
-                seen = seen & (key >= diagonal - left)
-            if right is not None:
-                seen = seen & (key <= diagonal + right)
-            if self.keys is not None:
-                seen = seen & self.keys
-            self._matrix = seen.expand(batch, -1, -1, -1)
-        return self._matrix
-
-
-_ABOUT = {  # what is asked about a mask, not done to it
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_nested", "layout")),
-    *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.storage_offset),
-}
-
-
-def mask(**terms: Any) -> Tensor | None:
-    """transformers' mask interface: what each query may see, or None where `attention` knows by itself.
-
-    Args:
-        terms: those of `transformers.masking_utils.sdpa_mask`, and the model's config.
-
-    Raises:
-        NotImplementedError: the model computes attention by itself and would misread the mask.
-    """
-    _check_model(terms.get("config"))
-    is_tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if terms.get("q_length", 1) > 1 and not is_tracing:
-        reach = _reach(terms.get("mask_function", hf.causal_mask_function))
-        if reach is not None:
-            return _lazy_mask(reach, **terms)
-    if getattr(terms.get("config"), "num_kv_shared_layers", 0):  # Gemma 4 may drop queries, and then needs the mask
-        terms["allow_is_causal_skip"] = False
-    dense: Tensor | None = hf.sdpa_mask(**terms)
-    return dense
-
-
-def _lazy_mask(
-    reach: _Window,
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    allow_is_bidirectional_skip: bool = False,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> "Mask | None":
-    """Window and keys of a mask of which `_reach` knows the function."""
-    # Positions are absolute, windows relative to the lower right.
-    shift = int(q_offset) - kv_offset - (kv_length - q_length)
-    left, right = reach
-    left = left if left is None else left - shift
-    right = right if right is None else right + shift
-    # From such bounds on they hide nothing.
-    left = None if left is not None and left >= kv_length - 1 else left
-    right = None if right is not None and right >= q_length - 1 else right
-    keys = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if keys is not None:
-        keys = keys[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        visible = keys if right is None else keys[:, : max(0, kv_length + right)]
-        keys = None if visible.all() else keys[:, None, None]
-    if (left, right, keys) == (None, None, None) and allow_is_bidirectional_skip:
-        return None
-    return Mask.of((batch_size, 1, q_length, kv_length), device, (left, right), keys)
-
-
-# A mask function is a closure; those with the same code say the same. The last is not in transformers 5.0.
-_AND = hf.and_masks().__code__
-_OVERLAYS: dict[Any, Callable[[int], _Window]] = {
-    getattr(hf, name)(1).__code__: reach
-    for name, reach in (
-        ("sliding_window_overlay", lambda size: (size - 1, None)),
-        ("sliding_window_bidirectional_overlay", lambda size: (size, size)),
-    )
-    if hasattr(hf, name)
-}
-
-
-def _reach(function: Callable[..., Any]) -> _Window | None:
-    """How far (back, ahead) of its own position a query sees; None if `function` says anything else."""
-    if function is hf.causal_mask_function:
-        return None, 0
-    if function is hf.bidirectional_mask_function:
-        return None, None
-    code = getattr(function, "__code__", None)
-    if code is not _AND and code not in _OVERLAYS:
-        return None
-    (variable,) = (cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
-    if code in _OVERLAYS:
-        return _OVERLAYS[code](variable)
-    back, ahead = None, None
-    for part in variable:
-        reach = _reach(part)
-        if reach is None:
-            return None
-        back, ahead = _least(back, reach[0]), _least(ahead, reach[1])
-    return back, ahead
-
-
-def _least(a: int | None, b: int | None) -> int | None:
-    return min((bound for bound in (a, b) if bound is not None), default=None)
-
-
-_checked: set[type] = set()
-
-
-def _check_model(config: Any) -> None:
-    """Refuses models that don't ask the attention interface: they'd add a bool mask to their scores."""
-    if config is None or type(config) in _checked or torch.compiler.is_compiling():
-        return
-    model: Any = AutoModel._model_mapping.get(type(config), None)
-    if isinstance(model, type) and not model._can_set_attn_implementation():  # type: ignore[attr-defined]
-        raise NotImplementedError(
-            f"attn_implementation={config._attn_implementation!r} is not supported by {model.__name__}, which doesn't "
-            "use transformers' attention interface: use 'eager'"
-        )
-    _checked.add(type(config))
+    watch(name)
 
 
 def attention(
@@ -214,6 +60,9 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | Tensor | None = None,
     max_length_k: int | Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, on `mfa.attention`.
@@ -222,12 +71,16 @@ def attention(
         module: the layer; says whether it is causal where `is_causal` is None.
         query: [B,Hq,Lq,D]; key: [B,Hkv,Lk,D]; value: [B,Hkv,Lk,Dv].
         attention_mask: from `mask`, or bool (True = attend) or float (added), broadcasting to [B,Hq,Lq,Lk]. None: a
-            causal layer is aligned to the upper left, unless there is a single query, which sees all.
+            causal layer is aligned to the upper left, unless there is a single query, which sees all; layers of a model
+            that knows eager attention only see all.
         sliding_window: a query sees this many keys, itself among them. A mask says that too, and more precisely.
         softcap, s_aux: `softcap` and `sinks` of mfa.attention.
         position_bias: [1 or B,Hq,Lq,Lk], added to the scaled scores (T5).
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: several sequences are packed in one row. They say what
-            may be seen, unless the mask has padding; a mask made from position_ids repeats it.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: several sequences are packed in one row. A mask counts
+            as well. With padding, or made while torch.compile traces, it makes that cost a matrix [B,1,Lq,Lk].
+        indices: integers [B,Lq,n], keys that a query may see (DeepSeek's sparse attention), negative for none.
+        block_indices: the same [B,Hi,Lq,n] for Hq/Hi heads each, in blocks of `module.indexer.block_size` keys.
+        output_attentions: nothing comes of it, as with transformers' sdpa.
         others: what transformers passes along for other implementations.
 
     Returns:
@@ -240,27 +93,41 @@ def attention(
         given = others.get(name)
         if given is not None and given is not False:
             raise NotImplementedError(f"{name} is not supported; use attn_implementation='eager'")
+    if output_attentions:
+        _log.once("output_attentions: attention has none to give; use attn_implementation='eager'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    back = None if sliding_window is None else sliding_window - 1
     if s_aux is not None and s_aux.dtype != query.dtype:
         s_aux = s_aux.float()
     terms: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "dropout_p": dropout}
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and not _has_padding(attention_mask):
-        if position_bias is not None:
-            raise NotImplementedError("position_bias is not supported with cu_seq_lens_q; pad instead of packing")
+    known = attention_mask if isinstance(attention_mask, Mask) else None
+    seen = _chosen(module, query, key, indices, block_indices)
+    starts = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+
+    is_packed = starts is not None or (known is not None and known.sequences is not None)
+    if is_packed and seen is None and position_bias is None and _is_window(attention_mask, query, key):
+        window = (back, 0 if causal else back) if known is None else known.window
+        if known is not None and (known.sequences is not None or query.shape[0] > 1):
+            starts = (known.starts(cu_seq_lens_q),) * 2
+        assert starts is not None
         longest = (int(query.shape[2] if length is None else length) for length in (max_length_q, max_length_k))
         flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-        starts = [tensor.to(torch.int32) for tensor in (cu_seq_lens_q, cu_seq_lens_k)]
-        back = None if sliding_window is None else sliding_window - 1
-        window = (back, 0 if causal else back)
-        out = attention_varlen(*flat, *starts, *longest, window=window, **terms)  # type: ignore[call-overload]
+        cu_seqlens = [tensor.to(torch.int32) for tensor in starts]
+        out = attention_varlen(*flat, *cu_seqlens, *longest, window=window, **terms)  # type: ignore[call-overload]
         return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
     window, bias = (None, None), attention_mask
-    if isinstance(attention_mask, Mask):
-        window, bias = attention_mask.window, attention_mask.keys
-    elif attention_mask is None and causal and query.shape[2] > 1:
+    if known is not None:
+        window, bias = (known.window, known.keys) if known.sequences is None else (window, known.matrix())
+    elif attention_mask is None and causal and query.shape[2] > 1 and not _sees_all(module):
         diagonal = query.shape[2] - key.shape[2]  # 0 in the upper left
-        window = (None if sliding_window is None else sliding_window - 1 - diagonal, diagonal)
+        window = (None if back is None else back - diagonal, diagonal)
+    if starts is not None:
+        if attention_mask is None and query.shape[2] != key.shape[2]:
+            raise NotImplementedError("position_bias and indices are not supported with cu_seq_lens_q of its own")
+        bias = _both(bias, _same_sequence(starts, query, key))
+    if seen is not None:
+        bias = _both(bias, seen)
     if position_bias is not None:
         if bias is None:
             bias = position_bias
@@ -275,5 +142,50 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _has_padding(attention_mask: Tensor | None) -> bool:
-    return isinstance(attention_mask, Mask) and attention_mask.keys is not None
+def _is_window(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether, but for its sequences, a mask says no more than a window, which is the same within each sequence."""
+    if not isinstance(attention_mask, Mask):
+        return attention_mask is None
+    is_aligned = query.shape[2] == key.shape[2] or (attention_mask.window == (None, None) and query.shape[0] == 1)
+    return attention_mask.keys is None and is_aligned
+
+
+def _sees_all(module: torch.nn.Module) -> bool:
+    """Whether None for a mask means just that, as it does to eager attention."""
+    config = getattr(module, "config", None)
+    return isinstance(config, PreTrainedConfig) and is_eager_only(type(config))
+
+
+def _both(bias: Tensor | None, seen: Tensor) -> Tensor:
+    if bias is None:
+        return seen
+    return bias & seen if bias.dtype == torch.bool else torch.where(seen, bias, -torch.inf)
+
+
+def _same_sequence(starts: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """bool [B,1,Lq,Lk]; a token behind the last sequence sees nothing."""
+    numbers = []
+    for ends, tensor in zip(starts, (query, key), strict=True):
+        token = torch.arange(tensor.shape[0] * tensor.shape[2], dtype=ends.dtype, device=ends.device)
+        numbers.append(torch.bucketize(token, ends[1:], right=True).view(tensor.shape[0], tensor.shape[2]))
+    inside = numbers[0] < len(starts[0]) - 1
+    return ((numbers[0][:, :, None] == numbers[1][:, None]) & inside[:, :, None])[:, None]
+
+
+def _chosen(
+    module: Any, query: Tensor, key: Tensor, indices: Tensor | None, block_indices: Tensor | None
+) -> Tensor | None:
+    """What an indexer has chosen, as bool [B,1 or Hq,Lq,Lk]."""
+    size = 1
+    if indices is not None:
+        indices = indices[:, None]
+    elif block_indices is not None:
+        size, indices = module.indexer.block_size, block_indices
+        indices = indices.repeat_interleave(query.shape[1] // indices.shape[1], 1)
+    if indices is None:
+        return None
+    count = -(-key.shape[2] // size)
+    indices = torch.where(indices < 0, count, indices).long()  # to a column that nobody reads
+    seen = torch.zeros((*indices.shape[:-1], count + 1), dtype=torch.bool, device=key.device)
+    seen = seen.scatter(-1, indices, True)[..., :count]
+    return seen.repeat_interleave(size, -1)[..., : key.shape[2]]
