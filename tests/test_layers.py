@@ -58,6 +58,7 @@ IMPORTS = {
     "attention.py": BELOW,
     "varlen.py": BELOW,
     "kv_cache.py": {*BELOW, "quantize.py"},
+    "checkpointing.py": {"_ops/__init__.py/ops"},
     "context_parallel.py": {*BELOW, "_parallel"},
     "merge.py": {"_checks"},
     "quantize.py": {"_checks"},

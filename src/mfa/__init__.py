@@ -1,6 +1,7 @@
 """Attention for PyTorch on Apple GPUs: exact, memory-efficient, from hand-written Metal kernels."""
 
 from .attention import attention
+from .checkpointing import ops_to_save
 from .context_parallel import context_parallel
 from .device import DeviceInfo, device_info, is_available
 from .kv_cache import attention_with_kv_cache
@@ -24,6 +25,7 @@ __all__ = [
     "device_info",
     "is_available",
     "merge_attention",
+    "ops_to_save",
     "precompile",
     "quantize_kv",
     "simulate",
