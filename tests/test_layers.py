@@ -75,7 +75,10 @@ IMPORTS = {
     "__init__.py": {"."},
     "__main__.py": {"."},
     "demo.py": {"__init__.py", "attention.py", "simulator.py"},
-    "bench": {"__init__.py", "bench", "attention.py", "simulator.py", "_library.py", "_native", "_torch.py"},
+    "bench": {
+        *("__init__.py", "bench", "attention.py", "sdpa/policy.py"),
+        *("simulator.py", "_library.py", "_native", "_torch.py"),
+    },
 }
 
 

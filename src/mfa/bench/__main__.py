@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--cpu", action="store_true", help="CPU tensors against torch: ratios of medians, and goals")
     modes.add_argument(
-        "--autotune", action="store_true", help="measure all tiles on this Mac; print the best as a patch"
+        "--autotune", action="store_true", help="measure all tiles on this Mac, and ATen; print the best as a patch"
     )
     modes.add_argument("--figures", action="store_true", help="write the README's figures: predictions, counted memory")
     modes.add_argument("--model", choices=CHIPS, metavar="CHIP", help=f"what a model predicts for {', '.join(CHIPS)}")

@@ -5,11 +5,13 @@
         the fastest wins if it beats the tuned one by more than `margin`
 
 Run it on the Mac that the rows are meant for; a row of tuning.def serves its GPU family and every later one.
+Then it measures where ATen is faster (against_aten.py), and prints the rows of policy.json for this GPU.
 """
 
 import argparse
 import difflib
 import itertools
+import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch.utils.benchmark import Measurement, Timer
 
 from .. import _library, _native, device_info
 from ..attention import attention
+from ..sdpa import policy
+from . import against_aten
 
 TUNABLE = {"forward": "TUNE_FORWARD", "backward_dkdv": "TUNE_DKDV", "backward_dq": "TUNE_DQ"}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -156,3 +160,6 @@ def main(command_line: Sequence[str] | None = None) -> None:
     for winner in found:
         print(f"# {winner.best.name}: {winner.gain:.2f} times as fast as {winner.tuned.name}, on {info.name}")
     print(patch(options.tuning.read_text(encoding="utf-8"), info.family, found) or "# tuning.def has the fastest tiles")
+    source = f"bench --autotune on {info.name}, {platform.platform()}, torch {torch.__version__}"
+    for line in against_aten.report(policy.machine(), against_aten.mps_clock(options.seconds), source, policy.rows()):
+        print(line)

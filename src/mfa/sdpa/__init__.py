@@ -7,12 +7,15 @@ Importing this registers the provider and activates nothing. Activation puts ker
 MPS and, for the simulator, of CPU; what they don't take goes back to ATen, with the reason logged once. Code that
 torch.compile has compiled keeps the attention that was active then. torch.vmap of the aten op itself is ATen's: it
 decomposes before any of its kernels is asked. torch.func.grad, vjp and jacrev are routed.
+
+Where ATen's own kernel is faster, by policy.json, the call stays with ATen too; `enable(prefer="mfa")` takes it.
 """
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.attention as torch_attention
@@ -23,9 +26,10 @@ from .. import _log, _simulation, _torch, device
 from .._arguments import Dense
 from .._checks.dense import checked
 from ..attention import attention
-from . import varlen
+from . import policy, varlen
 
 NAME = "MFA"
+Preference = Literal["faster", "mfa"]
 
 _aten = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -37,6 +41,11 @@ class Options:
     cpu: bool = False  # CPU tensors too; without it they are taken inside mfa.simulate() only
     min_query_length: int = 0  # a shorter query stays with ATen
     repeat_heads: bool = False  # grouped heads also where enable_gqa isn't given
+    prefer: Preference = "faster"  # what takes a call that both can
+
+    def __post_init__(self) -> None:
+        if self.prefer not in get_args(Preference):
+            raise ValueError(f"prefer is {self.prefer!r}; it must be 'faster' or 'mfa'")
 
 
 class Handle:
@@ -83,9 +92,13 @@ def _has_registry() -> bool:
     return hasattr(torch_attention, "restore_flash_attention_impl")
 
 
-def enable(*, cpu: bool = False) -> None:
-    """Routes attention of `mps` tensors to mfa; of CPU tensors inside mfa.simulate(), or, with `cpu`, always."""
-    activate(Options(cpu=cpu))
+def enable(*, cpu: bool = False, prefer: Preference = "faster") -> None:
+    """Routes attention of `mps` tensors to mfa; of CPU tensors inside mfa.simulate(), or, with `cpu`, always.
+
+    `prefer`: "faster" leaves a call to ATen where policy.json says that ATen is faster, and the log says so, once;
+    "mfa" takes it all the same. Raises ValueError for another.
+    """
+    activate(Options(cpu=cpu, prefer=prefer))
 
 
 def activate(options: Options) -> Handle:
@@ -115,11 +128,11 @@ def is_enabled() -> bool:
 
 
 @contextmanager
-def enabled(*, cpu: bool = False) -> Iterator[None]:
+def enabled(*, cpu: bool = False, prefer: Preference = "faster") -> Iterator[None]:
     """`enable` for a `with` block; afterwards whatever was active before is so again. Process-wide, like `enable`."""
     before = _active.options if _active is not None else None
     provider = torch_attention.current_flash_attention_impl() if _has_registry() else None
-    enable(cpu=cpu)
+    enable(cpu=cpu, prefer=prefer)
     try:
         yield
     finally:
@@ -157,6 +170,9 @@ def _route(
         reasons = not_supported_reasons(*arguments)
         if query.dim() > 1 and query.shape[-2] < options.min_query_length:
             reasons.append(f"query is shorter than {options.min_query_length}")
+        if not reasons and options.prefer == "faster":
+            reason = policy.reason_for_aten(query, key, value, attn_mask, dropout_p, is_causal)
+            reasons += [] if reason is None else [reason]
         if not reasons:
             _log.LOG.debug("scaled_dot_product_attention by mfa: %s, keys %s", tuple(query.shape), tuple(key.shape))
             return attention(*arguments)
