@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import oracle
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mfa
+from mfa import sdpa
 
 CASES: list[Callable[[int, int], None]] = []
 
@@ -253,6 +255,57 @@ def dtensors_of_packed_sequences_and_caches(rank: int, size: int) -> None:
             out = mfa.attention_with_kv_cache(*spread, cache_seqlens=live)
         assert communication.get_total_counts() == 0, (place, communication.get_comm_counts())
         torch.testing.assert_close(out.full_tensor(), expected)
+
+
+@case
+def dtensors_through_sdpa(rank: int, size: int) -> None:
+    """Routed as mfa.attention takes them: by batch or heads without communication, with gradients."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.nn.functional import scaled_dot_product_attention
+
+    mesh = init_device_mesh("cpu", (size,))
+    inputs = [normal(size, 2 * size, *sizes, seed=i) for i, sizes in enumerate([(12, 16), (20, 16), (20, 8)])]
+    wide = [x.double().requires_grad_() for x in inputs]
+    expected = oracle.attention(*wide, is_causal=True)[0]
+    expected_grads = torch.autograd.grad(expected.square().sum(), wide)
+    for place in (Shard(0), Shard(1)):
+        spread = [distribute_tensor(x, mesh, [place]).requires_grad_() for x in inputs]
+        routes = mock.patch.object(sdpa, "attention", wraps=sdpa.attention)
+        with sdpa.enabled(cpu=True), CommDebugMode() as communication, routes as routed:
+            out = scaled_dot_product_attention(*spread, is_causal=True)
+            grads = torch.autograd.grad(out, spread, grad_outputs=(2 * out).detach())
+        assert communication.get_total_counts() == 0, (place, communication.get_comm_counts())
+        assert routed.call_count == 1
+        assert out.placements == (place,)
+        torch.testing.assert_close(out.full_tensor().double(), expected, rtol=1e-5, atol=1e-5)
+        for grad, other in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad.full_tensor().double(), other, rtol=1e-4, atol=1e-4)
+
+
+@case
+def fsdp2_through_sdpa(rank: int, size: int) -> None:
+    """A step of a layer whose parameters are sharded, with attention routed, is that of the whole layer without."""
+    from torch.distributed.fsdp import fully_shard
+
+    def step(layer: torch.nn.Module, tokens: Tensor) -> list[Tensor]:
+        layer(tokens).square().mean().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        return [getattr(x, "full_tensor", lambda x=x: x)().detach() for x in layer.parameters()]
+
+    def layer() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+
+    tokens = normal(size, 10, 32)
+    expected = step(layer(), tokens)
+    sharded = layer()
+    fully_shard(sharded)
+    with sdpa.enabled(cpu=True), mock.patch.object(sdpa, "attention", wraps=sdpa.attention) as routed:
+        found = step(sharded, tokens[rank : rank + 1])
+    assert routed.call_count == 1
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 @case

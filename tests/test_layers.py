@@ -66,7 +66,7 @@ IMPORTS = {
     "pipelines.py": {"_metal.py", "_native"},
     "support.py": {"_checks", "_native"},
     # Others' interfaces over them.
-    "sdpa": {*DROP_IN, "sdpa", "_ops/__init__.py/ops"},
+    "sdpa": {*DROP_IN, "sdpa", "_ops/__init__.py/ops", "_ops/sharding.py"},
     "flash_attn": {*DROP_IN, "flash_attn"},
     "mps_flash_attn": {*DROP_IN, "mps_flash_attn", "sdpa"},
     "transformers.py": DROP_IN,

@@ -379,11 +379,34 @@ def test_subclasses_go_to_aten(routed: list[Any]) -> None:
     assert len(routed) == 2  # a CausalBias makes a mask, or calls itself, before
 
 
-def test_nested_tensors_are_left_alone(routed: list[Any]) -> None:
-    query, key, value = (torch.nested.nested_tensor([random(3, 8, 16), random(3, 5, 16)]) for _ in range(3))
-    expected = torch_sdpa(query, key, value)
-    with sdpa.enabled(cpu=True):
-        out = torch_sdpa(query, key, value)
-    for mine, theirs in zip(out.unbind(), expected.unbind(), strict=True):
-        torch.testing.assert_close(mine, theirs)
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_dtensors_are_routed(routed: list[Any]) -> None:
+    """On a mesh of one process; ring_cases.py has more."""
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        query, key, value = (distribute_tensor(x, mesh, [Shard(1)]).requires_grad_() for x in qkv())
+        with sdpa.enabled(cpu=True):
+            out = torch_sdpa(query, key, value, is_causal=True)
+            (grad,) = torch.autograd.grad(out, query, grad_outputs=torch.ones_like(out))
+        assert out.placements == grad.placements == (Shard(1),)
+        torch.testing.assert_close(out.to_local(), torch_sdpa(*qkv(), is_causal=True))
+    finally:
+        distributed.destroy_process_group()
+    assert len(routed) == 1
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+def test_a_sparse_mask_is_refused_by_name(layout: str, routed: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """ATen doesn't take it either."""
+    mask = torch.ones(20, 30).tril().to_sparse(layout=getattr(torch, layout))
+    _log.said.clear()
+    for _ in range(2):
+        with sdpa.enabled(cpu=True), caplog.at_level(logging.WARNING, "mfa"), pytest.raises(RuntimeError):
+            torch_sdpa(*qkv(), mask)
     assert not routed
+    (record,) = caplog.records
+    assert f"attn_mask has layout {layout}" in record.message

@@ -1,5 +1,7 @@
 """The compiled pipelines of the Metal backend: build them before they are needed, or forget them."""
 
+from typing import Any
+
 import torch
 
 from . import _metal, _native
@@ -26,11 +28,8 @@ def precompile(
     """
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; it must be torch.float16, torch.bfloat16 or torch.float32")
-    info = _metal.info()
-    if info is None or info["why_not"]:
-        raise RuntimeError("; ".join(info["why_not"]) if info else "this build of mfa has no Metal backend")
     problem = {
-        "family": info["family"],
+        "family": _info()["family"],
         "dtype": _DTYPES[dtype],
         "query_length": _LENGTH,
         "key_length": _LENGTH,
@@ -52,4 +51,13 @@ def clear_cache() -> None:
 
     Raises RuntimeError where the Metal kernels can't run.
     """
+    _info()
     _metal.clear_cache()
+
+
+def _info() -> dict[str, Any]:
+    info = _metal.info()
+    why_not = ["this build of mfa has no Metal backend"] if info is None else info["why_not"]
+    if info is None or why_not:
+        raise RuntimeError(f"mfa's Metal kernels can't run here: {'; '.join(why_not)}")
+    return info

@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend
 from .. import _log, _simulation, _torch, device
 from .._arguments import Dense
 from .._checks.dense import checked
+from .._ops import sharding
 from ..attention import attention
-from . import policy, varlen
+from . import nested, policy, varlen
 
 NAME = "MFA"
 Preference = Literal["faster", "mfa"]
@@ -59,9 +60,12 @@ class Handle:
             keys += ["CPU", "AutogradCPU"]
         for key in keys:  # without the autograd key the op would have no derivative
             self._library.impl("scaled_dot_product_attention", functools.partial(_route, options), key)
+        takes = functools.partial(_takes, options)
         for key in keys[::2]:  # these have derivatives of their own
-            for name, kernel in varlen.kernels(functools.partial(_takes, options)).items():
+            for name, kernel in varlen.kernels(takes).items():
                 self._library.impl(name, kernel, key)
+        for key in nested.KEYS:
+            self._library.impl(nested.OP, nested.kernel(takes, _reasons_of_context), key)
 
     def remove(self) -> None:
         """Gives the ops back to ATen. Again: nothing."""
@@ -201,18 +205,16 @@ def not_supported_reasons(
 
     Whether it is routed at all (see `enable`) isn't asked. Contexts count: `sdpa_kernel`, forward-mode differentiation.
     """
-    reasons = []
-    if not torch.backends.cuda.flash_sdp_enabled():
-        reasons.append("sdpa_kernel leaves out SDPBackend.FLASH_ATTENTION")
-    elif _another_has_priority():
-        reasons.append("sdpa_kernel prefers another backend to SDPBackend.FLASH_ATTENTION")
-    if _torch.has_dual_level():
-        reasons.append("forward-mode differentiation is active, and mfa's ops don't support it")
+    reasons = _reasons_of_context()
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     for tensor in tensors:
-        if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
+        if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__") and not sharding.is_dtensor(tensor):
             reasons.append(f"mfa's ops don't support {type(tensor).__name__}")
             return reasons
+    if attn_mask is not None and attn_mask.layout != torch.strided:
+        layout = str(attn_mask.layout).removeprefix("torch.")
+        reasons.append(f"attn_mask has layout {layout}; only strided tensors are supported: use attn_mask.to_dense()")
+        return reasons
     if attn_mask is not None and is_causal:
         reasons.append("attn_mask and is_causal are both given, which scaled_dot_product_attention refuses")
     if query.device.type == "mps" and (why_not := _mps_why_not()) is not None:
@@ -222,6 +224,17 @@ def not_supported_reasons(
         checked(Dense(query, key, value, attn_mask, None, None, scale, None, None, 0.0, dropout_p, None), enable_gqa)
     except (NotImplementedError, TypeError, ValueError) as error:
         reasons.append(str(error))
+    return reasons
+
+
+def _reasons_of_context() -> list[str]:
+    reasons = []
+    if not torch.backends.cuda.flash_sdp_enabled():
+        reasons.append("sdpa_kernel leaves out SDPBackend.FLASH_ATTENTION")
+    elif _another_has_priority():
+        reasons.append("sdpa_kernel prefers another backend to SDPBackend.FLASH_ATTENTION")
+    if _torch.has_dual_level():
+        reasons.append("forward-mode differentiation is active, and mfa's ops don't support it")
     return reasons
 
 
