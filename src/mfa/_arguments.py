@@ -79,3 +79,9 @@ class Backward(NamedTuple):
 # The arguments that have gradients, in the order in which backward ops return them.
 DENSE_GRADIENTS = ("query", "key", "value", "bias", "sinks", "alibi_slopes")
 VARLEN_GRADIENTS = ("query", "key", "value", "sinks", "alibi_slopes")
+
+# Those that are tensors.
+TENSORS: dict[type, tuple[str, ...]] = {
+    kind: tuple(name for name, hint in kind.__annotations__.items() if hint in (Tensor, Tensor | None))
+    for kind in (Dense, Varlen)
+}

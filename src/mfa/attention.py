@@ -1,7 +1,7 @@
 """What users call: arguments are checked and made canonical here, then the op runs."""
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ._checks.tensors import (
     METAL_DTYPES,
     as_runtime_errors,
     check_is_tensor,
+    scale_of,
 )
 from ._cpu import dropout
 from ._cpu.forward import attention_forward
@@ -128,7 +129,8 @@ def attention(
         and _is_plain(query, key, value)
     )
     if plain:
-        arguments, has_batch = _plain_arguments(query, key, value, is_causal, scale), True
+        arguments: tuple[Any, ...] = _plain_arguments(query, key, value, is_causal, scale)
+        has_batch = True
     else:  # which takes longer than the rest of a decoding step
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             check_is_tensor(name, tensor)
@@ -138,14 +140,14 @@ def attention(
         dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
         scale = None if scale is None else as_number("scale", scale)
         left, right = as_window(window)
-        arguments = Dense(
+        given = Dense(
             query=query,
             key=key,
             value=value,
             bias=attn_mask,
             sinks=sinks,
             alibi_slopes=alibi_slopes,
-            scale=1.0 if scale is None else scale,
+            scale=scale_of(query, scale),
             window_left=left,
             window_right=right,
             softcap=softcap,
@@ -154,19 +156,17 @@ def attention(
         )
         device = query.device.type
         if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-            arguments = autocast(device, arguments)
+            given = autocast(device, given)
         has_batch = max(query.dim(), key.dim(), value.dim()) == 4
-        arguments = checked(arguments, enable_gqa)
+        given = checked(given, enable_gqa)
         if is_causal:  # aligned to the upper left; windows are relative to the lower right
-            diagonal = arguments.query.shape[2] - arguments.key.shape[2]
-            right = diagonal if right is None else torch.sym_min(right, diagonal)
-        arguments = arguments._replace(
-            scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            window_right=right,
-            rng_state=dropout.new_state(query.device) if dropout_p > 0 else None,
-        )
+            diagonal = given.query.shape[2] - given.key.shape[2]
+            given = given._replace(window_right=diagonal if right is None else torch.sym_min(right, diagonal))
+        if dropout_p > 0:
+            given = given._replace(rng_state=dropout.new_state(query.device))
+        arguments = given
     if query.is_cpu and nothing_listens(arguments):
-        out, lse = attention_forward(arguments, exact_lse=return_lse, trains=False)
+        out, lse = attention_forward(Dense._make(arguments), exact_lse=return_lse, trains=False)
     else:
         out, lse = _forward(*arguments)
     if not has_batch:
@@ -202,12 +202,14 @@ def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _plain_arguments(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Dense:
-    """Those of the op, of tensors with plain shapes and nothing else."""
+def _plain_arguments(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Any, ...]:
+    """Those of the op, of tensors with plain shapes and nothing else; in a bare tuple, since making a Dense is felt."""
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     right = query.shape[2] - key.shape[2] if is_causal else None
-    return Dense(query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None)
+    return query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None
 
 
 _attention_or_runtime_error = as_runtime_errors(attention)

@@ -1,6 +1,5 @@
 """Attention of new queries over a cache of keys and values, dense or paged, of full or of 8-bit numbers."""
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -11,7 +10,7 @@ from ._arguments import Decode
 from ._checks.cache import capacity, check_decode, check_lengths, check_new_tokens, check_no_grad
 from ._checks.numbers import as_integer, as_number, as_window, check_flag
 from ._checks.sizes import is_known
-from ._checks.tensors import check_is_tensor, widened
+from ._checks.tensors import check_is_tensor, scale_of, widened
 from ._ops import ops, sharding
 from ._ops.decode import autocast
 from .quantize import quantize_kv, store_in_place
@@ -142,6 +141,8 @@ def attention_with_kv_cache(
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
         query = autocast(device, query, key_cache)
         key, value = (t if t is None else autocast(device, t, key_cache) for t in (key, value))
+    if is_causal:
+        right = 0 if right is None else torch.sym_min(right, 0)
     lengths: Any = cache_seqlens  # a number becomes a tensor once all has been checked
     arguments = Decode(
         query=query,
@@ -153,7 +154,7 @@ def attention_with_kv_cache(
         value_scale=value_scale,
         sinks=widened(sinks, query),
         alibi_slopes=alibi_slopes,
-        scale=1.0 if scale is None else scale,
+        scale=scale_of(query, scale),
         window_left=left,
         window_right=right,
         softcap=softcap,
@@ -179,10 +180,8 @@ def attention_with_kv_cache(
             store_in_place(cache, entries, slots, rows)
         lengths = lengths + new
 
-    if is_causal:
-        right = 0 if right is None else torch.sym_min(right, 0)
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    arguments = arguments._replace(cache_lengths=lengths, scale=scale, window_right=right)
+    if lengths is not cache_seqlens:
+        arguments = arguments._replace(cache_lengths=lengths)
     out, lse = ops.attention_decode(*arguments)
     return (out, lse) if return_lse else out
 

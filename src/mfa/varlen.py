@@ -1,6 +1,5 @@
 """Attention over sequences packed one behind the other, without padding."""
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from . import _simulation
 from ._arguments import Varlen
 from ._checks.numbers import as_integer, as_number, as_window, check_flag
-from ._checks.tensors import check_is_tensor, widened
+from ._checks.tensors import check_is_tensor, scale_of, widened
 from ._checks.varlen import check_forward, check_starts
 from ._cpu import dropout
 from ._ops import ops, sharding
@@ -120,6 +119,8 @@ def attention_varlen(
     dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
     scale = None if scale is None else as_number("scale", scale)
     left, right = as_window(window)
+    if is_causal:
+        right = 0 if right is None else torch.sym_min(right, 0)
     arguments = Varlen(
         query=query,
         key=key,
@@ -130,7 +131,7 @@ def attention_varlen(
         max_seqlen_k=as_integer("max_seqlen_k", max_seqlen_k),
         sinks=sinks,
         alibi_slopes=alibi_slopes,
-        scale=1.0 if scale is None else scale,
+        scale=scale_of(query, scale),
         window_left=left,
         window_right=right,
         softcap=softcap,
@@ -140,16 +141,11 @@ def attention_varlen(
     device = query.device.type
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
         arguments = autocast(device, arguments)
-    arguments = arguments._replace(sinks=widened(arguments.sinks, arguments.query))
+    if sinks is not None:
+        arguments = arguments._replace(sinks=widened(arguments.sinks, arguments.query))
     check_forward(arguments, metal=_simulation.runs_kernels(query))
     check_starts(arguments)
-
-    if is_causal:
-        right = 0 if right is None else torch.sym_min(right, 0)
-    arguments = arguments._replace(
-        scale=1 / math.sqrt(query.shape[2]) if scale is None else scale,
-        window_right=right,
-        rng_state=dropout.new_state(query.device) if dropout_p > 0 else None,
-    )
+    if dropout_p > 0:
+        arguments = arguments._replace(rng_state=dropout.new_state(query.device))
     out, lse = ops.attention_varlen_forward(*arguments)
     return (out, lse) if return_lse else out

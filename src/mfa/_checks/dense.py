@@ -20,16 +20,18 @@ from .tensors import (
 )
 
 
-def check_forward(arguments: Dense, *, metal: bool) -> None:
-    """Everything about the arguments of `mfa::attention_forward`, except that dropout has a state (`check_has_state`).
+def check_forward(arguments: Dense, *, metal: bool, drawn: bool = False) -> None:
+    """Everything about the arguments of `mfa::attention_forward`.
 
-    `metal`: the Metal kernels are going to run.
+    Args:
+        metal: the Metal kernels are going to run.
+        drawn: as in `check_dropout`.
     """
     check_tensors(arguments.query, arguments.key, arguments.value, ranks=(4,))
-    check_terms(arguments, metal=metal)
+    check_terms(arguments, metal=metal, drawn=drawn)
 
 
-def check_terms(arguments: Dense, *, metal: bool, bias_name: str = "bias") -> None:
+def check_terms(arguments: Dense, *, metal: bool, drawn: bool = False, bias_name: str = "bias") -> None:
     """The part of `check_forward` that is left after `check_tensors`."""
     query, key, bias = arguments.query, arguments.key, arguments.bias
     check_shapes(query, key, arguments.value)
@@ -38,7 +40,7 @@ def check_terms(arguments: Dense, *, metal: bool, bias_name: str = "bias") -> No
         if bias.dim() != 4:
             raise ValueError(f"{bias_name} has {bias.dim()} dimensions; it must have 4")
     check_features(arguments, ("B", query.shape[0]), metal=metal)
-    check_dropout(arguments)
+    check_dropout(arguments, drawn=drawn)
 
 
 def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:

@@ -161,16 +161,18 @@ def check_features(arguments: Dense | Varlen | Decode, entries: tuple[str, int],
 
 
 def check_scale(scale: float) -> None:
-    if not isinstance(scale, torch.SymFloat) and math.isnan(scale):
+    if scale != scale:  # not math.isnan, which torch.compile can't trace where the scale is a symbol
         raise ValueError("scale is nan; it must be a number")
 
 
-def check_dropout(arguments: Dense | Varlen) -> None:
-    """`rng_state` may be missing; see `check_has_state`."""
+def check_dropout(arguments: Dense | Varlen, *, drawn: bool) -> None:
+    """`drawn`: there must be an rng_state if there is dropout, for ops draw nothing themselves."""
     query, dropout_p, rng_state = arguments.query, arguments.dropout_p, arguments.rng_state
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; it must be within [0, 1)")
     if rng_state is None:
+        if drawn and dropout_p > 0:
+            raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {dropout_p}")
         return
     if not dropout_p > 0:
         raise ValueError(f"rng_state is given; it must be None, since dropout_p is {dropout_p}")
@@ -180,12 +182,6 @@ def check_dropout(arguments: Dense | Varlen) -> None:
         raise TypeError(f"rng_state has dtype {dtype_name(rng_state.dtype)}; it must be int64")
     if rng_state.shape != (2,):
         raise ValueError(f"rng_state has shape {shape_of(rng_state)}; it must have shape [2]")
-
-
-def check_has_state(arguments: Dense | Varlen) -> None:
-    """Ops draw nothing themselves."""
-    if arguments.dropout_p > 0 and arguments.rng_state is None:
-        raise ValueError(f"rng_state is None; it must be a tensor, since dropout_p is {arguments.dropout_p}")
 
 
 def check_results(
@@ -215,3 +211,10 @@ def widened(sinks: Tensor | None, query: Tensor) -> Tensor | None:
     if not isinstance(sinks, Tensor) or sinks.dtype != query.dtype:
         return sinks
     return sinks.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """1/sqrt(D) for None; of a query without D, which is refused elsewhere, 1."""
+    if scale is not None:
+        return scale
+    return 1 / math.sqrt(query.shape[-1]) if query.dim() > 0 and query.shape[-1] > 0 else 1.0

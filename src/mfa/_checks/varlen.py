@@ -8,9 +8,10 @@ from .numbers import as_integer
 from .tensors import check_dropout, check_features, check_shapes, check_tensors
 
 
-def check_forward(arguments: Varlen, *, metal: bool) -> None:
-    """Everything about the arguments of `mfa::attention_varlen_forward`, except what `check_starts` checks, and that
-    dropout has a state (`check_has_state`).
+def check_forward(arguments: Varlen, *, metal: bool, drawn: bool = False) -> None:
+    """Everything about the arguments of `mfa::attention_varlen_forward`, except what `check_starts` checks.
+
+    Args: as those of dense attention's.
     """
     query, key, value = arguments.query, arguments.key, arguments.value
     check_tensors(query, key, value, ranks=(3,))
@@ -23,7 +24,7 @@ def check_forward(arguments: Varlen, *, metal: bool) -> None:
     as_integer("max_seqlen_q", arguments.max_seqlen_q)
     as_integer("max_seqlen_k", arguments.max_seqlen_k)
     check_features(arguments, ("N", starts.shape[0] - 1), metal=metal)
-    check_dropout(arguments)
+    check_dropout(arguments, drawn=drawn)
 
 
 def check_starts(arguments: Varlen) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _torch
+from .._arguments import TENSORS, Dense, Varlen
 
 
 def register(
@@ -41,7 +42,7 @@ def register(
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         _refuse_tangents(name, arguments)
-        if not _wants_graph(arguments):
+        if not wants_graph(arguments):
             return _redispatch(op, keyset, arguments)
         if not _torch.in_torch_func():
             return whole.apply(*arguments, keyset)
@@ -62,35 +63,32 @@ def register_through(name: str, through: str, *, lib: torch.library.Library) -> 
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         _refuse_tangents(name, arguments)
-        if _wants_graph(arguments):
+        if wants_graph(arguments):
             return other.redispatch(keyset, *arguments)[:2]
         return _redispatch(op, keyset, arguments)
 
     lib.impl(op, kernel, "Autograd", with_keyset=True)
 
 
-def save(ctx: Any, arguments: Sequence[Any], *more: Tensor | None) -> None:
+def save(ctx: Any, arguments: Dense | Varlen, *more: Tensor | None) -> None:
     """Keeps an op's arguments, and more tensors, for its backward pass."""
-    tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
-    ctx.others = [argument if tensor is None else None for argument, tensor in zip(arguments, tensors, strict=True)]
-    ctx.save_for_backward(*more, *tensors)
+    names = TENSORS[type(arguments)]
+    ctx.save_for_backward(*more, *[getattr(arguments, name) for name in names])
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    ctx.arguments = arguments._replace(**nothing)
 
 
-def saved(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
+def saved(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
     """What `save` kept: the arguments, and the other tensors."""
-    more, tensors = ctx.saved_tensors[: -len(ctx.others)], ctx.saved_tensors[-len(ctx.others) :]
-    arguments = [other if tensor is None else tensor for other, tensor in zip(ctx.others, tensors, strict=True)]
-    return arguments, more
+    names = TENSORS[type(ctx.arguments)]
+    tensors = ctx.saved_tensors
+    first = len(tensors) - len(names)
+    return ctx.arguments._replace(**dict(zip(names, tensors[first:], strict=True))), tensors[:first]
 
 
-def needed(ctx: Any, fields: Sequence[str]) -> set[str]:
-    """The arguments, by name, whose gradients are asked for."""
-    return {name for name, needs in zip(fields, ctx.needs_input_grad, strict=False) if needs}
-
-
-def requires_grad(*arguments: Any) -> bool:
-    """Whether any of them does, whatever else is among them."""
-    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+def wants_graph(arguments: Sequence[Any]) -> bool:
+    """Whether a call with these arguments is recorded."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def _overload(name: str) -> Any:
@@ -101,10 +99,6 @@ def _overload(name: str) -> Any:
 def _redispatch(op: Any, keyset: Any, arguments: Any) -> Any:
     with _torch.below_autograd():
         return op.redispatch(keyset & _torch.after_autograd, *arguments)
-
-
-def _wants_graph(arguments: Any) -> bool:
-    return torch.is_grad_enabled() and requires_grad(*arguments)
 
 
 def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:

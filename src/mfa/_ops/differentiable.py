@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _simulation, _torch
 from .._arguments import Backward
-from .._checks.tensors import as_runtime_errors, check_has_state, check_results
+from .._checks.tensors import as_runtime_errors, check_results
 from .._cpu.layout import empty_correction, empty_gradients
 from . import autograd
 from .autocast import autocast
@@ -36,68 +36,60 @@ class _Rules(Generic[Arguments]):
         self.forward = getattr(ops, f"{family.name}_forward").default
         self.corrected = getattr(ops, f"{family.name}_forward_with_correction").default
         self.backward = getattr(ops, f"{family.name}_backward").default
+        self.count = len(self.arguments._fields)
 
     def register(self) -> None:
-        flops, backward_fields = self.forward_flops, self.arguments._fields + Backward._fields
+        family, flops, fields = self.family, self.forward_flops, self.arguments._fields
         gradients = tuple(f"grad_{name}" for name in self.gradients)
 
-        _register(self.forward, self.forward_cpu, self.forward_fake, flops)
+        forward_cpu = functools.partial(self.forward_cpu, self.forward, family.forward)
+        _register(self.forward, forward_cpu, self.forward_fake, flops)
         autograd.register_through(self.forward.name(), self.corrected.name(), lib=LIBRARY)
         for device in ("CPU", "MPS"):
             LIBRARY.impl(self.forward.name(), self.forward_autocast, f"Autocast{device}")
-        self._register_vmap(self.forward, self.arguments._fields, ("out", "lse"))
+        self._register_vmap(self.forward, fields, ("out", "lse"))
 
-        _register(self.corrected, self.corrected_cpu, self.corrected_fake, flops)
+        corrected_cpu = functools.partial(self.forward_cpu, self.corrected, family.forward_with_correction)
+        _register(self.corrected, corrected_cpu, self.corrected_fake, flops)
         setup = self.corrected_setup
         autograd.register(self.corrected.name(), self.corrected_backward, setup_context=setup, lib=LIBRARY)
-        self._register_vmap(self.corrected, self.arguments._fields, ("out", "lse", "correction"))
+        self._register_vmap(self.corrected, fields, ("out", "lse", "correction"))
 
         _register(self.backward, self.backward_cpu, self.backward_fake, self.backward_flops)
         setup = self.backward_setup
         autograd.register(self.backward.name(), self.backward_backward, setup_context=setup, lib=LIBRARY)
-        self._register_vmap(self.backward, backward_fields, gradients)
-
-    def check(self, arguments: Arguments, *, metal: bool) -> None:
-        self.family.check(arguments, metal=metal)
-        check_has_state(arguments)
+        self._register_vmap(self.backward, fields + Backward._fields, gradients)
 
     # -- NAME_forward ------------------------------------------------------------------------------------------------
 
-    def run(self, op: Any, on_cpu: Callable[[Arguments], Any], args: tuple[Any, ...]) -> Any:
+    def forward_cpu(self, op: Any, on_cpu: Callable[[Arguments], Any], *args: Any) -> Any:
         """What a forward op returns for CPU tensors; `on_cpu` is its implementation outside of a simulation."""
-        arguments, simulation = self.arguments(*args), _simulation.active()
-        self.check(arguments, metal=simulation is not None)
-        self.family.check_contents(arguments)
+        arguments, simulation = self.arguments._make(args), _simulation.active()
+        self.family.check(arguments, metal=simulation is not None, drawn=True)
+        if self.family.check_contents is not None:
+            self.family.check_contents(arguments)
         if simulation is not None:  # what an MPS tensor reaches
             return simulation.call(op, *args)
         with _torch.below_autograd():
             return on_cpu(arguments)
 
-    def forward_cpu(self, *args: Any) -> Outputs:
-        outputs: Outputs = self.run(self.forward, self.family.forward, args)
-        return outputs
-
     def forward_fake(self, *args: Any, **keywords: Any) -> Outputs:
         arguments = self.arguments(*args, **keywords)
-        self.check(arguments, metal=arguments.query.device.type == "mps")
+        self.family.check(arguments, metal=arguments.query.device.type == "mps", drawn=True)
         return self.family.empty_outputs(arguments)
 
     def forward_autocast(self, *args: Any) -> Outputs:
-        arguments = self.arguments(*args)
+        arguments = self.arguments._make(args)
         device = arguments.query.device.type
         with torch.autocast(device, enabled=False):
             outputs: Outputs = self.forward(*autocast(device, arguments))
         return outputs
 
     def forward_flops(self, *args: Any, **_: Any) -> int:
-        arguments = self.arguments(*args)
+        arguments = self.arguments._make(args)
         return 2 * self.family.pairs(arguments) * (arguments.query.shape[-1] + arguments.value.shape[-1])
 
     # -- NAME_forward_with_correction --------------------------------------------------------------------------------
-
-    def corrected_cpu(self, *args: Any) -> Corrected:
-        outputs: Corrected = self.run(self.corrected, self.family.forward_with_correction, args)
-        return outputs
 
     def corrected_fake(self, *args: Any, **keywords: Any) -> Corrected:
         out, lse = self.forward_fake(*args, **keywords)
@@ -107,31 +99,31 @@ class _Rules(Generic[Arguments]):
         out, lse, correction = output
         ctx.mark_non_differentiable(correction)
         ctx.set_materialize_grads(False)
-        autograd.save(ctx, inputs, out, lse, correction if out.dtype.itemsize == 2 else None)
+        autograd.save(ctx, self.arguments._make(inputs), out, lse, correction if out.dtype.itemsize == 2 else None)
 
     def corrected_backward(
         self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        inputs, (out, lse, correction) = autograd.saved(ctx)
-        needed = autograd.needed(ctx, self.arguments._fields)
-        mask = [name in needed for name in self.gradients]
+        arguments, (out, lse, correction) = autograd.saved(ctx)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = self.backward(*inputs, *Backward(grad_out, grad_lse, out, lse, correction, mask))
-        found = dict(zip(self.gradients, grads, strict=True))
-        return tuple(found[name] if name in needed else None for name in self.arguments._fields)
+        needs = self.arguments._make(ctx.needs_input_grad[: self.count])
+        mask = [getattr(needs, name) for name in self.gradients]
+        grads = self.backward(*arguments, grad_out, grad_lse, out, lse, correction, mask)
+        found = {name: grad for name, grad, asked in zip(self.gradients, grads, mask, strict=True) if asked}
+        return tuple(map(found.get, self.arguments._fields))
 
     # -- NAME_backward -----------------------------------------------------------------------------------------------
 
     def split(self, args: tuple[Any, ...]) -> tuple[Arguments, Backward]:
         """The arguments of a backward op: those of its forward op, and the others."""
-        count = len(self.arguments._fields)
-        return self.arguments(*args[:count]), Backward(*args[count:])
+        return self.arguments._make(args[: self.count]), Backward._make(args[self.count :])
 
     def backward_cpu(self, *args: Any) -> tuple[Tensor, ...]:
         (arguments, given), simulation = self.split(args), _simulation.active()
-        self.check(arguments, metal=simulation is not None)
+        self.family.check(arguments, metal=simulation is not None, drawn=True)
         check_results(given, arguments.query, *self.family.shapes(arguments))
-        self.family.check_contents(arguments)
+        if self.family.check_contents is not None:
+            self.family.check_contents(arguments)
         if simulation is not None:  # what an MPS tensor reaches
             outputs: tuple[Tensor, ...] = simulation.call(self.backward, *args)
             return outputs
@@ -151,14 +143,12 @@ class _Rules(Generic[Arguments]):
 
     def backward_backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The results are functions of all arguments but out, lse and correction, which are results of the others."""
-        inputs, (grad_out, grad_lse) = autograd.saved(ctx)
-        cotangents = {
-            name: grad if asked else None for name, grad, asked in zip(self.gradients, grads, ctx.mask, strict=True)
-        }
-        found = self.family.backward_vjp(self.arguments(*inputs), grad_out, grad_lse, cotangents)
-        fields = self.arguments._fields + Backward._fields
-        needed = autograd.needed(ctx, fields)
-        return tuple(found.get(name) if name in needed else None for name in fields)
+        arguments, (grad_out, grad_lse) = autograd.saved(ctx)
+        asked = zip(self.gradients, grads, ctx.mask, strict=True)
+        cotangents = {name: grad if wanted else None for name, grad, wanted in asked}
+        found = self.family.backward_vjp(arguments, grad_out, grad_lse, cotangents)
+        fields = zip(self.arguments._fields + Backward._fields, ctx.needs_input_grad, strict=False)
+        return tuple(found.get(name) if needed else None for name, needed in fields)
 
     def backward_flops(self, *args: Any, **_: Any) -> int:
         arguments, _given = self.split(args)

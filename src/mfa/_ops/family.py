@@ -1,7 +1,7 @@
 """A family of ops with gradients: what differs between dense and packed attention."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -9,62 +9,41 @@ from torch import Tensor
 from .._arguments import Backward, Dense, Varlen
 
 Arguments = TypeVar("Arguments", Dense, Varlen)
-Outputs = tuple[Tensor, Tensor]
-Corrected = tuple[Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor]  # out, lse
+Corrected = tuple[Tensor, Tensor, Tensor]  # out, lse, correction
+Dims = Mapping[str, int | None]  # where arguments are mapped by torch.vmap
+Given = Mapping[str, Any]  # arguments, by their names
 
 
-class Family(ABC, Generic[Arguments]):
-    """What differs between families; differentiable.py makes rules of it."""
+@dataclass(frozen=True)
+class Family(Generic[Arguments]):
+    """Functions without a word on devices are for CPU tensors, and get arguments that have been checked."""
 
-    name: str
+    name: str  # of the ops, without what follows: see differentiable.py
     arguments: type[Arguments]
-    gradients: tuple[str, ...]  # the arguments that have one, in the order of backward's results
+    gradients: tuple[str, ...]  # the arguments that have one, in the order of the backward op's results
 
-    @abstractmethod
-    def check(self, arguments: Arguments, *, metal: bool) -> None:
-        """Refuses what shapes, dtypes and numbers tell. `metal`: the Metal kernels are going to run."""
+    # Refuses arguments(metal: whether the Metal kernels are going to run, drawn: True); any device.
+    check: Callable[..., None]
+    # Refuses what the contents of tensors tell, where the host sees them.
+    check_contents: Callable[[Arguments], None] | None
+    # Shapes of out and lse; any device.
+    shapes: Callable[[Arguments], tuple[tuple[int, ...], tuple[int, ...]]]
+    # Out and lse, uninitialised, laid out as every backend lays them out; any device.
+    empty_outputs: Callable[[Arguments], Outputs]
 
-    def check_contents(self, arguments: Arguments) -> None:
-        """Refuses what the contents of tensors tell, where the host sees them."""
+    forward: Callable[[Arguments], Outputs]
+    forward_with_correction: Callable[[Arguments], Corrected]
+    # The wanted gradients, laid out as every backend lays them out.
+    backward: Callable[[Arguments, Backward], Mapping[str, Tensor]]
+    # Gradients of grad_out, grad_lse and the arguments, from grad_out, grad_lse and those of the gradients; any device.
+    backward_vjp: Callable[[Arguments, Tensor, Tensor | None, Mapping[str, Tensor | None]], Mapping[str, Tensor]]
 
-    @abstractmethod
-    def shapes(self, arguments: Arguments) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of out and lse."""
+    # torch.vmap: whether one call can do it all; its arguments; and where its result `name`, which is out, lse,
+    # correction or the gradient of an argument, holds the mapped dimension.
+    folds: Callable[[Dims, Given], bool]
+    fold: Callable[[int, Dims, Given], list[Any]]
+    place: Callable[[str], int]
 
-    @abstractmethod
-    def empty_outputs(self, arguments: Arguments) -> Outputs:
-        """Out and lse, uninitialised, laid out as every backend lays them out."""
-
-    @abstractmethod
-    def forward(self, arguments: Arguments) -> Outputs:
-        """Of CPU tensors."""
-
-    @abstractmethod
-    def forward_with_correction(self, arguments: Arguments) -> Corrected:
-        """Of CPU tensors."""
-
-    @abstractmethod
-    def backward(self, arguments: Arguments, given: Backward) -> Mapping[str, Tensor]:
-        """Of CPU tensors: the wanted gradients, laid out as every backend lays them out."""
-
-    @abstractmethod
-    def backward_vjp(
-        self, arguments: Arguments, grad_out: Tensor, grad_lse: Tensor | None, cotangents: Mapping[str, Tensor | None]
-    ) -> Mapping[str, Tensor]:
-        """The gradients of grad_out, grad_lse and the arguments, from those of the gradients; on any device."""
-
-    @abstractmethod
-    def folds(self, dims: Mapping[str, int | None], given: Mapping[str, Any]) -> bool:
-        """Whether one call can do all that is mapped over `dims`."""
-
-    @abstractmethod
-    def fold(self, size: int, dims: Mapping[str, int | None], given: Mapping[str, Any]) -> list[Any]:
-        """The arguments of that call; `place` then says where its results have the mapped dimension."""
-
-    @abstractmethod
-    def place(self, result: str) -> int:
-        """Of out, lse, correction, or the gradient of an argument."""
-
-    @abstractmethod
-    def pairs(self, arguments: Arguments) -> int:
-        """How many (head, query, key) there are, batch entries included."""
+    # How many (head, query, key) there are, batch entries included; any device.
+    pairs: Callable[[Arguments], int]

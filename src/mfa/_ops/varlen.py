@@ -1,12 +1,11 @@
 """Ops of packed sequences."""
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from .._arguments import VARLEN_GRADIENTS, Backward, Varlen
+from .._arguments import VARLEN_GRADIENTS, Varlen
 from .._checks.indices import host_values
 from .._checks.varlen import check_forward, check_starts
 from .._cpu.composition_varlen import backward_vjp
@@ -17,7 +16,7 @@ from .._cpu.varlen import (
     empty_outputs,
 )
 from .differentiable import register
-from .family import Corrected, Family, Outputs
+from .family import Dims, Family, Given, Outputs
 
 # Heads: 1 in packed rows [T,H,X], 0 in [H,T], and last in [H] or [N,H].
 _HEADS = {
@@ -27,54 +26,32 @@ _HEADS = {
 }
 
 
-class _Varlen(Family[Varlen]):
-    name = "attention_varlen"
-    arguments = Varlen
-    gradients = VARLEN_GRADIENTS
+def _shapes(arguments: Varlen) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    tokens, heads, _ = arguments.query.shape
+    return (tokens, heads, arguments.value.shape[2]), (heads, tokens)
 
-    def check(self, arguments: Varlen, *, metal: bool) -> None:
-        check_forward(arguments, metal=metal)
 
-    def check_contents(self, arguments: Varlen) -> None:
-        check_starts(arguments)
+def _empty_outputs(arguments: Varlen) -> Outputs:
+    return empty_outputs(arguments.query, arguments.value.shape[2])
 
-    def shapes(self, arguments: Varlen) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        tokens, heads, _ = arguments.query.shape
-        return (tokens, heads, arguments.value.shape[2]), (heads, tokens)
 
-    def empty_outputs(self, arguments: Varlen) -> Outputs:
-        return empty_outputs(arguments.query, arguments.value.shape[2])
+# -- vmap: the mapped dimension becomes part of the heads -----------------------------------------------------------
 
-    def forward(self, arguments: Varlen) -> Outputs:
-        return attention_varlen_forward(arguments)
 
-    def forward_with_correction(self, arguments: Varlen) -> Corrected:
-        return attention_varlen_forward_with_correction(arguments)
+def _folds(dims: Dims, given: Given) -> bool:
+    # All have the same starts; dropout counts heads.
+    return dims["cu_seqlens_q"] is None and dims["cu_seqlens_k"] is None and given["dropout_p"] == 0
 
-    def backward(self, arguments: Varlen, given: Backward) -> Mapping[str, Tensor]:
-        return attention_varlen_backward(arguments, given)
 
-    def backward_vjp(
-        self, arguments: Varlen, grad_out: Tensor, grad_lse: Tensor | None, cotangents: Mapping[str, Tensor | None]
-    ) -> Mapping[str, Tensor]:
-        return backward_vjp(arguments, grad_out, grad_lse, cotangents)
+def _fold(size: int, dims: Dims, given: Given) -> list[Any]:
+    return [
+        _folded(size, _HEADS[name], dims[name], value) if name in _HEADS and value is not None else value
+        for name, value in given.items()
+    ]
 
-    def folds(self, dims: Mapping[str, int | None], given: Mapping[str, Any]) -> bool:
-        # All have the same starts; dropout counts heads.
-        return dims["cu_seqlens_q"] is None and dims["cu_seqlens_k"] is None and given["dropout_p"] == 0
 
-    def fold(self, size: int, dims: Mapping[str, int | None], given: Mapping[str, Any]) -> list[Any]:
-        """The mapped dimension becomes part of the heads."""
-        return [
-            _folded(size, _HEADS[name], dims[name], value) if name in _HEADS and value is not None else value
-            for name, value in given.items()
-        ]
-
-    def place(self, result: str) -> int:
-        return _HEADS[result.removeprefix("grad_")]
-
-    def pairs(self, arguments: Varlen) -> int:
-        return arguments.query.shape[1] * _pairs(arguments)
+def _place(result: str) -> int:
+    return _HEADS[result.removeprefix("grad_")]
 
 
 def _folded(size: int, heads: int, dim: int | None, tensor: Tensor) -> Tensor:
@@ -85,15 +62,36 @@ def _folded(size: int, heads: int, dim: int | None, tensor: Tensor) -> Tensor:
 
 
 def _pairs(arguments: Varlen) -> int:
-    """How many (query, key) there are: exactly where the host sees the lengths, and at most elsewhere."""
+    """Exactly where the host sees the lengths, and at most elsewhere."""
+    heads: int = arguments.query.shape[1]
     starts = host_values(arguments.cu_seqlens_q), host_values(arguments.cu_seqlens_k)
     if starts[0] is not None and starts[1] is not None:
         lengths = [[b - a for a, b in itertools.pairwise(s)] for s in starts if s is not None]
-        return sum(q * k for q, k in zip(*lengths, strict=True))
+        pairs: int = sum(q * k for q, k in zip(*lengths, strict=True))
+        return heads * pairs
     queries, keys = arguments.query.shape[0], arguments.key.shape[0]
     longest_q, longest_k = arguments.max_seqlen_q, arguments.max_seqlen_k
     sequences = arguments.cu_seqlens_q.shape[0] - 1
-    return min(queries * longest_k, keys * longest_q, sequences * longest_q * longest_k)
+    most: int = min(queries * longest_k, keys * longest_q, sequences * longest_q * longest_k)
+    return heads * most
 
 
-register(_Varlen())
+register(
+    Family(
+        name="attention_varlen",
+        arguments=Varlen,
+        gradients=VARLEN_GRADIENTS,
+        check=check_forward,
+        check_contents=check_starts,
+        shapes=_shapes,
+        empty_outputs=_empty_outputs,
+        forward=attention_varlen_forward,
+        forward_with_correction=attention_varlen_forward_with_correction,
+        backward=attention_varlen_backward,
+        backward_vjp=backward_vjp,
+        folds=_folds,
+        fold=_fold,
+        place=_place,
+        pairs=_pairs,
+    )
+)

@@ -78,7 +78,7 @@ def _alone(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, term
     if terms.is_causal:
         diagonal = query.shape[2] - key.shape[2]
         right = diagonal if right is None else min(right, diagonal)
-    arguments = terms.of(query, key, value, sinks)._replace(scale=terms.scale_of(query), window_right=right)
+    arguments = terms.of(query, key, value, sinks)._replace(window_right=right)
     outputs: tuple[Tensor, Tensor] = ops.attention_forward(*arguments)
     return outputs
 

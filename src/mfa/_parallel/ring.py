@@ -12,7 +12,6 @@ The next part travels while this one is computed. A process holds its own keys a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor
 from .. import _simulation
 from .._arguments import DENSE_GRADIENTS, Backward, Dense
 from .._checks.dense import check_forward
-from .._checks.tensors import widened
+from .._checks.tensors import scale_of, widened
 from .._cpu.blocks import HIDDEN, Window
 from .._cpu.layout import empty_correction, lost_to_rounding
 from .._ops import ops
@@ -42,7 +41,7 @@ class Terms:
     softcap: float
 
     def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Dense:
-        """The op's arguments, but for what needs their shapes: a scale of None is 1, and `is_causal` is left out."""
+        """The op's arguments, but for `is_causal`."""
         return Dense(
             query=query,
             key=key,
@@ -50,16 +49,13 @@ class Terms:
             bias=None,
             sinks=sinks,
             alibi_slopes=None,
-            scale=1.0 if self.scale is None else self.scale,
+            scale=scale_of(query, self.scale),
             window_left=self.window_left,
             window_right=self.window_right,
             softcap=self.softcap,
             dropout_p=0.0,
             rng_state=None,
         )
-
-    def scale_of(self, query: Tensor) -> float:
-        return 1 / math.sqrt(query.shape[3]) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
@@ -258,9 +254,7 @@ class _RingAttention(torch.autograd.Function):
 
 def _arguments(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms) -> Dense:
     """Of the op, for a part."""
-    return terms.of(query, key, value, sinks)._replace(
-        scale=terms.scale_of(query), window_left=part.window_left, window_right=part.window_right
-    )
+    return terms.of(query, key, value, sinks)._replace(window_left=part.window_left, window_right=part.window_right)
 
 
 def _forward_part(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms) -> _Result:

@@ -69,9 +69,7 @@ def busy(kernel: Kernel, problem: Decoding) -> Kernel:
     own = kernel.rows // kernel.simdgroups
     rows = problem.queries if kernel.kind == "forward" else problem.rows
     count = min(kernel.simdgroups, math.ceil(rows / own))
-    return kernel._replace(
-        simdgroups=count, threadgroup_read=kernel.threadgroup_read * count // kernel.simdgroups
-    )
+    return kernel._replace(simdgroups=count, threadgroup_read=kernel.threadgroup_read * count // kernel.simdgroups)
 
 
 def planned(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:

@@ -73,7 +73,9 @@ def decoding(head_dim: int, group: int, keys: int, tokens: int = 1) -> Decoding:
 
 
 def decode_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
-    heading = f"{'D':>4}{'keys':>7}{'heads':>7}{'tokens':>7} {'kernel':36}{'splits':>7}{'us':>7}{'forward':>8}{'share':>7}"
+    heading = (
+        f"{'D':>4}{'keys':>7}{'heads':>7}{'tokens':>7} {'kernel':36}{'splits':>7}{'us':>7}{'forward':>8}{'share':>7}"
+    )
     yield f"{heading}{'bound':>9}{'next':>6}  best by the model"
     for dim in (64, 128):
         for keys in CACHE_KEYS:
