@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from . import _log
-from ._transformers_mask import Mask, mask
-from ._transformers_models import is_eager_only, watch
-from .attention import attention as mfa_attention
-from .varlen import attention_varlen
+from .. import _log
+from ._mask import Mask, mask
+from ._models import is_eager_only, watch
+from ..attention import attention as mfa_attention
+from ..varlen import attention_varlen
 
 __all__ = ["Mask", "attention", "mask", "register"]
 

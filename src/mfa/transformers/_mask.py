@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as hf
 
-from . import _torch
-from ._transformers_models import attends_by_itself, is_eager_only, refuse
+from .. import _torch
+from ._models import attends_by_itself, is_eager_only, refuse
 
 _Window = tuple[int | None, int | None]
 

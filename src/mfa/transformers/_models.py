@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel
 
-from . import _log
+from .. import _log
 
 
 def _classes(config: type) -> list[Any]:
