@@ -30,8 +30,8 @@ SIZES: dict[str, Any] = {
         2: "num_key_value_heads num_kv_heads num_global_key_value_heads index_n_heads num_hidden_layers n_layer "
         "n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers depth "
         "encoder_num_layers decoder_num_layers encoder_num_hidden_layers decoder_num_hidden_layers num_experts_per_tok "
-        "moe_topk moe_k num_experts_per_token linear_num_key_heads linear_num_value_heads num_feat_extract_layers mamba_expand "
-        "num_conv_pos_embedding_groups mlp_ratio encoder_num_key_value_heads decoder_num_key_value_heads "
+        "moe_topk moe_k num_experts_per_token linear_num_key_heads linear_num_value_heads num_feat_extract_layers "
+        "mamba_expand num_conv_pos_embedding_groups mlp_ratio encoder_num_key_value_heads decoder_num_key_value_heads "
         "H_cycles L_cycles",
         DIM: "head_dim d_kv global_head_dim index_head_dim kv_lora_rank q_lora_rank linear_key_head_dim swa_head_dim "
         "linear_value_head_dim mamba_d_head mamba_head_dim qk_head_dim o_lora_rank v_head_dim swa_v_head_dim",
@@ -78,10 +78,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {
         "layer_types": ["minimax_m3_sparse", "full_attention"],
         "num_hidden_layers": 2,
-        "index_block_size": 4,
-        "index_topk_blocks": 2,
+        "index_block_size": 8,  # longer than padding: otherwise a token may see padding only, which has no sense
+        "index_topk_blocks": 1,
     },
     "reformer": {"is_decoder": True},
+    "sam3_lite_text_text_model": {"num_hidden_layers": 3},
     "speech_to_text": {"input_feat_per_channel": 8, "conv_channels": 16},
     "textnet": {"image_size": [32, 32]},
     "yolos": {"image_size": [32, 32]},
