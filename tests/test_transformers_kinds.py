@@ -132,7 +132,7 @@ def test_a_table_without_our_name_is_a_sentence(name: str, table: str) -> None:
 @torch.no_grad()
 def test_says_once_who_never_asks(name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_log, "said", set())
-    monkeypatch.setattr(mfa._transformers_models, "_met", set())
+    monkeypatch.setattr(mfa.transformers._models, "_met", set())
     reference = make(name)
     with caplog.at_level(logging.WARNING, logger="mfa"):
         models = [type(reference)._from_config(reference.config, attn_implementation="mfa").eval() for _ in range(2)]
