@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from .. import _log
-from ._mask import Mask, mask
-from ._models import is_eager_only, watch
 from ..attention import attention as mfa_attention
 from ..varlen import attention_varlen
+from ._mask import Mask, mask
+from ._models import is_eager_only, watch
 
 __all__ = ["Mask", "attention", "mask", "register"]
 
