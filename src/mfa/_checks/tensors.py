@@ -96,7 +96,15 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, ranks: tuple[int, .
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Sizes of query [B,Hq,Lq,D], key [B,Hkv,Lk,D], value [B,Hkv,Lk,Dv]."""
-    (batch, heads, _, dim), (_, key_heads, length, _) = query.shape, key.shape
+    (batch, heads, _, dim), (key_batch, key_heads, length, key_dim) = query.shape, key.shape
+    value_batch, value_heads, value_length, value_dim = value.shape
+    if (
+        (batch == key_batch == value_batch and key_heads == value_heads)
+        and (length == value_length and dim == key_dim)
+        and (heads == key_heads or (key_heads != 0 and heads % key_heads == 0))
+        and (0 < dim <= LARGEST_HEAD_DIM and 0 < value_dim <= LARGEST_HEAD_DIM)
+    ):
+        return  # sooner than it takes to find out what is wrong
     for name, tensor in (("key", key), ("value", value)):
         if not holds(tensor.shape[0] == batch):
             raise ValueError(f"{name} has batch size {tensor.shape[0]}; it must be that of query, {batch}")

@@ -3,6 +3,7 @@
 torch's own refuses the former, and lets the latter's tangents vanish: torch.func.jvp and hessian would be zero.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,20 +71,32 @@ def register_through(name: str, through: str, *, lib: torch.library.Library) -> 
     lib.impl(op, kernel, "Autograd", with_keyset=True)
 
 
+class _Parts:
+    """An op's arguments as tensors, which autograd keeps, and others."""
+
+    def __init__(self, kind: type[Dense] | type[Varlen]) -> None:
+        tensors = TENSORS[kind]
+        others = [name for name in kind._fields if name not in tensors]
+        self.count = len(tensors)
+        self.tensors, self.others = operator.attrgetter(*tensors), operator.attrgetter(*others)
+        self.in_order = operator.itemgetter(*map([*tensors, *others].index, kind._fields))
+
+
+_PARTS = {kind: _Parts(kind) for kind in TENSORS}
+
+
 def save(ctx: Any, arguments: Dense | Varlen, *more: Tensor | None) -> None:
     """Keeps an op's arguments, and more tensors, for its backward pass."""
-    names = TENSORS[type(arguments)]
-    ctx.save_for_backward(*more, *[getattr(arguments, name) for name in names])
-    nothing: dict[str, Any] = dict.fromkeys(names)
-    ctx.arguments = arguments._replace(**nothing)
+    parts = _PARTS[type(arguments)]
+    ctx.kind, ctx.others = type(arguments), parts.others(arguments)
+    ctx.save_for_backward(*parts.tensors(arguments), *more)
 
 
 def saved(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
     """What `save` kept: the arguments, and the other tensors."""
-    names = TENSORS[type(ctx.arguments)]
-    tensors = ctx.saved_tensors
-    first = len(tensors) - len(names)
-    return ctx.arguments._replace(**dict(zip(names, tensors[first:], strict=True))), tensors[:first]
+    parts, tensors = _PARTS[ctx.kind], ctx.saved_tensors
+    arguments = parts.in_order(tensors[: parts.count] + ctx.others)
+    return ctx.kind._make(arguments), tensors[parts.count :]
 
 
 def wants_graph(arguments: Sequence[Any]) -> bool:

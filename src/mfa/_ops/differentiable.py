@@ -6,6 +6,7 @@ NAME_backward                   which has derivatives itself, by plain ATen oper
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -37,6 +38,7 @@ class _Rules(Generic[Arguments]):
         self.corrected = getattr(ops, f"{family.name}_forward_with_correction").default
         self.backward = getattr(ops, f"{family.name}_backward").default
         self.count = len(self.arguments._fields)
+        self.of_gradients = operator.attrgetter(*self.gradients)
 
     def register(self) -> None:
         family, flops, fields = self.family, self.forward_flops, self.arguments._fields
@@ -106,8 +108,7 @@ class _Rules(Generic[Arguments]):
     ) -> tuple[Tensor | None, ...]:
         arguments, (out, lse, correction) = autograd.saved(ctx)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        needs = self.arguments._make(ctx.needs_input_grad[: self.count])
-        mask = [getattr(needs, name) for name in self.gradients]
+        mask = self.of_gradients(self.arguments._make(ctx.needs_input_grad[: self.count]))
         grads = self.backward(*arguments, grad_out, grad_lse, out, lse, correction, mask)
         found = {name: grad for name, grad, asked in zip(self.gradients, grads, mask, strict=True) if asked}
         return tuple(map(found.get, self.arguments._fields))
