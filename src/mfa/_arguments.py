@@ -4,7 +4,7 @@ B batch, Hq and Hkv heads, Lq and Lk lengths, D and Dv head dimensions; packed, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -74,6 +74,15 @@ class Backward(NamedTuple):
     lse: Tensor  # float32 [B,Hq,Lq] or [Hq,Tq]
     correction: Tensor | None  # what rounding took from out: float16, as out
     output_mask: Sequence[bool]  # which gradients are wanted, of the arguments that have one (below)
+
+
+_Forward = TypeVar("_Forward", Dense, Varlen)
+
+
+def split(kind: type[_Forward], args: tuple[Any, ...]) -> tuple[_Forward, Backward]:
+    """The arguments of a backward op: those of its forward op, and the others."""
+    count = len(kind._fields)
+    return kind._make(args[:count]), Backward._make(args[count:])
 
 
 # The arguments that have gradients, in the order in which backward ops return them.

@@ -14,7 +14,7 @@ from .._cpu.forward import attention_forward, attention_forward_with_correction
 from .._cpu.layout import empty_outputs, laid_out
 from . import autograd
 from .differentiable import register
-from .family import Dims, Family, Given, Outputs
+from .family import Family, Given, Mapped, Outputs
 
 _ROWS = ("query", "key", "value")
 _PLAIN = {Tensor, float, int, type(None)}
@@ -37,14 +37,14 @@ def _backward(arguments: Dense, given: Backward) -> dict[str, Tensor]:
 # -- vmap: the mapped dimension becomes part of the batch -----------------------------------------------------------
 
 
-def _folds(dims: Dims, given: Given) -> bool:
+def _folds(dims: Mapped, given: Given) -> bool:
     # Sinks, and gradients that are sums over the batch, are not per batch; dropout counts batches.
     wanted = dict(zip(DENSE_GRADIENTS, given.get("output_mask", ()), strict=False))
     sums = any(asked for name, asked in wanted.items() if name not in _ROWS)
     return dims["sinks"] is None and not sums and given["dropout_p"] == 0
 
 
-def _fold(size: int, dims: Dims, given: Given) -> list[Any]:
+def _fold(size: int, dims: Mapped, given: Given) -> list[Any]:
     query, dim = given["query"], dims["query"]
     batch = query.shape[0] if dim is None else query.movedim(dim, 0).shape[1]
     return [

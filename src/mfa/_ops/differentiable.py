@@ -1,8 +1,10 @@
 """What torch asks of a family of ops with gradients, made of what is the family's own.
 
-NAME_forward                    what is called
-NAME_forward_with_correction    what training calls instead: also what rounding took from out, for the backward pass
-NAME_backward                   which has derivatives itself, by plain ATen operations
+    NAME_forward                    what is called
+    NAME_forward_with_correction    what training calls instead: also what rounding took from out, for the backward pass
+    NAME_backward                   which has derivatives itself, by plain ATen operations
+
+The first has no autograd of its own: where a call is recorded, it is one of the second.
 """
 
 import functools
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _simulation, _torch
-from .._arguments import Backward
+from .._arguments import Backward, split
 from .._checks.tensors import as_runtime_errors, check_results
 from .._cpu.layout import empty_correction, empty_gradients
 from . import autograd
@@ -115,12 +117,8 @@ class _Rules(Generic[Arguments]):
 
     # -- NAME_backward -----------------------------------------------------------------------------------------------
 
-    def split(self, args: tuple[Any, ...]) -> tuple[Arguments, Backward]:
-        """The arguments of a backward op: those of its forward op, and the others."""
-        return self.arguments._make(args[: self.count]), Backward._make(args[self.count :])
-
     def backward_cpu(self, *args: Any) -> tuple[Tensor, ...]:
-        (arguments, given), simulation = self.split(args), _simulation.active()
+        (arguments, given), simulation = split(self.arguments, args), _simulation.active()
         self.family.check(arguments, metal=simulation is not None, drawn=True)
         check_results(given, arguments.query, *self.family.shapes(arguments))
         if self.family.check_contents is not None:
@@ -133,12 +131,12 @@ class _Rules(Generic[Arguments]):
         return tuple(grads[name] if name in grads else arguments.query.new_empty(0) for name in self.gradients)
 
     def backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
-        arguments, given = self.split(args)
+        arguments, given = split(self.arguments, args)
         inputs = {name: getattr(arguments, name) for name in self.gradients}
         return empty_gradients(inputs, given.output_mask)
 
     def backward_setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        arguments, given = self.split(inputs)
+        arguments, given = split(self.arguments, inputs)
         ctx.mask = given.output_mask
         autograd.save(ctx, arguments, given.grad_out, given.grad_lse)
 
@@ -152,7 +150,7 @@ class _Rules(Generic[Arguments]):
         return tuple(found.get(name) if needed else None for name, needed in fields)
 
     def backward_flops(self, *args: Any, **_: Any) -> int:
-        arguments, _given = self.split(args)
+        arguments, _given = split(self.arguments, args)
         return 2 * self.family.pairs(arguments) * (3 * arguments.query.shape[-1] + 2 * arguments.value.shape[-1])
 
     # -- all three ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from .._arguments import Backward, Dense, Varlen
 Arguments = TypeVar("Arguments", Dense, Varlen)
 Outputs = tuple[Tensor, Tensor]  # out, lse
 Corrected = tuple[Tensor, Tensor, Tensor]  # out, lse, correction
-Dims = Mapping[str, int | None]  # where arguments are mapped by torch.vmap
+Mapped = Mapping[str, int | None]  # where arguments are mapped by torch.vmap
 Given = Mapping[str, Any]  # arguments, by their names
 
 
@@ -41,8 +41,8 @@ class Family(Generic[Arguments]):
 
     # torch.vmap: whether one call can do it all; its arguments; and where its result `name`, which is out, lse,
     # correction or the gradient of an argument, holds the mapped dimension.
-    folds: Callable[[Dims, Given], bool]
-    fold: Callable[[int, Dims, Given], list[Any]]
+    folds: Callable[[Mapped, Given], bool]
+    fold: Callable[[int, Mapped, Given], list[Any]]
     place: Callable[[str], int]
 
     # How many (head, query, key) there are, batch entries included; any device.

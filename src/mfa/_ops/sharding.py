@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _torch
-from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Decode, Dense, Varlen
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Decode, Dense, Varlen, split
 from .library import ops
 
 # Where a tensor is split: a dimension, or _SUM: each rank has a term of it, or None: each rank has all of it.
@@ -157,8 +157,7 @@ def _forward_with_correction(places: Callable[[Any], list[_Places]], kind: type[
 def _backward(
     places: Callable[[Any], list[_Places]], kind: type[Any], gradients: tuple[str, ...], *args: Any
 ) -> list[_Way]:
-    count = len(kind._fields)
-    arguments, given = kind(*args[:count]), Backward(*args[count:])
+    arguments, given = split(kind, args)
     ways: list[_Way] = []
     for way in places(arguments):
         rows, lse = way["query"], _lse(way["query"], kind is Varlen)

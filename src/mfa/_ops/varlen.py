@@ -16,7 +16,7 @@ from .._cpu.varlen import (
     empty_outputs,
 )
 from .differentiable import register
-from .family import Dims, Family, Given, Outputs
+from .family import Family, Given, Mapped, Outputs
 
 # Heads: 1 in packed rows [T,H,X], 0 in [H,T], and last in [H] or [N,H].
 _HEADS = {
@@ -38,12 +38,12 @@ def _empty_outputs(arguments: Varlen) -> Outputs:
 # -- vmap: the mapped dimension becomes part of the heads -----------------------------------------------------------
 
 
-def _folds(dims: Dims, given: Given) -> bool:
+def _folds(dims: Mapped, given: Given) -> bool:
     # All have the same starts; dropout counts heads.
     return dims["cu_seqlens_q"] is None and dims["cu_seqlens_k"] is None and given["dropout_p"] == 0
 
 
-def _fold(size: int, dims: Dims, given: Given) -> list[Any]:
+def _fold(size: int, dims: Mapped, given: Given) -> list[Any]:
     return [
         _folded(size, _HEADS[name], dims[name], value) if name in _HEADS and value is not None else value
         for name, value in given.items()
