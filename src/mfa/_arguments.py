@@ -19,11 +19,11 @@ class Dense(NamedTuple):
     sinks: Tensor | None  # [Hq]
     alibi_slopes: Tensor | None  # float32 [Hq] or [B,Hq]
     scale: float
-    window_left: int | None  # relative to the lower-right diagonal; None is open
-    window_right: int | None
-    softcap: float  # 0 is off
-    dropout_p: float
-    rng_state: Tensor | None  # int64 [2], what dropout starts from: given iff dropout_p > 0
+    window_left: int | None = None  # relative to the lower-right diagonal; None is open
+    window_right: int | None = None
+    softcap: float = 0  # 0 is off
+    dropout_p: float = 0
+    rng_state: Tensor | None = None  # int64 [2], what dropout starts from: given iff dropout_p > 0
 
 
 class Varlen(NamedTuple):
@@ -39,11 +39,11 @@ class Varlen(NamedTuple):
     sinks: Tensor | None  # [Hq]
     alibi_slopes: Tensor | None  # float32 [Hq] or [N,Hq]
     scale: float
-    window_left: int | None  # relative to each sequence's lower-right diagonal; None is open
-    window_right: int | None
-    softcap: float
-    dropout_p: float
-    rng_state: Tensor | None  # as in Dense; a sequence counts as a batch entry
+    window_left: int | None = None  # relative to each sequence's lower-right diagonal; None is open
+    window_right: int | None = None
+    softcap: float = 0
+    dropout_p: float = 0
+    rng_state: Tensor | None = None  # as in Dense; a sequence counts as a batch entry
 
 
 class Decode(NamedTuple):

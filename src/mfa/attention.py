@@ -152,7 +152,6 @@ def attention(
             window_right=right,
             softcap=softcap,
             dropout_p=dropout_p,
-            rng_state=None,
         )
         device = query.device.type
         if device in ("cpu", "mps") and torch.is_autocast_enabled(device):

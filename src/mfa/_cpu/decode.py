@@ -40,8 +40,6 @@ def attention_decode(arguments: Decode) -> tuple[Tensor, Tensor]:
                 window_left=arguments.window_left,
                 window_right=arguments.window_right,
                 softcap=arguments.softcap,
-                dropout_p=0,
-                rng_state=None,
             ),
             trains=False,
         )

@@ -53,8 +53,6 @@ class Terms:
             window_left=self.window_left,
             window_right=self.window_right,
             softcap=self.softcap,
-            dropout_p=0.0,
-            rng_state=None,
         )
 
 

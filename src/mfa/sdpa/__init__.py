@@ -221,7 +221,7 @@ def not_supported_reasons(
         reasons.append(why_not)
     try:
         scale = 1.0 if scale is None else scale
-        checked(Dense(query, key, value, attn_mask, None, None, scale, None, None, 0.0, dropout_p, None), enable_gqa)
+        checked(Dense(query, key, value, attn_mask, None, None, scale, dropout_p=dropout_p), enable_gqa)
     except (NotImplementedError, TypeError, ValueError) as error:
         reasons.append(str(error))
     return reasons

@@ -138,7 +138,7 @@ def _dense(
     query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None, scale: float, window: _Window
 ) -> Dense:
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return Dense(query, key, value, None, None, alibi_slopes, scale, *window, 0.0, 0.0, None)
+    return Dense(query, key, value, None, None, alibi_slopes, scale, *window)
 
 
 def _packed(
@@ -150,7 +150,7 @@ def _packed(
     scale: float,
     window: _Window,
 ) -> Varlen:
-    return Varlen(query, key, value, *layout, None, alibi_slopes, scale, *window, 0.0, 0.0, None)
+    return Varlen(query, key, value, *layout, None, alibi_slopes, scale, *window)
 
 
 def _forward_cached(
