@@ -101,7 +101,7 @@ def score_constants(problem: dict[str, Any], kernel: str) -> dict[str, bool]:
 
 
 def packs(problem: dict[str, Any]) -> bool:
-    """Whether decode runs: it reads K and V less often than forward would; or as often, in parts or by one SIMD-group."""
+    """Whether decode runs: it reads K and V less often than forward; or as often, in parts or by one SIMD-group."""
     group = problem["query_heads"] // problem["key_heads"]
     rows = problem["query_length"] * group
     if problem["dropout_p"] > 0 or rows > 128:

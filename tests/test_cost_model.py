@@ -193,7 +193,7 @@ def test_the_plan_fills_row_tiles(problem: Decoding, chip: str) -> None:
 
 @given(decodings, chips)
 def test_the_plan_packs_where_that_pays(problem: Decoding, chip: str) -> None:
-    """With few keys it may lose some microseconds: many rows of one head in one threadgroup, where a GPU is all but idle."""
+    """With few keys it may lose microseconds: many rows of one head in one threadgroup, where a GPU is all but idle."""
     planned, forward = (way(TABLE, problem, CHIPS[chip]) for way in (model_decode.planned, model_decode.unpacked))
     assert planned.kernel.startswith("decode")
     assert planned.seconds <= 1.15 * forward.seconds + (2e-5 if problem.keys < 2048 else model.LAUNCH_SECONDS)

@@ -29,7 +29,7 @@ def test_info_has_reasons_and_the_support_table() -> None:
 def test_demo_runs_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     main(["demo"])
     text = capsys.readouterr().out
-    assert text.count(" ok ") == text.count(" forward_") == len(demo.CASES)
+    assert text.count(" ok ") == text.count(" forward_") + text.count(" decode_") == len(demo.CASES)
     assert "WRONG" not in text
 
 

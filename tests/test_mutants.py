@@ -1,6 +1,6 @@
 """The simulator's checks, proved on our own kernels: each mutant breaks one rule, and each is caught.
 
-A mutant is a patched copy of metal/, built with the three instances that the problems below run in.
+A mutant is a patched copy of metal/, built with the instances that the problems below run in.
 """
 
 import shutil
@@ -19,11 +19,13 @@ pytestmark = pytest.mark.simulator
 
 METAL = Path(__file__).parent.parent / "metal"
 SOURCE = """
+#include "decode.h"
 #include "forward.h"
 namespace mfa {
 FORWARD(f16, staged, split, 64, 64, 8, 2, 32)
 FORWARD(f16, staged, shared, 256, 256, 4, 1, 16)
 FORWARD(f16, direct, split, 64, 64, 4, 2, 32)
+DECODE(f16, staged, 64, 64, 8, 1, 32)
 }
 """
 
@@ -42,7 +44,9 @@ class Mutant:
 FIRST = "    if (!is_first) {\n      threadgroup_barrier(mem_flags::mem_threadgroup);\n    }\n"
 SECOND = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (sees) {"
 SHARED = "      threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-D256 = {"dim": 256, "lengths": (40, 40)}
+SHARES = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (rows.view.sees("
+D256: dict[str, Any] = {"dim": 256, "lengths": (40, 40), "kernel": "forward_f16_d256_v256_staged_s4_r1_k16"}
+DECODE: dict[str, Any] = {"lengths": (40, 77), "kernel": "decode_f16_d64_v64_staged_s8_r1_k32"}
 ODD: dict[str, Any] = {"dim": 61}
 DIRECT = {"family": "apple9", "kernel": "forward_f16_d64_v64_direct_s4_r2_k32"}
 UNCHECKED: dict[str, Any] = {"checks": ()}  # divergence is always found, but races would be found first
@@ -131,6 +135,24 @@ MUTANTS = [
     Mutant(
         "every tile writes the first rows", "forward.h", "first_row(tile.index * block_queries)", "first_row(0)", "race"
     ),
+    Mutant("decode: first barrier deleted", "decode.h", FIRST, "", "race", DECODE),
+    Mutant("decode: second barrier deleted", "decode.h", SHARES, "    if (rows.view.sees(", "race", DECODE),
+    Mutant(
+        "decode: no guard for the last keys",
+        "cache.h",
+        "is_valid = first_key + row < cache.length",
+        "is_valid = true",
+        "out of bounds",
+        DECODE,
+    ),
+    Mutant(
+        "decode: output store unguarded",
+        "decode.h",
+        "if (row < tile.row_count) {",
+        "if (true) {",
+        "out of bounds|race",
+        DECODE,
+    ),
     Mutant(
         "tails are not zeroed",
         "loader.h",
@@ -190,7 +212,7 @@ def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
 def test_the_original_is_clean(tmp_path: Path) -> None:
     library = build(Path(shutil.copytree(METAL, tmp_path / "metal")))
     for seed in range(3):
-        for problem in ({}, D256, ODD, DIRECT):
+        for problem in ({}, D256, ODD, DIRECT, DECODE):
             run(library, seed, checks=("races", "bounds", "uninitialised"), **problem)
 
 

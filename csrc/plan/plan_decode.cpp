@@ -59,12 +59,12 @@ Packing pack(const Problem& problem, const Canonical& start) {
 // (341). Forward keeps packed sequences, dropout, and what leaves a correction for the backward pass. Only decode reads
 // pages and 8 bits, and takes a number of parts.
 bool packs_rows(const Problem& problem, const Canonical& start, const Instance& forward) {
-  if (is_preferred(forward) || problem.sequences > 0 || problem.has_correction || start.params.dropout_threshold > 0)
-    return false;
+  if (problem.sequences > 0 || problem.has_correction || start.params.dropout_threshold > 0) return false;
   const Cache cache = problem.cache.value_or(Cache{});
   if (cache.page_size > 0 || cache.format != Cache::Format::same_dtype || cache.splits > 0) return true;
-  if (problem.query_length * start.params.group_size > kMostPackedRows) return false;
   const Packing packing = pack(problem, start);
+  if (is_preferred(forward) || is_preferred(packing.tile)) return !is_preferred(forward);
+  if (problem.query_length * start.params.group_size > kMostPackedRows) return false;
   const std::int64_t reads = start.params.group_size * tiles(problem.query_length, forward.rows);
   if (packing.row_tiles > reads) return false;
   return packing.row_tiles < reads || packing.splits > 1 || packing.tile.simdgroups == 1;

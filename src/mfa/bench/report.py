@@ -84,11 +84,11 @@ def decode_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
                 ways = (model_decode.planned, model_decode.unpacked, model_decode.best)
                 ours, forward, best = (way(table, problem, chip) for way in ways)
                 others = max(value for name, value in ours.pipes.items() if name != "device")
+                ours_share, best_share = (model_decode.share(problem, way.seconds, chip) for way in (ours, best))
                 yield (
-                    f"{dim:>4}{keys:>7}{group:>7}{tokens:>7} {ours.kernel:36}{ours.splits:>7}"
-                    f"{ours.seconds * 1e6:>7.0f}{forward.seconds * 1e6:>8.0f}{model_decode.share(problem, ours.seconds, chip):>7.1%}{ours.bound:>9}"
-                    f"{others / ours.pipes['device']:>6.0%}  {best.kernel}, {best.splits} splits: "
-                    f"{model_decode.share(problem, best.seconds, chip):.1%}"
+                    f"{dim:>4}{keys:>7}{group:>7}{tokens:>7} {ours.kernel:36}{ours.splits:>7}{ours.seconds * 1e6:>7.0f}"
+                    f"{forward.seconds * 1e6:>8.0f}{ours_share:>7.1%}{ours.bound:>9}{others / ours.pipes['device']:>6.0%}"
+                    f"  {best.kernel}, {best.splits} splits: {best_share:.1%}"
                 )
 
 
