@@ -115,8 +115,9 @@ def test_steps_in_the_simulator() -> None:
 
     with mfa.simulate(checks=("races", "bounds", "uninitialised")) as simulation:
         found = run("mfa", torch.float32)
-    launched = " ".join(launch.kernel for launch in simulation.launches)
-    assert launched.count("forward_") == launched.count("backward_dkdv") == 3 * LAYERS
+    launched = [launch.kernel.split("_f32")[0] for launch in simulation.launches]
+    # Few rows; in float32 nothing is left for the backward pass that decode couldn't.
+    assert launched.count("decode") == launched.count("backward_dkdv") == 3 * LAYERS
     with sdpa_kernel(SDPBackend.MATH):
         plain, expected = run("torch", torch.float32), run("torch", torch.float64)
     for ours, theirs, exact in zip(found, plain, expected, strict=True):

@@ -87,8 +87,8 @@ def decode_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
                 ours_share, best_share = (model_decode.share(problem, way.seconds, chip) for way in (ours, best))
                 yield (
                     f"{dim:>4}{keys:>7}{group:>7}{tokens:>7} {ours.kernel:36}{ours.splits:>7}{ours.seconds * 1e6:>7.0f}"
-                    f"{forward.seconds * 1e6:>8.0f}{ours_share:>7.1%}{ours.bound:>9}{others / ours.pipes['device']:>6.0%}"
-                    f"  {best.kernel}, {best.splits} splits: {best_share:.1%}"
+                    f"{forward.seconds * 1e6:>8.0f}{ours_share:>7.1%}{ours.bound:>9}"
+                    f"{others / ours.pipes['device']:>6.0%}  {best.kernel}, {best.splits} splits: {best_share:.1%}"
                 )
 
 
