@@ -66,6 +66,13 @@ def vae() -> Any:
     return diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, latent_channels=4).eval()
 
 
+def wan() -> Any:
+    """Its attention blocks have no processors."""
+    torch.manual_seed(0)
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+    return diffusers.AutoencoderKLWan(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **sizes).eval()
+
+
 def inputs(model: Any, device: str = "cpu") -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
 
@@ -84,6 +91,8 @@ def inputs(model: Any, device: str = "cpu") -> dict[str, Any]:
         positions = {"txt_ids": torch.zeros(7, 3, device=device), "img_ids": random(16, 3)}
         states = {"encoder_hidden_states": random(2, 7, 32), "pooled_projections": random(2, 32)}
         return {"hidden_states": random(2, 16, 4), "timestep": torch.ones(2, device=device), **positions, **states}
+    if kind == "AutoencoderKLWan":
+        return {"sample": random(1, 3, 1, 8, 8)}
     return {"sample": random(1, 3, 8, 8)}
 
 
@@ -92,6 +101,7 @@ MODELS = {  # by class: the model, and how many attention layers it has
     "DiTTransformer2DModel": (dit, 2),
     "FluxTransformer2DModel": (flux, 2),
     "AutoencoderKL": (vae, 2),
+    "AutoencoderKLWan": (wan, 2),
 }
 
 
@@ -220,6 +230,48 @@ def test_text_encoder() -> None:
     assert_close(text_encoder(ids).last_hidden_state, expected)
     mfa.diffusers.disable(pipe)
     assert text_encoder.config._attn_implementation == before
+
+
+def test_attention_of_its_own_is_logged_once(calls: list[Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    """A class by its name; parts of enabled layers, and what contains some, are left out."""
+
+    class SomeAttention(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module | None = None) -> None:
+            super().__init__()
+            self.inner = inner
+
+    class OwnAttnBlock(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT).softmax(-1) @ x
+
+    model = torch.nn.Sequential(SomeAttention(dit()), OwnAttnBlock(), OwnAttnBlock())
+    for _ in range(2):
+        assert mfa.diffusers.enable(model) == 2
+    messages = [record.message for record in caplog.records]
+    assert messages == ["OwnAttnBlock keeps its attention: it doesn't call F.scaled_dot_product_attention"]
+
+
+@torch.no_grad()
+def test_a_processor_without_the_usual_interface(calls: list[Tensor]) -> None:
+    """As of Mochi: a layer holds one, and has no `set_processor`; a processor that is a module is no layer."""
+
+    class Processor(torch.nn.Module):
+        def __call__(self, layer: Any, x: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.processor = Processor()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.processor(self, x)
+
+    model = torch.nn.Sequential(Layer())
+    assert mfa.diffusers.enable(model) == 1
+    assert type(model[0].processor) is Processor
+    model(torch.randn(1, 2, 5, 8))
+    assert len(calls) == 1
 
 
 def test_refuses_what_has_no_attention() -> None:

@@ -3,10 +3,12 @@
     mfa.diffusers.enable(pipeline)        # or one of its models; disable() undoes it
 
 An attention layer keeps its processor, whatever that is, but the F.scaled_dot_product_attention that it calls is
-`mfa.attention`. Nothing in diffusers or torch is replaced: other models keep their attention.
+`mfa.attention`. So does a block that calls it by itself (autoencoders have such). Nothing in diffusers or torch is
+replaced: other models keep their attention.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +46,7 @@ def enable(model: Any) -> int:
             if not isinstance(layer, _Enabled):
                 layer.__class__ = _enabled(layer.__class__)
             count += 1
+        _log_others(module)
     if count == 0:
         raise ValueError(f"model is a {type(model).__name__} without attention layers; it must have some")
     return count
@@ -69,9 +72,38 @@ def _modules(model: Any) -> Iterator[Any]:
         raise TypeError(f"model is of type {type(model).__name__}; it must be a diffusers pipeline or a module")
 
 
-def _layers(module: torch.nn.Module) -> Iterator[Any]:
-    """Attention layers, as diffusers itself recognises them."""
-    return (layer for layer in module.modules() if hasattr(layer, "set_processor") and hasattr(layer, "processor"))
+def _layers(module: Any) -> list[Any]:
+    """Attention layers as diffusers itself recognises them, and what calls F.scaled_dot_product_attention without."""
+    processors = {id(getattr(layer, "processor", None)) for layer in module.modules()}
+    return [
+        layer
+        for layer in module.modules()
+        if _has_processor(layer) or (_calls_sdpa(layer.__class__) and id(layer) not in processors)
+    ]
+
+
+def _has_processor(layer: Any) -> bool:
+    processor = getattr(layer, "processor", None)
+    return processor is not None and (hasattr(layer, "set_processor") or _calls_sdpa(processor.__class__))
+
+
+@functools.cache
+def _calls_sdpa(kind: Any) -> bool:
+    """Whether a method of the class names the function."""
+    methods = (method for base in kind.__mro__ for method in vars(base).values() if inspect.isfunction(method))
+    return any("scaled_dot_product_attention" in method.__code__.co_names for method in methods)
+
+
+def _log_others(module: torch.nn.Module) -> None:
+    """What is called attention, and neither is a layer of ours nor has to do with one."""
+    if hasattr(module, "set_attn_implementation"):  # of transformers: logged above
+        return
+    parts = {id(part) for layer in _layers(module) for part in layer.modules()}
+    for other in module.modules():
+        name = type(other).__name__
+        is_called_so = "Attention" in name or "Attn" in name
+        if is_called_so and parts.isdisjoint(map(id, other.modules())):
+            _log.once(f"{name} keeps its attention: it doesn't call F.scaled_dot_product_attention")
 
 
 def _enable_text_encoder(module: Any) -> int:
@@ -90,16 +122,13 @@ def _enable_text_encoder(module: Any) -> int:
 class _Enabled:
     """Before the class of an attention layer: what the layer calls goes through `_Route`."""
 
-    processor: Any
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         route = _Route()
         with route:
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if not route.used:
-            _log.once(
-                f"{type(self.processor).__name__} keeps its attention: it doesn't call F.scaled_dot_product_attention"
-            )
+            name = type(getattr(self, "processor", self)).__name__
+            _log.once(f"{name} keeps its attention: it doesn't call F.scaled_dot_product_attention")
         return result
 
 
