@@ -40,7 +40,7 @@ def flash_attention(
         _log.once("bf16_backward has no effect: gradients always come from sums in float32", logging.INFO)
     check_inputs(query, key, value)
     check_scale(scale, query.shape[3])
-    return attend(query, key, value, is_causal, scale, visible(attn_mask), window_size)
+    return attend(query, key, value, is_causal, scale, visible(attn_mask, query, key.shape[2]), window_size)
 
 
 def flash_attention_with_bias(
@@ -179,32 +179,39 @@ def window_of(queries: int, stop: int, is_causal: bool, window_size: int) -> tup
     return (window_size + stop - queries if window_size else None), (queries - stop if is_causal else None)
 
 
-def visible(attn_mask: Tensor | None) -> Tensor | None:
-    """SDPA's mask of four dimensions (True = attend) for one of ours."""
+def visible(attn_mask: Tensor | None, query: Tensor, length: int) -> Tensor | None:
+    """SDPA's mask of four dimensions (True = attend) for one of ours, and `length` keys."""
     if attn_mask is None:
         return None
     check_is_tensor("attn_mask", attn_mask)
-    if attn_mask.dim() not in (2, 3, 4):
-        raise ValueError(f"attn_mask has {attn_mask.dim()} dimensions; it must have 2, 3 or 4")
-    if attn_mask.dim() == 3:
-        attn_mask = attn_mask.unsqueeze(1)
-    if attn_mask.dtype == torch.bool:
-        return ~attn_mask
-    return attn_mask == 0 if attn_mask.dtype == torch.uint8 else attn_mask
+    mask = attn_mask.unsqueeze(1) if attn_mask.dim() == 3 else attn_mask
+    whole = (*query.shape[:3], length)
+    sizes = zip(reversed(mask.shape), reversed(whole), strict=False)
+    if mask.dim() not in (2, 4) or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(
+            f"attn_mask shape mismatch: it is {list(attn_mask.shape)}; it must be 4D (B, H, Nq, Nk), 3D (B, Nq, Nk) or "
+            f"2D (Nq, Nk), of {list(whole)}, and each size may be 1"
+        )
+    if mask.dtype == torch.bool:
+        return ~mask
+    return mask == 0 if mask.dtype == torch.uint8 else mask
+
+
+# Exceptions and first words of messages are that package's: its tests, and code that is written for it, match them.
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_is_tensor(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4")
+            raise RuntimeError(f"{name} must be 4D (B, H, N, D); it has {tensor.dim()} dimensions")
 
 
 def check_scale(scale: float | None, head_dim: int) -> None:
     if scale is None:
         return
     if not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be above 0")
+        raise ValueError(f"scale must be positive; it is {scale}")
     usual = 1 / math.sqrt(head_dim)
     if not usual / 100 <= scale <= usual * 100:
-        warnings.warn(f"scale is {scale:.6g}, far from the usual {usual:.6g}", UserWarning, stacklevel=3)
+        warnings.warn(f"scale={scale:.6g} is very different from default {usual:.6g}", UserWarning, stacklevel=3)

@@ -156,7 +156,8 @@ def flash_attention_quantized(
         raise ValueError(f"quant_type is {quant_type}; it must be 3 (FP8_E4M3), 4 (FP8_E5M2), 5 (INT8) or 6 (NF4)")
     _check(query, key, value, k_scale, v_scale, quant_type)
     check_scale(scale, query.shape[3])
-    mask, length = visible(attn_mask), key.shape[2]
+    length = key.shape[2]
+    mask = visible(attn_mask, query, length)
     few = mask is None and query.shape[2] <= _FEW_QUERIES and quant_type in (QUANT_FP8_E4M3, QUANT_INT8)
     if few and not (torch.is_grad_enabled() and query.requires_grad):
         window = window_of(query.shape[2], length, is_causal, window_size)
