@@ -70,7 +70,7 @@ def test_attention_runs_once(name: str, compiled: bool, dtype: torch.dtype) -> N
 
     torch.manual_seed(0)
     x = torch.randn(1, 9, 3 * HEADS * DIM, dtype=dtype, requires_grad=True)
-    once, expected = forward_kernels(block, x, compiled=False)
+    once, expected = forward_kernels(block, x, compiled)
     saved, grad = forward_kernels(checkpointed(SAVED), x, compiled)
     assert saved == once
     torch.testing.assert_close(grad, expected, rtol=0, atol=0)
