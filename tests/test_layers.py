@@ -67,7 +67,7 @@ IMPORTS = {
     "support.py": {"_checks", "_native"},
     # Others' interfaces over them.
     "sdpa": {*DROP_IN, "sdpa", "_ops/__init__.py/ops", "_ops/sharding.py"},
-    "flash_attn": {*DROP_IN, "flash_attn"},
+    "flash_attn": {*DROP_IN, "flash_attn", "_ops/__init__.py/ops"},
     "mps_flash_attn": {*DROP_IN, "mps_flash_attn", "sdpa"},
     "transformers": {*DROP_IN, "transformers"},
     "diffusers.py": {*DROP_IN, "transformers"},

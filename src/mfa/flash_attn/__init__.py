@@ -7,6 +7,10 @@
 Layout [B,L,H,D]. Causal and windows are aligned to the lower right, -1 is open. What flash-attn has and this hasn't
 raises NotImplementedError. This has, beyond it, float32, any D up to 256, Dv other than D, gradients through the lse,
 and results that are always deterministic. The lse of a row that sees no key is -inf, where flash-attn has inf.
+
+Its modules: `flash_attn_interface`, which also has the functions below autograd that other libraries import;
+`bert_padding`; `rotary`: flash_attn.layers.rotary; `flash_attn_3`: FlashAttention-3's flash_attn_interface; `cute`:
+FlashAttention-4's flash_attn.cute.
 """
 
 from ._install import install, uninstall
