@@ -60,13 +60,13 @@ def pinned() -> dict[str, list[str]]:
 def libraries() -> str:
     """What runs of each library; the models are those that the tests have."""
     import test_diffusers
-    import test_flash_attn
+    import test_flash_attn_signatures
     import test_mps_flash_attn
     import test_transformers
 
     models = ", ".join(test_transformers.CONFIGS)
     denoisers = ", ".join(test_diffusers.MODELS)
-    functions = len(test_flash_attn.SIGNATURES), len(test_mps_flash_attn.SIGNATURES)
+    functions = len(test_flash_attn_signatures.SIGNATURES), len(test_mps_flash_attn.SIGNATURES)
     versions = {name: ", ".join(numbers) for name, numbers in pinned().items()}
     rows = {
         f"torch {versions['torch']}, without what each lacks": "OpInfo's samples of SDPA in four dtypes, with "
@@ -76,8 +76,9 @@ def libraries() -> str:
         "step, `generate` with static, dynamic and sliding caches, `torch.compile`",
         f"diffusers {versions['diffusers']}": f"tiny random {denoisers}: outputs and gradients; DiTPipeline; "
         "`torch.compile`",
-        "flash-attn 2.8.3": f"not itself, it needs CUDA: signatures and conventions of {functions[0]} functions, "
-        "`bert_padding`",
+        "flash-attn 2.8.3, FlashAttention-3, flash-attn-4 4.0.0b36": "not themselves, they need CUDA: signatures and "
+        f"conventions of {functions[0]} functions; diffusers' `flash` and `flash_varlen`; transformers' "
+        "`flash_attention_2`, once it believes that there is CUDA",
         "mps-flash-attn 0.6.3": f"not itself, it needs a Mac: signatures and conventions of {functions[1]} functions, "
         "the snippets and feature lists of its READMEs",
     }
