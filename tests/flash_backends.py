@@ -5,6 +5,7 @@ In a process of its own, since both ask once whether there is a flash-attn.
 
 import copy
 import sys
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -92,6 +93,17 @@ def diffusers_back_end() -> None:
             actual = results(flash)
         assert function.call_count == 2  # a layer of each kind
         assert_close(actual, expected, rtol=0.05, atol=0.02)  # bfloat16
+
+    # What a ring of devices calls.
+    q, k, v, dout = (torch.randn(2, length, 2, 16, requires_grad=True) for length in (9, 13, 13, 9))
+    context = SimpleNamespace(saved_tensors=())
+    context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+    out, lse = attention_dispatch._flash_attention_forward_op(context, q, k, v, return_lse=True)
+    expected_out, expected_lse, _ = mfa.flash_attn.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert_close((out, lse), (expected_out, expected_lse.transpose(1, 2)))
+    with torch.no_grad():
+        grads = attention_dispatch._flash_attention_backward_op(context, dout)
+    assert_close(grads, torch.autograd.grad(expected_out, (q, k, v), dout))
 
 
 if __name__ == "__main__":

@@ -265,6 +265,24 @@ def test_combine() -> None:
     assert flash_attn_3.flash_attn_combine(outs, lses, None, torch.float16)[0].dtype == torch.float16
 
 
+def test_compiles() -> None:
+    """Without a graph break, whatever is copied."""
+    q, k, v, _ = inputs(9, 13)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    starts = [torch.arange(3, dtype=torch.int32) * length for length in (9, 13)]
+    pages = [torch.randn(6, 4, 2, 16) for _ in range(2)]
+    table = torch.tensor([[0, 1, 5, 2], [3, 4, 1, 0]], dtype=torch.int32)
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (flash_attn_3.flash_attn_func, (q, k, v), {"attention_chunk": 4, "causal": True}),
+        (flash_attn_3.flash_attn_varlen_func, (*flat, *starts, 9, 13, ints(4, 9), ints(13, 2)), {}),
+        (cute.flash_attn_func, (q, k, v), {"learnable_sink": SINKS, "return_lse": True}),
+        (flash_attn.flash_attn_varlen_func, (flat[0], *pages, *starts, 9, 13), {"block_table": table}),
+    ]
+    for function, arguments, terms in calls:
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*arguments, **terms), function(*arguments, **terms))
+
+
 ROWS = torch.zeros(2, 3, 2, 16)
 THREE = {"qv": ROWS, "q_descale": ROWS, "k_descale": ROWS, "v_descale": ROWS}
 FOUR = {

@@ -185,6 +185,23 @@ def test_flash_attn_3(device: Device) -> None:
     check(cache, results, q, new_k, window=(None, 0), softcap=2.0)
 
 
+def test_compiles() -> None:
+    cache = Cache(24, entries=[2, 1], starts=[4, 0], ends=[9, 5])
+    cos, sin = tables(8)
+
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        k_cache, v_cache = k_cache.clone(), v_cache.clone()
+        arguments: dict[str, Any] = {"cache_batch_idx": ints([2, 1]), "cache_leftpad": ints([4, 0]), "causal": True}
+        out = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cos, sin, lengths, **arguments)
+        assert isinstance(out, Tensor)
+        return out, k_cache, v_cache
+
+    inputs = (cache.q, cache.k, cache.v, cache.new_k, cache.new_v, ints(cache.ends))
+    with torch.no_grad():
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), step(*inputs), equal_nan=True)
+
+
 def test_a_failed_check_leaves_the_cache() -> None:
     cache = Cache(13, entries=[3, 1], starts=[4, 2], ends=[9, 5])
     cos, sin = tables(16)

@@ -36,6 +36,12 @@ def test_install() -> None:
         (gradient,) = torch.autograd.grad(padded.sum(), states)
         torch.testing.assert_close(gradient, mask[..., None].float().expand(2, 4, 3))
 
+        # Three sequences, two of them in one row.
+        lengths = torch.tensor([[2, 1, 0, 0], [3, 0, 0, 0]])
+        tokens, indices, starts, longest = padding.unpad_input_for_concatenated_sequences(states, lengths)
+        assert (indices.tolist(), starts.tolist(), longest) == ([0, 1, 2, 4, 5, 6], [0, 2, 3, 6], 3)
+        torch.testing.assert_close(tokens, torch.cat((states[0, :3], states[1, :3])))
+
         layers = importlib.import_module("flash_attn.layers.rotary")
         assert layers.apply_rotary_emb is flash_attn.rotary.apply_rotary_emb
         assert importlib.import_module("flash_attn.ops.triton.rotary").apply_rotary is flash_attn.rotary.apply_rotary

@@ -47,6 +47,7 @@ flash_attn_interface _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse
     cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left,
     window_size_right, softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False)
 bert_padding unpad_input(hidden_states, attention_mask, unused_mask=None)
+bert_padding unpad_input_for_concatenated_sequences(hidden_states, attention_mask_in_length)
 bert_padding pad_input(hidden_states, indices, batch, seqlen)
 rotary apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,
     max_seqlen=None)
@@ -121,7 +122,13 @@ def test_every_public_function_is_pinned() -> None:
     for name in SOURCES:
         module = importlib.import_module(f"mfa.flash_attn.{name}")
         known = {other.split()[1] for other in SIGNATURES if other.split()[0] == name}
-        aliases = {"__version__", "index_first_axis", "apply_rotary_emb_func", "get_scheduler_metadata"}
+        aliases = {
+            "__version__",
+            "index_first_axis",
+            "index_put_first_axis",
+            "apply_rotary_emb_func",
+            "get_scheduler_metadata",
+        }
         assert {n for n in module.__all__ if not n.startswith("_wrapped")} - aliases <= known
 
 

@@ -8,6 +8,43 @@ from torch import Tensor
 
 from .._checks.indices import check_index_tensor, host_values
 from .._log import once
+from ..varlen import attention_varlen
+from ._conventions import Bounds
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    *,
+    scale: float | None,
+    window: Bounds,
+    softcap: float,
+    chunk: int = 0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`mfa.attention_varlen` with seqused and chunks: out [Tq,Hq,Dv] and lse [Hq,Tq]."""
+    (queries,), starts_q = compacted((q,), cu_seqlens_q, seqused_q, None, what="q")
+    (k, v), starts_k = compacted((k, v), cu_seqlens_k, seqused_k, None, what="k")
+    parts_q, parts_k = starts_q, starts_k
+    if chunk > 0:
+        parts_q, parts_k = chunks(starts_q, starts_k, max_seqlen_k, chunk)
+        max_seqlen_k = min(max_seqlen_k, chunk)
+    results = attention_varlen(
+        *(queries, k, v, parts_q, parts_k, max_seqlen_q, max_seqlen_k),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=True,
+    )
+    return results if starts_q is cu_seqlens_q else spread(results, starts_q, cu_seqlens_q)
 
 
 def starts_of(batch: int, length: int, device: torch.device) -> Tensor:
@@ -38,7 +75,7 @@ def compacted(
     begins = starts[:-1] if leftpad is None else starts[:-1] + leftpad
     lengths = lengths if used is None else used
     packed = _accumulated(lengths if leftpad is None else lengths - leftpad)
-    once(f"seqused_{what} and leftpad_{what}: mfa.flash_attn copies the tokens that are used")
+    once(f"seqused_{what}, leftpad_{what}: mfa.flash_attn copies the tokens that count")
     sequence, token = _places(packed, tensors[0].shape[0])
     rows = (begins[sequence] + token).clamp(0, max(tensors[0].shape[0] - 1, 0)).long()
     return tuple(tensor[rows] for tensor in tensors), packed

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..attention import attention
 from . import _packed
 from ._conventions import Bounds, heads_first, refuse
-from .flash_attn_3 import varlen
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
 
@@ -152,7 +151,7 @@ def flash_attn_varlen_func(
         longest = k.shape[1] * page_table.shape[1] if max_seqlen_k is None else max_seqlen_k
         k, v = _packed.from_pages((k, v), page_table, cu_seqlens_k, longest)
         max_seqlen_k = longest
-    out, lse = varlen(
+    out, lse = _packed.attend(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k),
         scale=softmax_scale,
         window=_bounds(window_size, causal),

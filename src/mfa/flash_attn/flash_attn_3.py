@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..attention import attention
 from ..merge import merge_attention
-from ..varlen import attention_varlen
 from . import _cache, _packed
 from ._conventions import Bounds, Window, bounds, heads_first, refuse, unpacked
 
@@ -152,7 +151,7 @@ def flash_attn_varlen_func(
     """
     refuse(_QV, qv=qv)
     refuse(_DESCALE, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    out, lse = varlen(
+    out, lse = _packed.attend(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k),
         scale=softmax_scale,
         window=bounds(window_size, causal),
@@ -270,7 +269,7 @@ def _chunked(
     """Out [B,Lq,Hq,Dv] and lse [B,Hq,Lq]."""
     batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
     starts = [_packed.starts_of(batch, length, q.device) for length in (length_q, length_k)]
-    out, lse = varlen(
+    out, lse = _packed.attend(
         *(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts[0], starts[1], length_q, length_k),
         scale=scale,
         window=window,
@@ -278,38 +277,3 @@ def _chunked(
         chunk=chunk,
     )
     return out.unflatten(0, (batch, length_q)), lse.unflatten(1, (batch, length_q)).transpose(0, 1)
-
-
-def varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    *,
-    scale: float | None,
-    window: Bounds,
-    softcap: float,
-    chunk: int = 0,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`mfa.attention_varlen` with seqused and chunks: out [Tq,Hq,Dv] and lse [Hq,Tq]."""
-    (queries,), starts_q = _packed.compacted((q,), cu_seqlens_q, seqused_q, None, what="q")
-    (k, v), starts_k = _packed.compacted((k, v), cu_seqlens_k, seqused_k, None, what="k")
-    parts_q, parts_k = starts_q, starts_k
-    if chunk > 0:
-        parts_q, parts_k = _packed.chunks(starts_q, starts_k, max_seqlen_k, chunk)
-        max_seqlen_k = min(max_seqlen_k, chunk)
-    results = attention_varlen(
-        *(queries, k, v, parts_q, parts_k, max_seqlen_q, max_seqlen_k),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=True,
-    )
-    return results if starts_q is cu_seqlens_q else _packed.spread(results, starts_q, cu_seqlens_q)
