@@ -193,6 +193,18 @@ def test_wrong_pages() -> None:
     for name, counts in (("seqused_q", ints(7)), ("seqused_k", ints(-1))):
         with pytest.raises(ValueError, match=name):
             flash_attn_3.flash_attn_varlen_func(q, q, q, starts, starts, 6, 6, **{name: counts})
+    for message, wrong in (
+        ("cu_seqlens_k starts with 1", (starts, ints(1, 6), 6, 6, ints(6), ints(2))),
+        ("cu_seqlens_k ends with 7", (starts, ints(0, 7), 6, 7, ints(6), ints(2))),
+        ("cu_seqlens_q has shape", (ints(), ints(), 6, 6, ints(6), ints(2))),
+        ("max_seqlen_k is 5", (starts, starts, 6, 5, None, None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_attn_3.flash_attn_varlen_func(q, q, q, *wrong, attention_chunk=2)
+    with pytest.raises(ValueError, match="attention_chunk"):
+        flash_attn_3.flash_attn_func(q[None], q[None], q[None], attention_chunk=-1)
+    with pytest.raises(TypeError, match="window_size"):
+        cute.flash_attn_func(q[None], q[None], q[None], window_size=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seqused_k is None"):
         cute.flash_attn_varlen_func(q, k, k, cu_seqlens_q=starts, page_table=ints(0, 1)[None])
 

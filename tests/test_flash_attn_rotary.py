@@ -40,9 +40,8 @@ def test_rotary_against_float64(offsets: str, dim: int, interleaved: bool, dtype
         starts = torch.tensor([3, 27], dtype=torch.int32)
         rows, arguments = tokens + starts[:, None], {"seqlen_offsets": starts}
     if offsets == "packed":
-        x, rows = x.flatten(0, 1), torch.tensor([3, 4, 27, 28, 29, 30, 31])
-        arguments["cu_seqlens"] = torch.tensor([0, 2, 7], dtype=torch.int32)
-        x = x[:7]
+        x, rows = x.flatten(0, 1)[:7], torch.tensor([3, 4, 5, 6, 7, 30, 31])
+        arguments = {"seqlen_offsets": torch.tensor([3, 30]), "cu_seqlens": torch.tensor([0, 5, 7])}
     x.requires_grad_()
     out = rotary.apply_rotary_emb(x, cos, sin, interleaved, **arguments)  # type: ignore[arg-type]
     expected = rotated(x, cos, sin, rows, interleaved)
@@ -132,8 +131,9 @@ def test_wrong_arguments() -> None:
         ("cos has shape", lambda: rotary.apply_rotary(x, cos[None], sin)),
         ("sin has shape", lambda: rotary.apply_rotary(x, cos, sin[1:])),
         ("cos has 8 columns", lambda: rotary.apply_rotary(x[..., :8], cos, sin)),
-        ("seqlen_offsets are 28", lambda: rotary.apply_rotary(x, cos, sin, 28)),
-        ("seqlen_offsets are -1", lambda: rotary.apply_rotary(x, cos, sin, torch.tensor([-1, 2]))),
+        ("seqlen_offsets has 28 ", lambda: rotary.apply_rotary(x, cos, sin, 28)),
+        ("seqlen_offsets has -1 ", lambda: rotary.apply_rotary(x, cos, sin, torch.tensor([-1, 2]))),
+        ("seqlen_offsets has shape", lambda: rotary.apply_rotary(x, cos, sin, torch.tensor([1]))),
         ("qkv has shape", lambda: rotary.apply_rotary_emb_qkv_(x, cos, sin)),
         ("kv has shape", lambda: rotary.apply_rotary_emb_kv_(x, cos, sin)),
     ):

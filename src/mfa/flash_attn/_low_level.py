@@ -7,7 +7,6 @@ Backward takes the out and lse that it is given, as ring attention needs: those 
 import torch
 from torch import Tensor
 
-from .._checks.varlen import check_starts
 from .._ops import ops
 from . import _packed
 from ._conventions import bounds, check_probs, heads_first
@@ -140,7 +139,7 @@ def _flash_attn_varlen_forward(
     check_probs("return_softmax", return_softmax, dropout_p)
     if block_table is not None:
         k, v = _packed.from_pages((k, v), block_table, cu_seqlens_k, max_seqlen_k)
-    check_starts(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _packed.check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     (k, v), starts_k = _packed.compacted((k, v), cu_seqlens_k, seqused_k, leftpad_k, what="k")
     window = bounds((window_size_left, window_size_right), causal)
     rng_state = _new_state(q, dropout_p)
@@ -177,7 +176,7 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """`_flash_attn_backward` of packed sequences: dout and out [Tq,Hq,Dv], lse [Hq,Tq], which the sums are like."""
-    check_starts(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _packed.check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = bounds((window_size_left, window_size_right), causal)
     wanted = [result is not None for result in (dq, dk, dv)]
     grads = ops.attention_varlen_backward(

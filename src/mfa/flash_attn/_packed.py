@@ -6,7 +6,8 @@ Tokens are copied to where a plain layout has them, by indices that never leave 
 import torch
 from torch import Tensor
 
-from .._checks.indices import check_index_tensor, host_values
+from .._checks.indices import check_index_tensor, check_integer, host_values
+from .._checks.varlen import check_starts
 from .._log import once
 from ..varlen import attention_varlen
 from ._conventions import Bounds
@@ -30,6 +31,8 @@ def attend(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`mfa.attention_varlen` with seqused and chunks: out [Tq,Hq,Dv] and lse [Hq,Tq]."""
+    check_integer("attention_chunk", chunk)
+    check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     (queries,), starts_q = compacted((q,), cu_seqlens_q, seqused_q, None, what="q")
     (k, v), starts_k = compacted((k, v), cu_seqlens_k, seqused_k, None, what="k")
     parts_q, parts_k = starts_q, starts_k
@@ -45,6 +48,17 @@ def attend(
         return_lse=True,
     )
     return results if starts_q is cu_seqlens_q else spread(results, starts_q, cu_seqlens_q)
+
+
+def check_layout(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """What `mfa.attention_varlen` checks, before tokens are copied by it."""
+    check_index_tensor("cu_seqlens_q", cu_seqlens_q, q, "[N+1]", (None,))
+    check_index_tensor("cu_seqlens_k", cu_seqlens_k, q, "[N+1] of cu_seqlens_q", (cu_seqlens_q.shape[0],))
+    if cu_seqlens_q.shape[0] == 0:
+        raise ValueError("cu_seqlens_q has shape [0]; it must have shape [N+1], starting with 0")
+    check_starts(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 def starts_of(batch: int, length: int, device: torch.device) -> Tensor:
@@ -109,7 +123,8 @@ def from_pages(caches: tuple[Tensor, Tensor], table: Tensor, starts: Tensor, lon
     if cache.dim() != 4 or caches[1].shape[:3] != cache.shape[:3]:
         shapes = list(cache.shape), list(caches[1].shape)
         raise ValueError(f"k and v have shapes {shapes}; with block_table they must be [pages,page,Hkv,D] and Dv")
-    sequences = starts.shape[0] - 1
+    check_index_tensor("cu_seqlens_k", starts, cache, "[N+1]", (None,))
+    sequences = max(starts.shape[0] - 1, 0)
     check_index_tensor("block_table", table, cache, "[N,pages per sequence]", (sequences, None))
     pages, page, width = cache.shape[0], cache.shape[1], table.shape[1]
     if sequences and longest > 0 and (pages == 0 or page * width == 0):

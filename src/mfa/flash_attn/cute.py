@@ -177,6 +177,8 @@ def _packed_form(
 
 
 def _bounds(window_size: _Window, causal: bool) -> Bounds:
+    if not isinstance(window_size, Sequence) or len(window_size) != 2:
+        raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
     left, right = window_size
     if left is not None and right is not None and left < 0 and right < 0:
         left = right = None

@@ -68,7 +68,7 @@ def flash_attn_func(
     refuse(_DESCALE, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     window = bounds(window_size, causal)
     queries, keys, values = heads_first("q", q), heads_first("k", k), heads_first("v", v)
-    if attention_chunk > 0:
+    if attention_chunk != 0:
         out, lse = _chunked(q, k, v, attention_chunk, softmax_scale, window, softcap)
     else:
         out, lse = attention(

@@ -51,7 +51,7 @@ def apply_rotary(
         ValueError: shapes that don't agree; where the host can see them, positions that the tables don't have. On a GPU
             those are clamped.
     """
-    _check(x, cos, sin, packed=cu_seqlens is not None)
+    _check(x, cos, sin, seqlen_offsets, cu_seqlens)
     dim = 2 * cos.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = _rows(x, cos.shape[0], seqlen_offsets, cu_seqlens)
@@ -231,10 +231,13 @@ class RotaryEmbedding(torch.nn.Module):
         return qkv, apply_rotary_emb_kv_(kv, cos, sin, self.interleaved, seqlen_offset)
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor, *, packed: bool) -> None:
-    if x.dim() != (3 if packed else 4):
-        layout = "[T,H,D] with cu_seqlens" if packed else "[B,L,H,D]"
+def _check(x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> None:
+    if x.dim() != (4 if cu_seqlens is None else 3):
+        layout = "[B,L,H,D]" if cu_seqlens is None else "[T,H,D] with cu_seqlens"
         raise ValueError(f"x has shape {list(x.shape)}; it must have shape {layout}")
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if isinstance(offsets, Tensor) and offsets.shape != (sequences,):
+        raise ValueError(f"seqlen_offsets has shape {list(offsets.shape)}; it must have shape [B] = [{sequences}]")
     if cos.dim() != 2:
         raise ValueError(f"cos has shape {list(cos.shape)}; it must have shape [positions,R/2]")
     if sin.shape != cos.shape:
@@ -247,17 +250,18 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, *, packed: bool) -> None:
 
 def _rows(x: Tensor, positions: int, offsets: int | Tensor, cu_seqlens: Tensor | None) -> slice | Tensor:
     """Of the tables: a slice that all sequences have, or int64 [B,L] or [T]."""
-    known = host_values(offsets) if isinstance(offsets, Tensor) else [offsets]
-    starts = None if cu_seqlens is None else host_values(cu_seqlens)
     if cu_seqlens is None:
-        longest: int | None = x.shape[1]
+        lengths: list[int] | None = [x.shape[1]] * x.shape[0]
     else:
-        longest = None if starts is None else max((end - start for start, end in itertools.pairwise(starts)), default=0)
-    if known and longest is not None and not (min(known) >= 0 and max(known) + longest <= positions):
-        raise ValueError(
-            f"seqlen_offsets are {min(known)} ... {max(known)}, for {longest} tokens; they must be positions of cos, "
-            f"0 ... {positions - 1}"
-        )
+        starts = host_values(cu_seqlens)
+        lengths = None if starts is None else [end - start for start, end in itertools.pairwise(starts)]
+    known = host_values(offsets) if isinstance(offsets, Tensor) else [offsets] * len(lengths or ())
+    for first, length in zip(known or (), lengths or (), strict=False):
+        if not 0 <= first <= positions - length:
+            raise ValueError(
+                f"seqlen_offsets has {first} for a sequence of {length} tokens; cos must have their positions, and has "
+                f"0 ... {positions - 1}"
+            )
     if cu_seqlens is not None:
         tokens = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True).clamp_max(cu_seqlens.shape[0] - 2)
