@@ -1,8 +1,11 @@
 """Attention over a cache with what mfa.attention_with_kv_cache hasn't got: rotary embeddings, leftpad, batch index."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .._arguments import Decode
 from .._checks.cache import PAGE_MULTIPLE, check_lengths
 from .._checks.indices import check_index_tensor, host_values
 from .._log import once
@@ -117,7 +120,9 @@ def _copies(
         as_pages = cache_batch_idx[:, None]
     elif keys.shape[0] != batch:
         raise ValueError(f"k_cache has batch size {keys.shape[0]}; it must be that of q, {batch}")
-    check_lengths("cache_seqlens", cache_seqlens, count, query, keys, as_pages)
+    ends: Any = cache_seqlens  # which may be a number
+    arguments = Decode(query, keys, values, ends, as_pages, None, None, None, None, 1.0, None, None, 0.0, 0)
+    check_lengths("cache_seqlens", cache_seqlens, count, arguments)
     rows = torch.arange(slots, device=query.device)
     lengths = cache_seqlens
     if cache_leftpad is not None:

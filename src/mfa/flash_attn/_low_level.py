@@ -7,6 +7,7 @@ Backward takes the out and lse that it is given, as ring attention needs: those 
 import torch
 from torch import Tensor
 
+from .._arguments import Backward, Dense, Varlen
 from .._ops import ops
 from . import _packed
 from ._conventions import bounds, check_probs, heads_first
@@ -48,11 +49,12 @@ def _flash_attn_forward(
         RuntimeError: what `flash_attn_func` refuses; NotImplementedError: return_softmax together with dropout_p.
     """
     check_probs("return_softmax", return_softmax, dropout_p)
-    tensors = [heads_first(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))]
+    query, key, value = heads_first("q", q), heads_first("k", k), heads_first("v", v)
     window = bounds((window_size_left, window_size_right), causal)
     rng_state = _new_state(q, dropout_p)
+    used = _used(rng_state, dropout_p)
     out, lse = ops.attention_forward(
-        *tensors, None, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, _used(rng_state, dropout_p)
+        *Dense(query, key, value, None, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, used)
     )
     return out.transpose(1, 2), lse, q.new_empty(0), rng_state
 
@@ -88,13 +90,14 @@ def _flash_attn_backward(
     Returns:
         The sums of dout*out, float32 [B,Hq,Lq]; flash-attn pads them.
     """
-    named = (("dout", dout), ("q", q), ("k", k), ("v", v), ("out", out))
-    first, *tensors = (heads_first(name, tensor) for name, tensor in named)
+    query, key, value = heads_first("q", q), heads_first("k", k), heads_first("v", v)
+    grad_out, outs = heads_first("dout", dout), heads_first("out", out)
     window = bounds((window_size_left, window_size_right), causal)
+    used = _used(rng_state, dropout_p)
     wanted = [result is not None for result in (dq, dk, dv)]
     grads = ops.attention_backward(
-        *(first, None, *tensors, softmax_lse, None, None, alibi_slopes, softmax_scale, *window, softcap),
-        *(dropout_p, _used(rng_state, dropout_p), [*wanted, False, False, False]),
+        *Dense(query, key, value, None, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, used),
+        *Backward(grad_out, None, outs, softmax_lse, None, [*wanted, False, False, False]),
     )
     for result, grad in zip((dq, dk, dv), grads, strict=False):
         if result is not None:
@@ -143,9 +146,9 @@ def _flash_attn_varlen_forward(
     (k, v), starts_k = _packed.compacted((k, v), cu_seqlens_k, seqused_k, leftpad_k, what="k")
     window = bounds((window_size_left, window_size_right), causal)
     rng_state = _new_state(q, dropout_p)
+    used, layout = _used(rng_state, dropout_p), (cu_seqlens_q, starts_k, max_seqlen_q, max_seqlen_k)
     out, lse = ops.attention_varlen_forward(
-        *(q, k, v, cu_seqlens_q, starts_k, max_seqlen_q, max_seqlen_k, None, alibi_slopes),
-        *(softmax_scale, *window, softcap, dropout_p, _used(rng_state, dropout_p)),
+        *Varlen(q, k, v, *layout, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, used)
     )
     return out, lse, q.new_empty(0), rng_state
 
@@ -179,17 +182,10 @@ def _flash_attn_varlen_backward(
     _packed.check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = bounds((window_size_left, window_size_right), causal)
     wanted = [result is not None for result in (dq, dk, dv)]
+    used, layout = _used(rng_state, dropout_p), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grads = ops.attention_varlen_backward(
-        *(dout, None, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None),
-        *(
-            alibi_slopes,
-            softmax_scale,
-            *window,
-            softcap,
-            dropout_p,
-            _used(rng_state, dropout_p),
-            [*wanted, False, False],
-        ),
+        *Varlen(q, k, v, *layout, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, used),
+        *Backward(dout, None, out, softmax_lse, None, [*wanted, False, False]),
     )
     for result, grad in zip((dq, dk, dv), grads, strict=False):
         if result is not None:

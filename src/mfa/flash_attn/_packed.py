@@ -6,7 +6,9 @@ Tokens are copied to where a plain layout has them, by indices that never leave 
 import torch
 from torch import Tensor
 
-from .._checks.indices import check_index_tensor, check_integer, host_values
+from .._arguments import Varlen
+from .._checks.indices import check_index_tensor, host_values
+from .._checks.numbers import as_integer
 from .._checks.varlen import check_starts
 from .._log import once
 from ..varlen import attention_varlen
@@ -31,7 +33,7 @@ def attend(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`mfa.attention_varlen` with seqused and chunks: out [Tq,Hq,Dv] and lse [Hq,Tq]."""
-    check_integer("attention_chunk", chunk)
+    chunk = as_integer("attention_chunk", chunk)
     check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     (queries,), starts_q = compacted((q,), cu_seqlens_q, seqused_q, None, what="q")
     (k, v), starts_k = compacted((k, v), cu_seqlens_k, seqused_k, None, what="k")
@@ -58,7 +60,13 @@ def check_layout(
     check_index_tensor("cu_seqlens_k", cu_seqlens_k, q, "[N+1] of cu_seqlens_q", (cu_seqlens_q.shape[0],))
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q has shape [0]; it must have shape [N+1], starting with 0")
-    check_starts(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    layout = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        as_integer("max_seqlen_q", max_seqlen_q),
+        as_integer("max_seqlen_k", max_seqlen_k),
+    )
+    check_starts(Varlen(q, k, k, *layout, None, None, 1.0, None, None, 0.0, 0.0, None))
 
 
 def starts_of(batch: int, length: int, device: torch.device) -> Tensor:
