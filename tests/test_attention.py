@@ -261,3 +261,16 @@ def test_inputs_are_not_modified(device: Device) -> None:
         mfa.attention(*tensors, is_causal=True, window=(3, 3))
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["B,H,L,D", "B,L,H,D"])
+def test_a_result_changed_in_place_is_torchs_own_error(transposed: bool, device: Device) -> None:
+    """As for any op whose backward pass needs its result: no error about views, and none without a backward pass."""
+    query = torch.randn(1, 2, 5, 32, device=device.type, requires_grad=True)
+    if transposed:
+        query = torch.randn(1, 5, 2, 32, device=device.type, requires_grad=True).transpose(1, 2)
+    with device.active():
+        out = mfa.attention(query, query, query)
+        out.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()

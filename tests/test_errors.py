@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SIMULATOR, Device
@@ -122,6 +123,8 @@ DTYPES_AND_TYPES = {
     "softcap": ({"softcap": True}, "softcap is True; it must be a number"),
     "window": ({"window": 3}, "window is 3; it must be a pair (left, right)"),
     "window of 3": ({"window": (1, 2, 3)}, "window is (1, 2, 3); it must be a pair (left, right)"),
+    "window of arrays": ({"window": (np.arange(2), np.arange(2))}, "window is (array([0, 1]), array([0, 1])); its ent"),
+    "window, an array": ({"window": np.arange(2)}, "window is array([0, 1]); it must be a pair (left, right)"),
     "window of floats": ({"window": (1.0, None)}, "window is (1.0, None); its entries must be integers or None"),
 }
 NOT_SUPPORTED = {
@@ -131,6 +134,10 @@ NOT_SUPPORTED = {
     ),
     "value dimension": ({"value": (2, 4, 7, 300)}, "value has head dimension 300; it must be within 1 ... 256: use"),
     "sparse": ({"key": torch.eye(7).to_sparse()}, "key has layout sparse_coo; only strided tensors are supported"),
+    "sparse mask": (
+        {"attn_mask": torch.eye(5, 7).to_sparse()},
+        "attn_mask has layout sparse_coo; only strided tensors are supported: use to_dense()",
+    ),
     "nested": (
         {"query": torch.nested.nested_tensor([ones(4, 3, 16), ones(4, 5, 16)], layout=torch.jagged)},
         "query has layout nested; only strided tensors are supported",

@@ -17,7 +17,8 @@ try:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented under this name
 
     # A kernel of autograd in Python passes its call on to the next kernel; under torch.no_grad it would get it back.
-    below_autograd = torch._C._AutoDispatchBelowAutograd
+    # Below views too: a result that is a view of a kernel's buffer would not be allowed to change in place.
+    below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
     after_autograd = torch._C._after_autograd_keyset
 
     # An op's kernel is called for one level of torch.func, where a public `autograd.Function` starts at the innermost.

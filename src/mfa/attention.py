@@ -122,7 +122,7 @@ def attention(
     plain = (
         not torch.compiler.is_compiling()  # sizes may be symbols
         and attn_mask is alibi_slopes is sinks is None
-        and (window == (None, None) and type(window) is tuple)
+        and (type(window) is tuple and len(window) == 2 and window[0] is window[1] is None)
         and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
         and (scale is None or (type(scale) is float and scale == scale))
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool

@@ -10,6 +10,7 @@ from .tensors import (
     check_dropout,
     check_features,
     check_is_tensor,
+    check_layout,
     check_per_head,
     check_shapes,
     check_tensors,
@@ -46,6 +47,7 @@ def check_terms(arguments: Dense, *, metal: bool, drawn: bool = False, bias_name
 def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
     """A mask, or additive bias, that broadcasts to [B,Hq,Lq,Lk]."""
     check_is_tensor(name, bias)
+    check_layout(name, bias)
     if bias.device != query.device:
         raise ValueError(f"{name} is on {bias.device}; it must be on the device of query, {query.device}")
     if bias.dtype not in (torch.bool, torch.float32, query.dtype):

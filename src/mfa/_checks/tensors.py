@@ -55,6 +55,15 @@ def check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is of type {type(value).__name__}; it must be a tensor")
 
 
+def check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout == torch.strided and not tensor.is_nested:
+        return
+    layout, remedy = str(tensor.layout).removeprefix("torch."), "use to_dense()"
+    if tensor.is_nested:
+        layout, remedy = "nested", "pad it"
+    raise NotImplementedError(f"{name} has layout {layout}; only strided tensors are supported: {remedy}")
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, ranks: tuple[int, ...]) -> None:
     """Rank, layout, device and dtype of the three; sizes are left to `check_shapes`."""
     dtype, device = query.dtype, query.device
@@ -73,9 +82,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, ranks: tuple[int, .
     ):
         return  # in a third of the time that it takes to find out what is wrong
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.layout != torch.strided or tensor.is_nested:
-            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-            raise NotImplementedError(f"{name} has layout {layout}; only strided tensors are supported: pad it")
+        check_layout(name, tensor)
         if tensor.dim() not in ranks:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have {listed(tuple(map(str, ranks)))}")
         if tensor.device != query.device:

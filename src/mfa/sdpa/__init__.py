@@ -211,10 +211,6 @@ def not_supported_reasons(
         if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__") and not sharding.is_dtensor(tensor):
             reasons.append(f"mfa's ops don't support {type(tensor).__name__}")
             return reasons
-    if attn_mask is not None and attn_mask.layout != torch.strided:
-        layout = str(attn_mask.layout).removeprefix("torch.")
-        reasons.append(f"attn_mask has layout {layout}; only strided tensors are supported: use attn_mask.to_dense()")
-        return reasons
     if attn_mask is not None and is_causal:
         reasons.append("attn_mask and is_causal are both given, which scaled_dot_product_attention refuses")
     if query.device.type == "mps" and (why_not := _mps_why_not()) is not None:
