@@ -66,7 +66,7 @@ def check_layout(
         as_integer("max_seqlen_q", max_seqlen_q),
         as_integer("max_seqlen_k", max_seqlen_k),
     )
-    check_starts(Varlen(q, k, k, *layout, None, None, 1.0, None, None, 0.0, 0.0, None))
+    check_starts(Varlen(q, k, k, *layout, None, None, 1.0))
 
 
 def starts_of(batch: int, length: int, device: torch.device) -> Tensor:
