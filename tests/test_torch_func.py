@@ -99,6 +99,21 @@ def test_vmap_over_grad_and_grad_over_vmap(name: str) -> None:
     torch.testing.assert_close(of_key, torch.stack([grad for _, grad in expected]).sum(0))
 
 
+@pytest.mark.parametrize("feature", ["attn_mask", "sinks", "alibi_slopes"])
+def test_gradients_of_what_a_batch_shares_are_per_sample(feature: str) -> None:
+    """Each is a sum over a sample's batch, and no further."""
+    generator = torch.Generator().manual_seed(0)
+    queries, key = torch.randn(3, 2, 4, 5, 8, generator=generator), torch.randn(2, 4, 7, 8, generator=generator)
+    shared = torch.rand((1, 1, 5, 7) if feature == "attn_mask" else (4,), generator=generator)
+
+    def loss(shared: Tensor, query: Tensor) -> Tensor:
+        return mfa.attention(query, key, key, **{feature: shared}).sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(shared, queries)
+    expected = [torch.func.grad(loss)(shared, query) for query in queries]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_second_derivatives(name: str) -> None:
     function, lengths = FUNCTIONS[name]
