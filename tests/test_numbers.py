@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mfa
+from mfa.flash_attn import flash_attn_func
 
 QUERY, KEY, VALUE = torch.randn(3, 1, 2, 5, 16)
 PACKED = [tensor[0].transpose(0, 1) for tensor in (QUERY, KEY, VALUE)]
@@ -51,6 +52,10 @@ def test_integers(integer: Callable[[int], Any]) -> None:
     window = (integer(2), integer(1))
     for function in (dense, varlen, cached):
         assert torch.equal(function(window=window), function(window=(2, 1)))
+    heads_last = [tensor.transpose(1, 2) for tensor in (QUERY, KEY, VALUE)]
+    assert torch.equal(
+        flash_attn_func(*heads_last, window_size=window), flash_attn_func(*heads_last, window_size=(2, 1))
+    )
     assert torch.equal(varlen(integer(3)), varlen(3))
     assert torch.equal(cached(num_splits=integer(2)), cached(num_splits=2))
     if integer is not torch.tensor:  # a tensor has a length per batch entry

@@ -32,7 +32,7 @@ def as_number(name: str, value: Any) -> float:
 
 def as_integer(name: str, value: Any, largest: int = _INT32_MAX) -> int:
     """Within 0 ... `largest`: what Python takes as an index, or an integer tensor without dimensions, which is read."""
-    found: int | None = _index(value)
+    found: int | None = index_of(value)
     if found is None:
         raise TypeError(f"{name} is {value!r}; it must be an integer")
     if not (holds(found >= 0) and holds(found <= largest)):
@@ -49,7 +49,7 @@ def as_window(value: object) -> tuple[int | None, int | None]:
 
 
 def _bound(value: tuple[Any, ...], side: Any) -> int:
-    found: int | None = _index(side)
+    found: int | None = index_of(side)
     if found is None:
         raise TypeError(f"window is {value!r}; its entries must be integers or None")
     if not (holds(found >= -_WIDEST) and holds(found <= _WIDEST)):
@@ -57,8 +57,8 @@ def _bound(value: tuple[Any, ...], side: Any) -> int:
     return found
 
 
-def _index(value: Any) -> Any:
-    """None for what is no integer."""
+def index_of(value: Any) -> Any:
+    """An integer, maybe a symbolic one; None for what is none."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool):

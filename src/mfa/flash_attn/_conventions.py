@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from .._checks.numbers import index_of
 
 Window = Sequence[int]
 Bounds = tuple[int | None, int | None]
@@ -25,9 +26,10 @@ def bounds(window_size: Window, causal: bool) -> Bounds:
     """mfa's window."""
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
-    if not all(isinstance(bound, (int, torch.SymInt)) for bound in window_size):
+    found = [index_of(bound) for bound in window_size]
+    if None in found:
         raise TypeError(f"window_size is {tuple(window_size)!r}; its entries must be integers, -1 for open")
-    left, right = (None if bound < 0 else bound for bound in window_size)
+    left, right = (None if bound < 0 else bound for bound in found)
     return left, 0 if causal else right
 
 
