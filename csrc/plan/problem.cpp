@@ -63,9 +63,9 @@ Window canonical_window(const Problem& problem) {
   const std::int64_t left = std::clamp(problem.window_left.value_or(open), -open, open);
   const std::int64_t right = std::clamp(problem.window_right.value_or(open), -open, open);
   if (left + right < 0) return {-open, -open, any_pair};  // shows nothing: then no kernel visits a block
-  // Of packed sequences and of caches, the lengths are not known here.
-  if (problem.sequences > 0 || problem.cache)
-    return {left, right, any_pair && (problem.window_left || problem.window_right)};
+  // Of packed sequences, the lengths are not known here.
+  if (problem.sequences > 0) return {left, right, any_pair && (problem.window_left || problem.window_right)};
+  // A cache may have fewer live keys: then windows reach further over them, and hide nothing more.
   return {left, right, any_pair && (left < problem.key_length - 1 || right < problem.query_length - 1)};
 }
 
