@@ -90,8 +90,11 @@ def small() -> Iterator[Case]:
     for dtype, dim in product(DTYPES, (64, 128)):
         yield replace(base, dtype=dtype, head_dim=dim, direct=True, window_right=0, backward="")
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
-    for cache, page in (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("float8", 0)):
-        yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, cache=cache,
+    for feature in FEATURES[:7]:  # few queries
+        yield replace(base, query_length=5, key_length=700, backward="", **feature)  # type: ignore[arg-type]
+    caches = (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("float8", 0))
+    for (cache, page), tokens in product(caches, (2, 9)):
+        yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=tokens, key_length=160, cache=cache,
                    page_size=page, splits=3, window_right=0)  # fmt: skip
 
 

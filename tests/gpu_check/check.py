@@ -152,7 +152,7 @@ class Problem:
         if case["backward"] and self.dtype != torch.float32:
             tensors["correction"] = torch.full_like(results["out"], nan, dtype=torch.float16)
         forward = self.entry["forward"]
-        if case["cache"] and forward["splits"] > 1:
+        if forward["splits"] > 1:
             tensors["partial_lse"] = poisoned(forward["splits"], *heads)
             tensors["partial_out"] = poisoned(forward["splits"], *heads, self.value_dim)
         self.gpu.run(forward, tensors)
