@@ -86,3 +86,37 @@ def test_generated_tokens_equal_eagers(device: Device, page: int | None) -> None
     expected = [eager(model, prompt, count) for prompt in prompts]
     assert torch.cat(generated, dim=1).tolist() == expected
     assert len({tuple(line) for line in expected}) == 4  # different prompts say different things
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
+def test_transformers_generates_by_decode_kernels(name: str, cache: str) -> None:
+    """Two prompts of different lengths, padded at the left: after prefill, every launch is one of decode's."""
+    transformers = pytest.importorskip("transformers", reason="it needs Python 3.11")
+    from mfa.transformers import register
+
+    register()
+    options = {"sliding_window": 32} if name != "Llama" else {}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**SIZES, **heads, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tokens = torch.randint(3, 60, (2, 40))
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    terms: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    terms |= {"cache_implementation": cache} if cache == "static" else {}
+    expected = model.generate(tokens, eos_token_id=None, **terms)
+    model.set_attn_implementation("mfa")
+    with mfa.simulate("apple9") as sim:
+        found = model.generate(tokens, eos_token_id=None, **terms)
+    assert torch.equal(found, expected)
+    steps = [launch.kernel.split("_")[0] for launch in sim.launches]
+    assert steps.count("forward") == config.num_hidden_layers  # prefill
+    generated = steps[len(steps) - steps[::-1].index("forward") :]
+    assert len(generated) >= 3 * config.num_hidden_layers
+    assert set(generated) <= {"decode", "combine"}
