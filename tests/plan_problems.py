@@ -122,8 +122,10 @@ def is_split(problem: dict[str, Any]) -> bool:
     rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
     row_tiles, least = tiles(rows, decode_rows(problem)), max(min(256, max(64, 32 * rows)), 5 * rows)
     wanted = 192 if decode_rows(problem) == 8 else 128
-    enough = problem["key_length"] >= max(512, 2 * least)
-    return bool(enough and problem["batch"] * problem["key_heads"] * row_tiles < wanted)
+    groups = problem["batch"] * problem["key_heads"] * row_tiles
+    if decode_rows(problem) > 8 and groups < 16 and problem["key_length"] < 2 * least:
+        least = max(64, 2 * rows)
+    return problem["key_length"] >= max(512, 2 * least) and groups < wanted
 
 
 def decode_rows(problem: dict[str, Any]) -> int:

@@ -24,7 +24,10 @@ std::int64_t choose_splits(const Instance& tile, std::int64_t groups, std::int64
   if (keys < kWorthSplitting) return 1;
   const std::int64_t least = std::max(std::clamp(kKeysPerRow * rows, kFewKeys, kEnoughKeys), kLeastKeysPerRow * rows);
   const std::int64_t wanted = tile.simdgroups == 1 ? kWantedAlone : kWantedSharing;
-  const std::int64_t most = std::max<std::int64_t>(1, keys / least);
+  std::int64_t most = std::max<std::int64_t>(1, keys / least);
+  // Most cores would have nothing to do: then to move more takes less time (predicted: up to 70 us less, or 28 more).
+  if (most == 1 && tile.simdgroups > 1 && 8 * groups < kWantedSharing)
+    most = std::max<std::int64_t>(1, keys / std::max<std::int64_t>(kFewKeys, 2 * rows));
   return std::clamp<std::int64_t>((wanted + groups - 1) / std::max<std::int64_t>(1, groups), 1, most);
 }
 

@@ -106,7 +106,9 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     (batch, heads, _, dim), (key_batch, key_heads, length, key_dim) = query.shape, key.shape
     value_batch, value_heads, value_length, value_dim = value.shape
     if (
-        (batch == key_batch == value_batch and key_heads == value_heads)
+        not torch.compiler.is_compiling()  # or sizes may be symbols
+        and (type(batch) is type(length) is type(value_length) is type(key_batch) is type(value_batch) is int)
+        and (batch == key_batch == value_batch and key_heads == value_heads)
         and (length == value_length and dim == key_dim)
         and (heads == key_heads or (key_heads != 0 and heads % key_heads == 0))
         and (0 < dim <= LARGEST_HEAD_DIM and 0 < value_dim <= LARGEST_HEAD_DIM)
