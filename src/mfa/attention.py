@@ -24,6 +24,7 @@ from ._ops.dense import nothing_listens
 
 _Bound = int | None
 _NUMBERS = (int, float)
+_OPEN = (None, None)
 _forward = ops.attention_forward.default
 # All that a call of it calls: saves a tenth of the op's time on the host. Not where torch.compile traces.
 _forward_untraced = getattr(_forward, "_op", _forward)
@@ -78,7 +79,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    window: tuple[_Bound, _Bound] = (None, None),
+    window: tuple[_Bound, _Bound] = _OPEN,
     softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -120,9 +121,9 @@ def attention(
         NotImplementedError: a legal request that isn't supported: a device, a head dimension.
     """
     plain = (
-        not torch.compiler.is_compiling()  # sizes may be symbols
+        not torch.compiler.is_dynamo_compiling()  # sizes may be symbols
         and attn_mask is alibi_slopes is sinks is None
-        and (type(window) is tuple and len(window) == 2 and window[0] is window[1] is None)
+        and (window is _OPEN or (type(window) is tuple and len(window) == 2 and window[0] is window[1] is None))
         and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
         and (scale is None or (type(scale) is float and scale == scale))
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
