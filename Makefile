@@ -96,7 +96,7 @@ wheel: build
 	$(PIP) wheel $(BUILD) --wheel-dir dist .
 
 mac-check: build $(STAMP)/mac-check
-	PYTHONPATH=cmake:tests $(BIN)/python -m mac_check $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m mac_check $(ARGS)
 	$(BIN)/python -m pytest -q tests/test_mac_check.py
 
 # torch's CUDA build must be the one in .venv, as it is where TORCH_ARGS is empty.
