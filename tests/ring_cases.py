@@ -239,11 +239,12 @@ def dtensors_of_packed_sequences_and_caches(rank: int, size: int) -> None:
     expected = mfa.attention_varlen(query, key, value, *layout, 5, 9, is_causal=True)
     spread = [distribute_tensor(x, mesh, [Shard(1)]).requires_grad_() for x in (query, key, value)]
     whole = [distribute_tensor(x, mesh, [Replicate()]) for x in layout]
-    with CommDebugMode() as communication:
-        out = mfa.attention_varlen(*spread, *whole, 5, 9, is_causal=True)
-        torch.autograd.grad(out, spread, grad_outputs=torch.ones_like(out))
-    assert communication.get_total_counts() == 0, communication.get_comm_counts()
-    torch.testing.assert_close(out.full_tensor(), expected)
+    for starts in (whole, layout):  # plain ones are every process's
+        with CommDebugMode() as communication:
+            out = mfa.attention_varlen(*spread, *starts, 5, 9, is_causal=True)
+            torch.autograd.grad(out, spread, grad_outputs=torch.ones_like(out))
+        assert communication.get_total_counts() == 0, communication.get_comm_counts()
+        torch.testing.assert_close(out.full_tensor(), expected)
 
     query, *caches = normal(size, 8, 1, 16), normal(size, 4, 20, 16, seed=1), normal(size, 4, 20, 8, seed=2)
     lengths = torch.tensor([3, 20, 7, 11][:size], dtype=torch.int32)

@@ -88,7 +88,8 @@ def attention_varlen(
         query: [Tq,Hq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
         key: [Tk,Hkv,D], of the same dtype and device; Hq is a multiple of Hkv, query head h uses key head h//(Hq/Hkv).
         value: [Tk,Hkv,Dv], of the same dtype and device; Dv <= 256.
-        cu_seqlens_q, cu_seqlens_k: int32 [N+1], on the same device: 0, then where each sequence ends.
+        cu_seqlens_q, cu_seqlens_k: int32 [N+1], on the same device: 0, then where each sequence ends. Beside DTensors,
+            plain tensors are those of every process.
         max_seqlen_q, max_seqlen_k: no sequence is longer. Integers, or tensors without dimensions, which are read.
         is_causal: query i sees key j iff j <= i+Lk-Lq: aligned to the lower right, other than in `mfa.attention`.
         scale: of the scores; None is 1/sqrt(D).
@@ -125,8 +126,8 @@ def attention_varlen(
         query=query,
         key=key,
         value=value,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=sharding.beside(query, cu_seqlens_q),
+        cu_seqlens_k=sharding.beside(query, cu_seqlens_k),
         max_seqlen_q=as_integer("max_seqlen_q", max_seqlen_q),
         max_seqlen_k=as_integer("max_seqlen_k", max_seqlen_k),
         sinks=sinks,

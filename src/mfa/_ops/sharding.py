@@ -36,6 +36,16 @@ def ready(tensor: Tensor) -> None:
         register()
 
 
+def beside(query: Tensor, tensor: Tensor) -> Tensor:
+    """A plain tensor, which every process has alike, as the ops take it beside a query that is a DTensor."""
+    if type(query) is Tensor or type(tensor) is not Tensor or not is_dtensor(query):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = query.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def register() -> None:
     """Registers the rules, once."""
     global _registered
