@@ -63,6 +63,7 @@ def test_install() -> None:
 def test_metadata() -> None:
     """What libraries ask before they import: by either spelling, and by the package's name."""
     everything = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    torchs = importlib.metadata.version("torch")
     try:
         flash_attn.install()
         for name in ("flash_attn", "flash-attn", "Flash.Attn"):
@@ -73,7 +74,7 @@ def test_metadata() -> None:
         distribution = importlib.metadata.distribution("flash-attn")
         assert distribution.files is None
         assert distribution.requires is None
-        assert importlib.metadata.version("torch") == torch.__version__
+        assert importlib.metadata.version("torch") == torchs
     finally:
         flash_attn.uninstall()
     assert "flash_attn" not in importlib.metadata.packages_distributions()
