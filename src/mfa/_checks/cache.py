@@ -9,7 +9,7 @@ from .._arguments import Decode
 from .indices import check_index_tensor, host_values
 from .numbers import as_integer
 from .sizes import equal, holds, is_known
-from .tensors import LARGEST_HEAD_DIM, check_features, check_is_tensor, check_tensors, dtype_name
+from .tensors import check_features, check_heads_and_dims, check_is_tensor, check_tensors, dtype_name
 
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 PAGE_MULTIPLE = 8
@@ -61,23 +61,13 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: S
 
 
 def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    heads, dim = query.shape[1], query.shape[3]
-    key_heads = key_cache.shape[1]
+    dim = query.shape[3]
     if not equal(value_cache.shape[:3], key_cache.shape[:3]):
         shapes = list(value_cache.shape[:3]), list(key_cache.shape[:3])
         raise ValueError(f"value_cache has shape {shapes[0]} and Dv; it must begin with that of key_cache, {shapes[1]}")
     if not holds(key_cache.shape[3] == dim):
         raise ValueError(f"key_cache has head dimension {key_cache.shape[3]}; it must have that of query, {dim}")
-    if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
-        raise ValueError(f"query has {heads} heads; it must have a multiple of those of key_cache, {key_heads}")
-    for name, size in (("query", dim), ("value_cache", value_cache.shape[3])):
-        if size == 0:
-            raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {LARGEST_HEAD_DIM}")
-        if size > LARGEST_HEAD_DIM:
-            raise NotImplementedError(
-                f"{name} has head dimension {size}; it must be within 1 ... {LARGEST_HEAD_DIM}: use "
-                "torch.nn.functional.scaled_dot_product_attention"
-            )
+    check_heads_and_dims(query, "key_cache", key_cache, "value_cache", value_cache)
 
 
 def _check_scales(side: str, scales: Tensor | None, cache: Tensor, query: Tensor) -> None:

@@ -123,9 +123,15 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value has length {value.shape[2]}; it must have that of key, {length}")
     if not holds(key.shape[3] == dim):
         raise ValueError(f"key has head dimension {key.shape[3]}; it must have that of query, {dim}")
+    check_heads_and_dims(query, "key", key, "value", value)
+
+
+def check_heads_and_dims(query: Tensor, key_name: str, key: Tensor, value_name: str, value: Tensor) -> None:
+    """That query heads share those of key, and that kernels have the head dimensions, which are last."""
+    heads, key_heads = query.shape[1], key.shape[1]
     if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
-        raise ValueError(f"query has {heads} heads; it must have a multiple of those of key, {key_heads}")
-    for name, size in (("query", dim), ("value", value.shape[3])):
+        raise ValueError(f"query has {heads} heads; it must have a multiple of those of {key_name}, {key_heads}")
+    for name, size in (("query", query.shape[3]), (value_name, value.shape[3])):
         if size == 0:
             raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {LARGEST_HEAD_DIM}")
         if size > LARGEST_HEAD_DIM:

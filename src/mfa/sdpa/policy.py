@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import device
+from .._checks.sizes import is_known
+from .._checks.tensors import dtype_name
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def reason_for_aten(
     tensors = [tensor for tensor in (query, key, value, attn_mask) if tensor is not None]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     call = Call(
-        _name(query.dtype),
+        dtype_name(query.dtype),
         query.shape[-1],
         value.shape[-1],
         query.shape[-2],
@@ -138,12 +140,7 @@ def _is_of(call: Call, row: Row) -> bool:
 
 def _is_within(length: int | torch.SymInt, first: int | None, last: int | None) -> bool:
     """False for a length that torch.compile doesn't know: data decide about it."""
-    bounds = [first is None or length >= first, last is None or length <= last]
-    if isinstance(length, torch.SymInt):
-        from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
-
-        return all(map(guard_or_false, bounds))
-    return all(bounds)
+    return (first is None or is_known(length >= first)) and (last is None or is_known(length <= last))
 
 
 def _kind(mask: Tensor | None, query: Tensor) -> str:
@@ -152,7 +149,3 @@ def _kind(mask: Tensor | None, query: Tensor) -> str:
     if mask.dtype == torch.bool:
         return "bool"
     return "query's dtype" if mask.dtype == query.dtype else "other"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
