@@ -18,7 +18,8 @@ namespace {
 #define VARLEN "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT
 #define BACKWARD "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? correction, "
 #define DECODE \
-  "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, " FEATURES "SymInt num_splits"
+  "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? attn_mask, " \
+  "Tensor? cache_leftpad, " FEATURES "SymInt num_splits"
 
 // mfa::attention has no kernel: Python decomposes it, since a C++ composite would see lengths as constants.
 constexpr const char* kSchemas[] = {

@@ -37,10 +37,11 @@ struct PackedRows {
       const device uchar *bias [[buffer(kBias), function_constant(has_bias)]],                               \
       const device float *sinks [[buffer(kSinks), function_constant(has_sinks)]],                            \
       const device float *alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],               \
+      const device int *key_starts [[buffer(kKeyStarts), function_constant(has_leftpad)]],                   \
       const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],             \
       constant int *block_table [[buffer(kBlockTable), function_constant(is_paged)]],                        \
-      const device float *key_scale [[buffer(kKeyScale), function_constant(is_quantized)]],                  \
-      const device float *value_scale [[buffer(kValueScale), function_constant(is_quantized)]],              \
+      const device float *key_scale [[buffer(kKeyScale), function_constant(key_is_quantized)]],              \
+      const device float *value_scale [[buffer(kValueScale), function_constant(value_is_quantized)]],        \
       constant AttentionParams &params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]], \
       ushort lane_index [[thread_index_in_simdgroup]]
 
@@ -51,8 +52,9 @@ struct DecodeTile {
   int first_row, row_count;  // of a group's rows
   int part;
 
-  DecodeTile(constant AttentionParams& params, const device int* key_lengths, uint3 position, int rows)
-      : sequence(Layout{nullptr, nullptr, nullptr, key_lengths}.sequence(params, position.z)),
+  DecodeTile(constant AttentionParams& params, const device int* key_starts, const device int* key_lengths,
+             uint3 position, int rows)
+      : sequence(Layout{nullptr, nullptr, key_starts, key_lengths}.sequence(params, position.z)),
         key_head(position.x % params.key_heads),
         head(key_head * params.group_size),
         first_row(position.x / params.key_heads * rows),
@@ -92,23 +94,28 @@ inline void scale_columns(thread Rows& rows, float own) {
   }
 }
 
-// Whether a mask hides a block of keys from all rows of a tile: then K and V are not read, as where a static cache is
-// longer than what lives in it. A lane looks at one key, and stops at a row that sees it, so that an open block costs
-// an element per key.
+// What a mask does to a block of keys for rows from `first_row` on. K and V of a hidden block are not read, as where a
+// static cache is longer than what lives in it. A lane looks at one key, and stops at a row that sees it, so that a
+// block costs an element per key; but at all rows of drafted tokens, whose blocks are open where those of causal are,
+// and therefore give the same bits.
 template <typename T, int kRows, int kBlockKeys>
-inline bool is_hidden(constant AttentionParams& params, Scores<T> scores, DecodeTile tile, int first_key,
-                      ushort lane_index) {
-  if (!has_bias) {
-    return false;
+inline MaskClass classify(constant AttentionParams& params, Scores<T> scores, DecodeTile tile, int first_row,
+                          int first_key, ushort lane_index) {
+  if (!has_bias || (bias_is_of_last_keys && first_key + kBlockKeys <= scores.first_biased)) {
+    return kOpen;
   }
   const int key = min(first_key + lane_index % kBlockKeys, scores.key_length - 1);
   const bool is_shared = params.bias_heads == 1 && params.bias_rows == 1;
-  const int end = is_shared ? tile.first_row + 1 : min(tile.first_row + kRows, tile.row_count);
+  const int end = is_shared ? first_row + 1 : min(first_row + kRows, tile.row_count);
   bool hides = true;
-  for (int row = tile.first_row; row < end && hides; ++row) {
-    hides = scores.of_member(params, row % params.group_size).hides(params, row / params.group_size, key);
+  bool sees = has_mask && (is_shared || bias_is_of_last_keys);
+  for (int row = first_row; row < end && (hides || sees); ++row) {
+    const bool is_hidden =
+        scores.of_member(params, row % params.group_size).hides(params, row / params.group_size, key);
+    hides = hides && is_hidden;
+    sees = sees && !is_hidden;
   }
-  return simd_all(hides);
+  return simd_all(hides) ? kHidden : simd_all(sees) ? kOpen : kMixed;
 }
 
 // O / l and m + log l.
@@ -155,7 +162,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   static_assert(kSimdgroups == 1, "SIMD-groups share K and V in threadgroup memory only");
   constexpr int kRows = kRowTiles * kFragment;
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, true> Rows;
-  const DecodeTile tile(params, key_lengths, position, kRows);
+  const DecodeTile tile(params, key_starts, key_lengths, position, kRows);
   // A sink belongs to one part only.
   Rows rows(params, tile.sequence, tile.first_row, sinks, alibi_slopes, tile.head, tile.part == 0, lane_index);
   // Q beside O takes nearly all registers that a thread of M1 has at D 256.
@@ -169,15 +176,17 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   const Range blocks = tile.blocks(params, rows.view, kBlockKeys);
   for (int block = blocks.first; block <= blocks.last; ++block) {
     const int first_key = block * kBlockKeys;
-    if (is_hidden<T, kRows, kBlockKeys>(params, rules.scores, tile, first_key, lane_index)) {
+    const MaskClass mask_class =
+        classify<T, kRows, kBlockKeys>(params, rules.scores, tile, tile.first_row, first_key, lane_index);
+    if (mask_class == kHidden) {
       continue;
     }
     rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(cache.keys, first_key));
-    if (is_quantized) {
+    if (key_is_quantized) {
       scale_columns(rows, lane_index < kBlockKeys ? cache.keys.scale(first_key + lane_index) : 0);
     }
-    rows.softmax(params, rules, first_key);
-    if (is_quantized) {
+    rows.softmax(params, rules.in_block(mask_class), first_key);
+    if (value_is_quantized) {
       scale_columns(rows, lane_index < kBlockKeys ? cache.values.scale(first_key + lane_index) : 0);
     }
     rows.add_values(CacheRows<T, Rows::kKeyTiles>(cache.values, first_key));
@@ -202,7 +211,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   threadgroup T* values = keys + kBlockKeys * Keys::kStride;
   threadgroup float* scales = (threadgroup float*)(values + kBlockKeys * Values::kStride);  // of keys, then of values
 
-  const DecodeTile tile(params, key_lengths, position, kSimdgroups * kRows);
+  const DecodeTile tile(params, key_starts, key_lengths, position, kSimdgroups * kRows);
   Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, tile.part == 0,
             lane_index);
   const OwnOperand<T, held, kRowTiles, kHeadDim, PackedRows<T>> queries(
@@ -218,8 +227,13 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   for (int block = blocks.first; block <= blocks.last; ++block) {
     const int first_key = block * kBlockKeys;
     // All SIMD-groups look at the same elements: what they find must not differ, since barriers follow.
-    if (is_hidden<T, kSimdgroups * kRows, kBlockKeys>(params, rules.scores, tile, first_key, lane_index)) {
+    MaskClass mask_class =
+        classify<T, kSimdgroups * kRows, kBlockKeys>(params, rules.scores, tile, tile.first_row, first_key, lane_index);
+    if (mask_class == kHidden) {
       continue;
+    }
+    if (bias_is_of_last_keys) {
+      mask_class = classify<T, kRows, kBlockKeys>(params, rules.scores, tile, rows.first_row, first_key, lane_index);
     }
     if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -227,18 +241,20 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     is_first = false;
     stage_cache<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, cache.keys, first_key, thread_index);
     stage_cache<T, kBlockKeys, kValueDim, octets, kThreads>(values, cache.values, first_key, thread_index);
-    if (is_quantized && thread_index < 2 * kBlockKeys) {
-      scales[thread_index] = thread_index < kBlockKeys ? cache.keys.scale(first_key + thread_index)
-                                                       : cache.values.scale(first_key + thread_index - kBlockKeys);
+    if (key_is_quantized && thread_index < kBlockKeys) {
+      scales[thread_index] = cache.keys.scale(first_key + thread_index);
+    }
+    if (value_is_quantized && thread_index >= kBlockKeys && thread_index < 2 * kBlockKeys) {
+      scales[thread_index] = cache.values.scale(first_key + thread_index - kBlockKeys);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (rows.view.sees(first_key, kBlockKeys)) {
       rows.multiply_keys(queries.operand, Keys{keys});
-      if (is_quantized) {
+      if (key_is_quantized) {
         scale_columns(rows, scales[lane_index % kBlockKeys]);
       }
-      rows.softmax(params, rules, first_key);
-      if (is_quantized) {
+      rows.softmax(params, rules.in_block(mask_class), first_key);
+      if (value_is_quantized) {
         scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
       }
       rows.add_values(Values{values});

@@ -23,8 +23,14 @@ constant bool writes_score_gradient [[function_constant(mfa::kWritesScoreGradien
 constant bool is_varlen [[function_constant(mfa::kIsVarlen)]];
 constant bool has_key_lengths [[function_constant(mfa::kHasKeyLengths)]];
 constant bool is_paged [[function_constant(mfa::kIsPaged)]];
-constant bool is_quantized [[function_constant(mfa::kIsQuantized)]];
-constant bool is_int8 [[function_constant(mfa::kIsInt8)]];
+constant bool has_leftpad [[function_constant(mfa::kHasLeftpad)]];
+constant bool key_is_quantized [[function_constant(mfa::kKeyIsQuantized)]];
+constant bool key_is_int8 [[function_constant(mfa::kKeyIsInt8)]];
+constant bool key_is_e5m2 [[function_constant(mfa::kKeyIsE5m2)]];
+constant bool value_is_quantized [[function_constant(mfa::kValueIsQuantized)]];
+constant bool value_is_int8 [[function_constant(mfa::kValueIsInt8)]];
+constant bool value_is_e5m2 [[function_constant(mfa::kValueIsE5m2)]];
 constant bool is_split [[function_constant(mfa::kIsSplit)]];
 constant bool has_mask_blocks [[function_constant(mfa::kHasMaskBlocks)]];
 constant bool has_correction [[function_constant(mfa::kHasCorrection)]];
+constant bool bias_is_of_last_keys [[function_constant(mfa::kBiasIsOfLastKeys)]];

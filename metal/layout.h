@@ -20,8 +20,8 @@ struct Sequence {
 struct Layout {
   const device int2* tile_map;     // (sequence, tile) of each threadgroup; sequence -1: nothing to do
   const device int* query_starts;  // cu_seqlens: [sequences + 1]
-  const device int* key_starts;
-  const device int* key_lengths;  // [batch]: live keys of each cache
+  const device int* key_starts;    // or [batch]: slot of each cache's first live key
+  const device int* key_lengths;   // [batch]: slots of each cache up to its last live key
 
   Sequence sequence(constant AttentionParams& params, int index) const {
     if (is_varlen) {
@@ -33,7 +33,11 @@ struct Layout {
     if (has_key_lengths) {
       keys = min(max(key_lengths[index], 0), params.key_length);
     }
-    return {index, params.query_length, keys, 0, 0};
+    int first_key = 0;
+    if (has_leftpad) {
+      first_key = min(max(key_starts[index], 0), keys);
+    }
+    return {index, params.query_length, keys - first_key, 0, first_key};
   }
 
   // Start and length of packed sequence `index`.

@@ -37,7 +37,7 @@ enum Argument : unsigned {
   kGradSlopes = kGradBias,  // float32 [sequences, query_heads]; packed sequences have no bias
   kTileMap = 20,            // int2 per threadgroup: (sequence, tile), see layout.h
   kQueryStarts = 21,        // cu_seqlens_q: int32 [sequences + 1]
-  kKeyStarts = 22,          // cu_seqlens_k
+  kKeyStarts = 22,          // cu_seqlens_k; of caches int32 [batch], the slot of each one's first live key
   kKeyLengths = 23,         // int32 [batch]: live keys of each cache
   kBlockTable = 24,         // int32 [batch, pages_per_sequence]
   kKeyScale = 25,           // float32 [pages or batch, key_heads, page or capacity] of a quantized cache
@@ -70,11 +70,17 @@ enum FunctionConstant : unsigned {
   kIsVarlen = 16,             // packed sequences: a tile map and two lists of starts are bound
   kHasKeyLengths = 17,        // each batch entry has its own number of keys, of at most key_length
   kIsPaged = 18,              // K and V lie in pages, found through the block table
-  kIsQuantized = 19,          // K and V are float8_e4m3fn, or int8, with scales
-  kIsInt8 = 20,
-  kIsSplit = 21,        // decode: this launch writes partial results, which combine merges
-  kHasMaskBlocks = 22,  // the classes of the mask's blocks are bound
-  kHasCorrection = 23,  // forward writes the correction, backward_delta reads it
+  kHasLeftpad = 19,           // each batch entry's live keys start at a slot of its own
+  kKeyIsQuantized = 20,       // K is float8_e4m3fn, unless one of the next two is set, and has scales
+  kKeyIsInt8 = 21,
+  kKeyIsE5m2 = 22,
+  kValueIsQuantized = 23,  // so is V
+  kValueIsInt8 = 24,
+  kValueIsE5m2 = 25,
+  kIsSplit = 26,           // decode: this launch writes partial results, which combine merges
+  kHasMaskBlocks = 27,     // the classes of the mask's blocks are bound
+  kHasCorrection = 28,     // forward writes the correction, backward_delta reads it
+  kBiasIsOfLastKeys = 29,  // the bias's last column is that of the last key, and keys before its first have none
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.

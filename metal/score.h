@@ -13,10 +13,14 @@ template <typename T>
 struct Scores {
   const device uchar* bias;
   int query_length, key_length;
+  int first_biased = 0;       // the key of the bias's first column
   bool ignores_bias = false;  // in a block that a bool mask leaves open
 
   Scores(constant AttentionParams& params, Sequence sequence, const device uchar* bias_, int head)
       : bias(bias_), query_length(sequence.query_length), key_length(sequence.key_length) {
+    if (bias_is_of_last_keys) {
+      first_biased = key_length - params.bias_columns;
+    }
     if (has_bias) {
       bias += (sequence.index * params.bias_strides[0] + head * params.bias_strides[1]) * bias_element_size<T>();
     }
@@ -55,14 +59,24 @@ struct Scores {
     return x;
   }
 
+  long bias_index(constant AttentionParams& params, int query, int key) const {
+    return query * params.bias_strides[2] + (key - first_biased) * params.bias_strides[3];
+  }
+
   // Whether the bias hides the key; a NaN must be seen.
   bool hides(constant AttentionParams& params, int query, int key) const {
-    const long index = query * params.bias_strides[2] + key * params.bias_strides[3];
+    if (bias_is_of_last_keys && key < first_biased) {
+      return false;
+    }
+    const long index = bias_index(params, query, key);
     return has_mask ? bias[index] == 0 : bias_value<T>(bias, index) <= kHidingBias;
   }
 
   float with_bias(constant AttentionParams& params, float x, int query, int key) const {
-    const long index = query * params.bias_strides[2] + key * params.bias_strides[3];
+    if (bias_is_of_last_keys && key < first_biased) {
+      return x;
+    }
+    const long index = bias_index(params, query, key);
     if (has_mask) {
       return bias[index] != 0 ? x : kMasked;
     }

@@ -17,6 +17,7 @@ LENGTHS = (0, 1, 2, 7, 8, 9, 16, 17, 33, 65)
 # (D, Dv)
 DIMS = ((8, 8), (16, 16), (33, 20), (64, 64), (80, 80), (128, 128), (96, 40), (192, 128), (256, 256))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FORMATS = (None, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 LARGEST_PRODUCT = 2_000_000  # multiply-accumulates of one matrix product: what the simulator does in milliseconds
 
 
@@ -157,12 +158,16 @@ def by_sequence(
 # -- caches ---------------------------------------------------------------------------------------------------------
 
 
+def _bad(like: Tensor) -> Tensor:
+    return torch.full_like(like, 127 if like.dtype == torch.int8 else math.nan)
+
+
 @dataclass(frozen=True)
 class Cached:
     """Arguments of one `mfa.attention_with_kv_cache`."""
 
     dtype: torch.dtype
-    cache_dtype: torch.dtype | None  # None: the query's
+    formats: tuple[torch.dtype | None, torch.dtype | None]  # of K and V; None: the query's dtype
     key_heads: int
     group: int
     lengths: tuple[int, ...]  # in the cache, per batch entry
@@ -177,12 +182,23 @@ class Cached:
     has_sinks: bool = False
     alibi: str | None = None  # "heads" or "batches"
     num_splits: int = 0
+    leftpad: tuple[int, ...] | None = None  # per batch entry
+    rows: tuple[int, ...] | None = None  # the cache's, of each batch entry; of a dense one
+    masked: int | None = None  # tokens that a mask is over
+    mask_sizes: tuple[bool, bool] = (True, True)  # whether it has a size for batch and heads
     seed: int = 0
 
     @property
     def capacity(self) -> int:
         needed = max(self.lengths) + (self.new or 0)
         return needed + 3 if self.page is None else -(-needed // self.page) * self.page
+
+    def live(self, entry: int) -> range:
+        """Slots, after new tokens were appended."""
+        return range(self.leftpad[entry] if self.leftpad else 0, self.lengths[entry] + (self.new or 0))
+
+    def row(self, entry: int) -> int:
+        return self.rows[entry] if self.rows else entry
 
     def arguments(self) -> dict[str, Any]:
         """All arguments; what isn't live in the caches is NaN, or as bad, and in the block table an unused entry."""
@@ -202,20 +218,31 @@ class Cached:
             "num_splits": self.num_splits,
         }
         for side, dim in zip(("key", "value"), self.dims, strict=True):
-            dense = fresh(batch, self.key_heads, self.capacity, dim)
+            dense = fresh(batch if self.rows is None else max(self.rows) + 2, self.key_heads, self.capacity, dim)
             scales = None
-            if self.cache_dtype is not None:
-                dense, scales = mfa.quantize_kv(dense, self.cache_dtype)
+            kept = self.formats[side == "value"]
+            if kept is not None:
+                dense, scales = mfa.quantize_kv(dense, kept)
+            filled, filled_scales = dense, scales
+            dense = _bad(dense)
+            scales = None if scales is None else _bad(scales)
             for entry, length in enumerate(self.lengths):
-                bad = 127 if self.cache_dtype == torch.int8 else math.nan
-                dense[entry, :, length:] = bad
-                if scales is not None:
-                    scales[entry, :, length:] = math.nan
+                slots = self.row(entry), slice(None), slice(self.live(entry).start, length)
+                dense[slots] = filled[slots]
+                if scales is not None and filled_scales is not None:
+                    scales[slots] = filled_scales[slots]
             named[f"{side}_cache"], named[f"{side}_scale"] = dense, scales
             if self.new is not None:
                 named[side] = fresh(batch, self.key_heads, self.new, dim)
         if self.page is not None:
             self._into_pages(named, generator)
+        if self.leftpad is not None:
+            named["cache_leftpad"] = torch.tensor(self.leftpad, dtype=torch.int32)
+        if self.rows is not None:
+            named["cache_batch_idx"] = torch.tensor(self.rows, dtype=torch.int32)
+        if self.masked is not None:
+            sizes = (n if own else 1 for n, own in zip((batch, heads), self.mask_sizes, strict=True))
+            named["attn_mask"] = torch.rand(*sizes, self.query_length, self.masked, generator=generator) < 0.6
         if self.has_sinks:
             named["sinks"] = torch.randn(heads, generator=generator)
         if self.alibi is not None:
@@ -232,9 +259,7 @@ class Cached:
             dense = named[name]
             if dense is None:
                 continue
-            pool = torch.full((pages, dense.shape[1], self.page, *dense.shape[3:]), 127.0).to(dense.dtype)
-            if dense.dtype != torch.int8:
-                pool.fill_(math.nan)
+            pool = _bad(torch.empty(pages, dense.shape[1], self.page, *dense.shape[3:], dtype=dense.dtype))
             for entry in range(batch):
                 for index in range(per_sequence):
                     pool[table[entry, index]] = dense[entry, :, index * self.page : (index + 1) * self.page]
@@ -245,19 +270,19 @@ class Cached:
         named["block_table"] = table
 
 
-def live(cache: Tensor, table: Tensor | None, entry: int, length: int) -> Tensor:
-    """The first `length` tokens [Hkv,length,...] of a batch entry, one by one."""
+def live(cache: Tensor, table: Tensor | None, row: int, slots: range) -> Tensor:
+    """Tokens [Hkv,slots,...] of a row of the cache or of the block table, one by one."""
     if table is None:
-        return cache[entry, :, :length]
+        return cache[row, :, slots.start : slots.stop]
     page = cache.shape[2]
-    tokens = [cache[int(table[entry, t // page]), :, t % page] for t in range(length)]
+    tokens = [cache[int(table[row, t // page]), :, t % page] for t in slots]
     return torch.stack(tokens, dim=1) if tokens else cache[0, :, :0]
 
 
-def dequantized(cache: Tensor, scales: Tensor | None, table: Tensor | None, entry: int, length: int) -> Tensor:
+def dequantized(cache: Tensor, scales: Tensor | None, table: Tensor | None, row: int, slots: range) -> Tensor:
     """As `live`, in float64 if the cache is quantized."""
-    rows = live(cache, table, entry, length)
-    return rows if scales is None else rows.double() * live(scales, table, entry, length).double()[..., None]
+    rows = live(cache, table, row, slots)
+    return rows if scales is None else rows.double() * live(scales, table, row, slots).double()[..., None]
 
 
 @st.composite
@@ -266,15 +291,19 @@ def cached_problems(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = DTYPES
     lengths = draw(st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=3))
     query_length, new = draw(_mostly(1, 2, 5, 20)), draw(st.sampled_from((None, 0, 1, 1, 3)))
     pairs = key_heads * group * query_length * (sum(lengths) + 3 * len(lengths))
+    page = draw(st.sampled_from((None, None, 8, 16, 24)))
+    pads = None if page else draw(st.none() | st.tuples(*[st.integers(0, length) for length in lengths]))
+    rows = st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths), unique=True).map(tuple)
+    live = [n + (new or 0) - pad for n, pad in zip(lengths, pads or [0] * len(lengths), strict=True)]
     return Cached(
         dtype=draw(st.sampled_from(dtypes)),
-        cache_dtype=draw(st.sampled_from((None, None, torch.int8, torch.float8_e4m3fn))),
+        formats=draw(st.just((None, None)) | st.tuples(*[st.sampled_from(FORMATS)] * 2)),
         key_heads=key_heads,
         group=group,
         lengths=tuple(lengths),
         query_length=query_length,
         new=new,
-        page=draw(st.sampled_from((None, 8, 16, 24))),
+        page=page,
         dims=draw(st.sampled_from([dims for dims in DIMS if dims == DIMS[0] or pairs * max(dims) <= LARGEST_PRODUCT])),
         window=draw(_bounds()),
         is_causal=draw(_mostly(True, False)),
@@ -283,5 +312,9 @@ def cached_problems(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = DTYPES
         has_sinks=draw(_mostly(False, True)),
         alibi=draw(_mostly(None, "heads", "batches")),
         num_splits=draw(_mostly(0, 1, 2, 5)),
+        leftpad=pads,
+        rows=None if page else draw(st.none() | rows),
+        masked=draw(st.none() | st.integers(0, min(live)) | st.just(min(live))),
+        mask_sizes=draw(st.tuples(st.booleans(), st.booleans())),
         seed=draw(st.integers(0, 2**16)),
     )

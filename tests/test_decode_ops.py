@@ -21,10 +21,19 @@ def op_arguments(**options: Any) -> tuple[Any, ...]:
     scales = (named[name] for name in ("key_scale", "value_scale"))
     table = named.get("block_table")
     terms = (normal(4), normal(3, 4).abs(), 0.25, 20, 0, 5.0, 2)
-    return (named["query"], *caches, named["cache_seqlens"], table, *scales, *terms)
+    mask, leftpad = named.get("attn_mask"), named.get("cache_leftpad")
+    return (named["query"], *caches, named["cache_seqlens"], table, *scales, mask, leftpad, *terms)
 
 
-@pytest.mark.parametrize("options", [{}, {"page": 8}, {"page": 8, "cache_dtype": torch.int8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"page": 8},
+        {"page": 8, "formats": (torch.int8, torch.int8)},
+        {"leftpad": (2, 0, 30), "masked": 0, "formats": (None, torch.int8)},
+    ],
+)
 def test_opcheck(device: Device, options: dict[str, Any]) -> None:
     with device.active():
         opcheck(torch.ops.mfa.attention_decode.default, tuple(moved(x, device) for x in op_arguments(**options)))
@@ -44,7 +53,10 @@ def test_bad_contents_are_refused_by_the_op_as_well() -> None:
         torch.ops.mfa.attention_decode(*tensors)
 
 
-@pytest.mark.parametrize("options", [{}, {"page": 8, "cache_dtype": torch.int8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"page": 8, "formats": (torch.int8, torch.int8)}, {"rows": (1, 0, 3), "masked": 2, "leftpad": (2, 0, 1)}],
+)
 def test_compile_is_done_once_for_all_lengths(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -79,15 +91,15 @@ def test_vmap() -> None:
     torch.testing.assert_close(list(torch.vmap(f)(queries, lengths)), expected)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
-def test_autocast(cache_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("formats", [(None, None), (torch.int8, None), (torch.int8, torch.int8)])
+def test_autocast(formats: tuple[torch.dtype | None, torch.dtype | None]) -> None:
     """A cache isn't cast: what meets it is."""
-    named = problem(dtype=torch.float16, cache_dtype=cache_dtype).arguments()
+    named = problem(dtype=torch.float16, formats=formats).arguments()
     for name in ("query", "key", "value"):
         named[name] = named[name].float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = mfa.attention_with_kv_cache(**named)
-    assert out.dtype == (torch.float16 if cache_dtype is None else torch.bfloat16)
+    assert out.dtype == (torch.float16 if None in formats else torch.bfloat16)
 
 
 def test_flops_are_those_of_the_live_keys() -> None:

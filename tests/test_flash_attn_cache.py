@@ -109,7 +109,7 @@ def test_rotary(form: str, dim: int, interleaved: bool, device: Device) -> None:
 
 
 @pytest.mark.parametrize("form", ["leftpad", "batch index", "both", "one length"])
-def test_copies_of_the_cache(form: str, device: Device) -> None:
+def test_leftpad_and_batch_index(form: str, device: Device) -> None:
     """Where tokens don't start at slot 0, or an entry isn't a page that the kernels take."""
     starts = [0, 0] if form == "batch index" else [7, 2]
     entries = [0, 1] if form in ("leftpad", "one length") else [3, 1]
@@ -217,7 +217,7 @@ def test_a_failed_check_leaves_the_cache() -> None:
         ("cache_leftpad is 10 at 0", {"cache_leftpad": ints([10, 2])}),
         ("cache_leftpad is -1 at 1", {"cache_leftpad": ints([4, -1])}),
         ("cache_leftpad has shape", {"cache_leftpad": ints([4])}),
-        ("page 4", {"cache_batch_idx": ints([4, 1])}),
+        ("cache_batch_idx has row 4 at 0", {"cache_batch_idx": ints([4, 1])}),
         ("append to the same slot", {"cache_batch_idx": ints([1, 1]), "cache_seqlens": ints([5, 5])}),
         ("rotary_sin is None", {"rotary_sin": None}),
         ("rotary_cos is None", {"rotary_cos": None}),
@@ -233,7 +233,7 @@ def test_a_failed_check_leaves_the_cache() -> None:
             flash_attn.flash_attn_with_kvcache(*tensors, **{**good, **change})
     with pytest.raises(ValueError, match="k is None"):
         flash_attn.flash_attn_with_kvcache(*tensors[:3], **good)
-    with pytest.raises(ValueError, match="k_cache has batch size 4"):
+    with pytest.raises(ValueError, match="key_cache has batch size 4"):
         flash_attn.flash_attn_with_kvcache(*tensors, **{**good, "cache_batch_idx": None})
     for before, after in ((cache.k, k_cache), (cache.v, v_cache)):
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)

@@ -24,9 +24,10 @@ from torch import Tensor
 import mfa
 
 CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
-LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448, torch.float8_e5m2: 57344}
 CPU = Device("cpu")
 INT32 = torch.int32
+MASK = torch.ones(1, 1, 2, 3, dtype=torch.bool)
 
 
 def call(named: dict[str, Any], device: Device, order: int = 0) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
@@ -37,32 +38,57 @@ def call(named: dict[str, Any], device: Device, order: int = 0) -> tuple[dict[st
     return {name: moved(x, CPU) for name, x in there.items()}, (out.cpu(), lse.cpu())
 
 
+def as_bits(tensor: Tensor) -> Tensor:
+    """Of a float8 tensor, which few operations know."""
+    return tensor.view(torch.uint8) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
+
+
+def rounding(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error of 8-bit numbers times their scale: half a step, of a number or of the smallest ones."""
+    if dtype == torch.int8:
+        return 1.001 * scale / 2
+    relative, least = (1 / 16, 2**-10) if dtype == torch.float8_e4m3fn else (1 / 8, 2**-17)
+    return 1.001 * (tensor.abs() * relative).maximum(scale * least)
+
+
 def check_appended(problem: Cached, before: dict[str, Any], after: dict[str, Any]) -> None:
     """New tokens are where they belong, exactly or as well as 8 bits can say; nothing else has changed."""
     new = problem.new or 0
     expected = {name: None if before[name] is None else before[name].clone() for name in CACHES}
     table = before.get("block_table")
-    for side in ("key", "value") if new else ():
+    for side, kept in zip(("key", "value"), problem.formats, strict=True) if new else ():
         scales = after[f"{side}_scale"]
         for entry, length in enumerate(problem.lengths):
-            appended = dequantized(after[f"{side}_cache"], scales, table, entry, length + new)[:, length:].double()
+            slots = range(length, length + new)
+            appended = dequantized(after[f"{side}_cache"], scales, table, problem.row(entry), slots).double()
             wanted = before[side][entry].double()
             error = (appended - wanted).abs()
-            if problem.cache_dtype is None:
+            if kept is None:
                 assert (error == 0).all()
             else:
-                scale = wanted.abs().amax(-1, keepdim=True) / LARGEST[problem.cache_dtype]
-                step = scale / 2 if problem.cache_dtype == torch.int8 else (wanted.abs() / 16).maximum(scale / 1024)
-                assert (error <= 1.001 * step).all()
+                assert (error <= rounding(wanted, wanted.abs().amax(-1, keepdim=True) / LARGEST[kept], kept)).all()
             for name in (f"{side}_cache", f"{side}_scale"):
-                for t in range(length, length + new) if expected[name] is not None else ():
-                    place = (entry, t) if table is None else (int(table[entry, t // problem.page]), t % problem.page)
+                for t in slots if expected[name] is not None else ():
+                    place = (
+                        (problem.row(entry), t)
+                        if table is None
+                        else (int(table[entry, t // problem.page]), t % problem.page)
+                    )
                     expected[name][place[0], :, place[1]] = after[name][place[0], :, place[1]]
     for name in CACHES:
         if expected[name] is not None:
-            bits = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (after[name], expected[name]))
+            bits = (as_bits(x) for x in (after[name], expected[name]))
             torch.testing.assert_close(*bits, rtol=0, atol=0, equal_nan=True)
-    for name in ("query", "key", "value", "cache_seqlens", "block_table"):
+    for name in (
+        "query",
+        "key",
+        "value",
+        "cache_seqlens",
+        "block_table",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "attn_mask",
+    ):
         if isinstance(before.get(name), Tensor):
             assert torch.equal(after[name], before[name])
 
@@ -76,13 +102,18 @@ def check(problem: Cached, device: Device) -> None:
     terms = {name: named[name] for name in ("window", "is_causal", "scale", "softcap")}
     terms |= {name: named[name] for name in ("sinks", "alibi_slopes") if name in named}
     expected, plain = [], []
-    for entry, length in enumerate(problem.lengths):
-        total, table = length + (problem.new or 0), named.get("block_table")
+    for entry in range(len(problem.lengths)):
+        live, table, row = problem.live(entry), named.get("block_table"), problem.row(entry)
         keys, values = (
-            dequantized(after[f"{side}_cache"], after[f"{side}_scale"], table, entry, total)[None]
+            dequantized(after[f"{side}_cache"], after[f"{side}_scale"], table, row, live)[None]
             for side in ("key", "value")
         )
         tensors, own = (named["query"][entry, None], keys, values), dense_terms(terms, entry)
+        if problem.masked is not None:
+            mask = named["attn_mask"][entry if problem.mask_sizes[0] else 0]
+            whole_mask = torch.ones(*mask.shape[:2], len(live), dtype=torch.bool)
+            whole_mask[..., len(live) - problem.masked :] = mask
+            own["bias"] = whole_mask[None]
         expected.append(oracle.attention(*tensors, **own))
         plain.append(oracle.composition(*(x.to(problem.dtype) for x in tensors), **own))
     whole = [tuple(torch.cat(parts) for parts in zip(*pairs, strict=True)) for pairs in (expected, plain)]
@@ -109,7 +140,7 @@ def test_random_problems(device: Device, shard: int) -> None:
 
 
 def problem(**options: Any) -> Cached:
-    defaults = {"dtype": torch.float32, "cache_dtype": None, "key_heads": 2, "group": 2, "lengths": (5, 0, 30)}
+    defaults = {"dtype": torch.float32, "formats": (None, None), "key_heads": 2, "group": 2, "lengths": (5, 0, 30)}
     return Cached(**{**defaults, "query_length": 2, "new": 2, "page": None, "dims": (16, 16), **options})
 
 
@@ -118,7 +149,7 @@ def problem(**options: Any) -> Cached:
 def test_the_number_of_splits_changes_rounding_only(
     device: Device, page: int | None, cache_dtype: torch.dtype | None
 ) -> None:
-    named = problem(page=page, cache_dtype=cache_dtype, lengths=(90, 3, 200), query_length=1, new=1).arguments()
+    named = problem(page=page, formats=(cache_dtype,) * 2, lengths=(90, 3, 200), query_length=1, new=1).arguments()
     whole = call({**named, "num_splits": 1}, device)[1]
     for splits in (0, 2, 3, 7, 1000):
         torch.testing.assert_close(call({**named, "num_splits": splits}, device)[1], whole, rtol=1e-5, atol=1e-5)
@@ -127,7 +158,7 @@ def test_the_number_of_splits_changes_rounding_only(
 @pytest.mark.parametrize("page", [8, 16, 40])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
 def test_paged_equals_dense(device: Device, page: int, cache_dtype: torch.dtype | None) -> None:
-    options = {"dims": (64, 64), "cache_dtype": cache_dtype, "lengths": (37, 8, 0, 39)}
+    options = {"dims": (64, 64), "formats": (cache_dtype,) * 2, "lengths": (37, 8, 0, 39)}
     paged = problem(page=page, **options)
     named = paged.arguments()
     dense = dict(named)
@@ -136,8 +167,27 @@ def test_paged_equals_dense(device: Device, page: int, cache_dtype: torch.dtype 
         if named[name] is not None:
             dense[name] = torch.zeros(4, 2, paged.capacity, *named[name].shape[3:]).to(named[name].dtype)
             for entry, length in enumerate(paged.lengths):
-                dense[name][entry, :, :length] = live(named[name], table, entry, length)
+                dense[name][entry, :, :length] = live(named[name], table, entry, range(length))
     torch.testing.assert_close(call(named, device)[1], call(dense, device)[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_tree_that_is_a_line_equals_causal_bitwise(device: Device, is_causal: bool) -> None:
+    named = problem(dtype=torch.float16, lengths=(70, 3, 600), query_length=6, new=6, dims=(64, 64)).arguments()
+    causal = call(named, device)[1]
+    line = {**named, "attn_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool).tril(), "is_causal": is_causal}
+    torch.testing.assert_close(call(line, device)[1], causal, rtol=0, atol=0)
+
+
+def test_drafted_tokens_see_their_branch(device: Device) -> None:
+    """Two branches of two tokens, in one call, as each of them alone."""
+    tree = problem(dtype=torch.float32, lengths=(20, 5, 0), query_length=4, new=4).arguments()
+    branches = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    out, _ = call({**tree, "attn_mask": branches[None, None]}, device)[1]
+    for branch in (slice(0, 2), slice(2, 4)):
+        alone = {name: tree[name][:, :, branch].contiguous() for name in ("query", "key", "value")}
+        # Positions differ from those in the tree: neither windows nor ALiBi here.
+        torch.testing.assert_close(out[:, :, branch], call({**tree, **alone}, device)[1][0], rtol=1e-5, atol=1e-5)
 
 
 def test_pages_may_be_shared(device: Device) -> None:
@@ -235,7 +285,7 @@ def test_prefill_in_chunks_equals_the_whole(device: Device) -> None:
 # -- quantization ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_quantize(dtype: torch.dtype, source: torch.dtype) -> None:
     tensor = (normal(3, 2, 9, 40) * normal(9, 1, seed=1).exp()).to(source)
@@ -247,13 +297,10 @@ def test_quantize(dtype: torch.dtype, source: torch.dtype) -> None:
     largest = tensor.double().abs().amax(-1)
     torch.testing.assert_close(scale.double() * LARGEST[dtype], largest, rtol=1e-6, atol=0)
     error = (quantized.double() * scale.double()[..., None] - tensor.double()).abs()
-    step = scale.double()[..., None]
-    assert (
-        error <= (step / 2 if dtype == torch.int8 else (tensor.double().abs() / 16).maximum(step / 1024)) * 1.001
-    ).all()
+    assert (error <= rounding(tensor.double(), scale.double()[..., None], dtype)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", LARGEST)
 def test_quantize_odd_tokens(dtype: torch.dtype) -> None:
     tensor = normal(1, 1, 6, 8)
     tensor[0, 0, 0] = 0
@@ -267,12 +314,12 @@ def test_quantize_odd_tokens(dtype: torch.dtype) -> None:
     assert back[1].isnan().all()
     assert back[2].isnan().all()
     assert back[3].abs().max() <= 1e-38
-    assert oracle.largest_error(back[4:], tensor[0, 0, 4:]) <= 3e38 / 16
+    assert oracle.largest_error(back[4:], tensor[0, 0, 4:]) <= 3e38 / (8 if dtype == torch.float8_e5m2 else 16)
     assert back[4:].isfinite().all()
 
 
 def test_quantize_refuses() -> None:
-    with pytest.raises(TypeError, match=r"dtype is torch.uint8; it must be int8 or float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"dtype is torch.uint8; it must be int8, float8_e4m3fn or float8_e5m2"):
         mfa.quantize_kv(normal(2, 3), torch.uint8)
     with pytest.raises(TypeError, match="tensor has dtype int64"):
         mfa.quantize_kv(torch.arange(3))
@@ -320,10 +367,15 @@ def test_quantize_refuses() -> None:
         ({}, {"num_splits": 1.5}, TypeError, "num_splits is 1.5"),
         ({}, {"softcap": math.inf}, ValueError, "softcap is inf"),
         ({}, {"query": normal(3, 4, 2, 16).requires_grad_()}, NotImplementedError, "query requires grad, .*no_grad"),
-        ({"cache_dtype": torch.int8}, {"key_scale": None}, ValueError, "key_scale is None; .* int8 key_cache"),
-        ({"cache_dtype": torch.int8}, {"value_scale": normal(3, 2, 34)}, ValueError, "value_scale has shape"),
         (
-            {"cache_dtype": torch.int8},
+            {"formats": (torch.int8, torch.int8)},
+            {"key_scale": None},
+            ValueError,
+            "key_scale is None; .* int8 key_cache",
+        ),
+        ({"formats": (torch.int8, torch.int8)}, {"value_scale": normal(3, 2, 34)}, ValueError, "value_scale has shape"),
+        (
+            {"formats": (torch.int8, torch.int8)},
             {"value_scale": normal(3, 2, 35).half()},
             TypeError,
             "value_scale has dtype float16",
@@ -343,6 +395,46 @@ def test_quantize_refuses() -> None:
             ValueError,
             "has page 1 for entries 0 and 1, which append to the same slot",
         ),
+        (
+            {"page": 8},
+            {"cache_batch_idx": torch.zeros(3, dtype=INT32)},
+            ValueError,
+            "cache_batch_idx is given, and block",
+        ),
+        (
+            {"page": 8},
+            {"cache_leftpad": torch.zeros(3, dtype=INT32)},
+            NotImplementedError,
+            "cache_leftpad is given, and",
+        ),
+        ({}, {"cache_batch_idx": torch.zeros(2, dtype=INT32)}, ValueError, "cache_batch_idx has shape \\[2\\]"),
+        ({}, {"cache_batch_idx": torch.zeros(3)}, TypeError, "cache_batch_idx has dtype float32; it must be int32"),
+        ({}, {"cache_batch_idx": torch.tensor([0, 1, 3], dtype=INT32)}, ValueError, "has row 3 at 2; .* 0 ... 2"),
+        (
+            {"lengths": (5, 5, 30)},
+            {"cache_batch_idx": torch.tensor([1, 1, 2], dtype=INT32)},
+            ValueError,
+            "cache_batch_idx has row 1 for entries 0 and 1, which append to the same slot",
+        ),
+        ({}, {"cache_leftpad": torch.zeros(3, 1, dtype=INT32)}, ValueError, "cache_leftpad has shape \\[3, 1\\]"),
+        ({}, {"cache_leftpad": torch.zeros(3)}, TypeError, "cache_leftpad has dtype float32; it must be int32"),
+        (
+            {},
+            {"cache_leftpad": torch.tensor([6, 0, 0], dtype=INT32)},
+            ValueError,
+            "cache_leftpad is 6 at 0; .* 0 ... 5",
+        ),
+        ({}, {"cache_leftpad": torch.tensor([0, 0, -1], dtype=INT32)}, ValueError, "cache_leftpad is -1 at 2"),
+        ({}, {"attn_mask": torch.ones(1, 1, 2, 2)}, TypeError, "attn_mask has dtype float32; it must be bool"),
+        ({}, {"attn_mask": MASK[0]}, ValueError, "attn_mask has 3 dimensions; it must have 4"),
+        (
+            {},
+            {"attn_mask": MASK[:, :, :1]},
+            ValueError,
+            "attn_mask has shape \\[1, 1, 1, 3\\]; .* = \\[3, 4, 2\\] and K",
+        ),
+        ({}, {"attn_mask": MASK.expand(1, 2, 2, 3)}, ValueError, "attn_mask has shape \\[1, 2, 2, 3\\]"),
+        ({}, {"attn_mask": MASK}, ValueError, "attn_mask is over 3 tokens; it must be over at most 2, as live at 1"),
         (
             {"page": 8},
             {"key_cache": normal(14, 2, 12, 16), "value_cache": normal(14, 2, 12, 16)},
@@ -376,7 +468,7 @@ def read_bytes(cache_dtype: torch.dtype | None) -> tuple[int, int]:
     """What a step of decoding reads, with eight query heads per key head; and the live bytes of a float16 cache."""
     step = problem(
         dtype=torch.float16,
-        cache_dtype=cache_dtype,
+        formats=(cache_dtype,) * 2,
         key_heads=2,
         group=8,
         lengths=(500, 700),

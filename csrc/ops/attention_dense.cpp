@@ -31,18 +31,6 @@ struct Terms {
   }
 };
 
-Bias bias_of(const Tensor& bias, const Tensor& query) {
-  Bias result;
-  result.kind = bias.scalar_type() == ScalarType::Bool      ? BiasKind::mask
-                : bias.scalar_type() == query.scalar_type() ? BiasKind::same_dtype
-                                                            : BiasKind::float32;
-  for (int i = 0; i < 4; ++i) {
-    result.sizes[i] = bias.size(i);
-    result.strides[i] = bias.stride(i);
-  }
-  return result;
-}
-
 // Their problem, checked and bound.
 Operands operands_of(const Qkv& qkv, const Terms& terms) {
   check_alike(qkv);
@@ -52,8 +40,7 @@ Operands operands_of(const Qkv& qkv, const Terms& terms) {
   Operands operands(qkv, terms.features);
   operands.read(terms.dropout);
   if (terms.bias) {
-    operands.problem.bias = bias_of(*terms.bias, qkv.query);
-    operands.read(kBias, *terms.bias);
+    operands.read_bias(*terms.bias);
   }
   return operands;
 }

@@ -112,6 +112,17 @@ void Operands::read(const Dropout& dropout) {
   if (dropout.rng_state) read_contiguous(kRngState, *dropout.rng_state);
 }
 
+void Operands::read_bias(const Tensor& bias) {
+  problem.bias.kind = bias.scalar_type() == ScalarType::Bool       ? BiasKind::mask
+                      : bias.scalar_type() == query_.scalar_type() ? BiasKind::same_dtype
+                                                                   : BiasKind::float32;
+  for (int i = 0; i < 4; ++i) {
+    problem.bias.sizes[i] = bias.size(i);
+    problem.bias.strides[i] = bias.stride(i);
+  }
+  read(kBias, bias);
+}
+
 void Operands::read(const Results& results, Gradients& gradients) {
   const auto& [grad_out, grad_lse, out, lse, correction] = results;
   problem.has_correction = correction.has_value();

@@ -35,11 +35,17 @@ constexpr NamedConstant kConstants[] = {
     {kIsVarlen, "is_varlen"},
     {kHasKeyLengths, "has_key_lengths"},
     {kIsPaged, "is_paged"},
-    {kIsQuantized, "is_quantized"},
-    {kIsInt8, "is_int8"},
+    {kHasLeftpad, "has_leftpad"},
+    {kKeyIsQuantized, "key_is_quantized"},
+    {kKeyIsInt8, "key_is_int8"},
+    {kKeyIsE5m2, "key_is_e5m2"},
+    {kValueIsQuantized, "value_is_quantized"},
+    {kValueIsInt8, "value_is_int8"},
+    {kValueIsE5m2, "value_is_e5m2"},
     {kIsSplit, "is_split"},
     {kHasMaskBlocks, "has_mask_blocks"},
     {kHasCorrection, "has_correction"},
+    {kBiasIsOfLastKeys, "bias_is_of_last_keys"},
 };
 
 constexpr bool in_order_of_index() {
@@ -73,6 +79,7 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
       {kHasBias, problem.bias.kind != BiasKind::none},
       {kHasMask, problem.bias.kind == BiasKind::mask},
       {kHasFloatBias, problem.bias.kind == BiasKind::float32},
+      {kBiasIsOfLastKeys, problem.bias.is_of_last_keys},
       {kHasSoftcap, canonical.params.softcap > 0},
       {kHasAlibi, problem.alibi != Alibi::none},
       {kHasDropout, canonical.params.dropout_threshold > 0},

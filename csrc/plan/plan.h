@@ -30,6 +30,7 @@ struct Bias {
   BiasKind kind = BiasKind::none;
   std::array<std::int64_t, 4> sizes{1, 1, 1, 1};  // batch, query head, query, key: 1 where it broadcasts
   std::array<std::int64_t, 4> strides{};          // in elements; of no matter where the size is 1
+  bool is_of_last_keys = false;  // of a cache: sizes[3] is a number of last live keys, and those before have no bias
 };
 
 enum class Alibi { none, per_head, per_batch };  // slopes [Hq] or [B,Hq]
@@ -37,10 +38,12 @@ enum class Alibi { none, per_head, per_batch };  // slopes [Hq] or [B,Hq]
 // Where keys and values lie, if each batch entry has its own number of live ones: Problem's key_length is then the
 // capacity per entry, and where there are pages its key_strides[0] is that of a page.
 struct Cache {
-  enum class Format { same_dtype, int8, float8 } format = Format::same_dtype;
+  enum class Format { same_dtype, int8, e4m3, e5m2 };
+  Format key_format = Format::same_dtype, value_format = Format::same_dtype;
   std::int64_t page_size = 0, pages = 0, pages_per_sequence = 0;  // 0: not paged
   Strides key_scale_strides{}, value_scale_strides{};             // of a quantized cache
-  std::int64_t splits = 0;                                        // parts of the keys; 0: chosen by the plan
+  bool has_leftpad = false;  // each batch entry's live keys start at a slot of its own
+  std::int64_t splits = 0;   // parts of the keys; 0: chosen by the plan
 };
 
 struct Problem {

@@ -60,11 +60,13 @@ Packing pack(const Problem& problem, const Canonical& start) {
 // SIMD-groups would have none. Predicted in us, forward's in brackets (8 key heads, 4096 keys, D 128, m1-max; `python
 // -m mfa bench --model m1-max`): 4 rows 54 (275), 8 rows 55 (341), 32 rows 73 (341), 64 rows 136 (341), 128 rows 254
 // (341). Forward keeps packed sequences, dropout, and what leaves a correction for the backward pass. Only decode reads
-// pages and 8 bits, and takes a number of parts.
+// pages and 8 bits, takes a number of parts, live keys that start anywhere, and a mask of the last ones.
 bool packs_rows(const Problem& problem, const Canonical& start, const Instance& forward) {
   if (problem.sequences > 0 || problem.has_correction || start.params.dropout_threshold > 0) return false;
   const Cache cache = problem.cache.value_or(Cache{});
-  if (cache.page_size > 0 || cache.format != Cache::Format::same_dtype || cache.splits > 0) return true;
+  if (cache.page_size > 0 || cache.has_leftpad || cache.splits > 0 || problem.bias.is_of_last_keys ||
+      cache.key_format != Cache::Format::same_dtype || cache.value_format != Cache::Format::same_dtype)
+    return true;
   const Packing packing = pack(problem, start);
   if (is_preferred(forward) || is_preferred(packing.tile)) return !is_preferred(forward);
   if (problem.query_length * start.params.group_size > kMostPackedRows) return false;
@@ -94,8 +96,13 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
                               {kHasSinks, problem.has_sinks},
                               {kHasKeyLengths, problem.cache.has_value()},
                               {kIsPaged, cache.page_size > 0},
-                              {kIsQuantized, cache.format != Cache::Format::same_dtype},
-                              {kIsInt8, cache.format == Cache::Format::int8},
+                              {kHasLeftpad, cache.has_leftpad},
+                              {kKeyIsQuantized, cache.key_format != Cache::Format::same_dtype},
+                              {kKeyIsInt8, cache.key_format == Cache::Format::int8},
+                              {kKeyIsE5m2, cache.key_format == Cache::Format::e5m2},
+                              {kValueIsQuantized, cache.value_format != Cache::Format::same_dtype},
+                              {kValueIsInt8, cache.value_format == Cache::Format::int8},
+                              {kValueIsE5m2, cache.value_format == Cache::Format::e5m2},
                               {kIsSplit, is_split}}),
              {problem.key_heads * packing.row_tiles, packing.splits, problem.batch});
   if (is_split) {

@@ -45,7 +45,8 @@ void check_features(const Problem& problem) {
   require(0 <= problem.dropout_p && problem.dropout_p < 1, "dropout_p must be within [0, 1)");
   const std::int64_t full[] = {problem.batch, problem.query_heads, problem.query_length, problem.key_length};
   for (int i = 0; i < 4; ++i) {
-    require(problem.bias.sizes[i] == 1 || problem.bias.sizes[i] == full[i],
+    const bool is_any = i == 3 && problem.bias.is_of_last_keys;
+    require(is_any || problem.bias.sizes[i] == 1 || problem.bias.sizes[i] == full[i],
             "the bias's sizes must each be 1 or that of [batch, query_heads, query_length, key_length]");
     require(problem.bias.strides[i] >= 0, "strides must not be negative");
   }

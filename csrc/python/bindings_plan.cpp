@@ -42,8 +42,10 @@ constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
                                           {"float32", BiasKind::float32}};
 constexpr Named<Alibi> kAlibis[] = {
     {"none", Alibi::none}, {"per_head", Alibi::per_head}, {"per_batch", Alibi::per_batch}};
-constexpr Named<Cache::Format> kFormats[] = {
-    {"same_dtype", Cache::Format::same_dtype}, {"int8", Cache::Format::int8}, {"float8", Cache::Format::float8}};
+constexpr Named<Cache::Format> kFormats[] = {{"same_dtype", Cache::Format::same_dtype},
+                                             {"int8", Cache::Format::int8},
+                                             {"e4m3", Cache::Format::e4m3},
+                                             {"e5m2", Cache::Format::e5m2}};
 constexpr Named<BackwardMode> kModes[] = {{"automatic", BackwardMode::automatic},
                                           {"five_gemm", BackwardMode::five_gemm},
                                           {"seven_gemm", BackwardMode::seven_gemm}};
@@ -108,6 +110,7 @@ Problem take_problem(Fields& fields) {
   fields.take_named("bias", kBiasKinds, problem.bias.kind);
   fields.take("bias_sizes", problem.bias.sizes);
   fields.take("bias_strides", problem.bias.strides);
+  fields.take("bias_is_of_last_keys", problem.bias.is_of_last_keys);
   return problem;
 }
 
@@ -132,9 +135,10 @@ Gradients take_gradients(Fields& fields, const Problem& problem) {
 
 Cache take_cache(Fields& fields) {
   Cache cache;
-  fields.take_named("format", kFormats, cache.format);
+  fields.take_named("key_format", kFormats, cache.key_format);
+  fields.take_named("value_format", kFormats, cache.value_format);
 #define FIELD(field) fields.take(#field, cache.field)
-  FIELD(page_size), FIELD(pages), FIELD(pages_per_sequence), FIELD(splits);
+  FIELD(page_size), FIELD(pages), FIELD(pages_per_sequence), FIELD(has_leftpad), FIELD(splits);
   FIELD(key_scale_strides), FIELD(value_scale_strides);
 #undef FIELD
   return cache;
@@ -210,8 +214,8 @@ void bind_plan(nb::module_& m) {
         "Of attention_backward. As plan(), with the fields of Gradients: wants_query ... wants_alibi, has_grad_lse, "
         "grad_out_strides, grad_query_strides, grad_key_strides, grad_value_strides, mode, scratch_limit.");
   m.def("plan_decode", &decode_plan, nb::sig("def plan_decode(**problem: object) -> Plan"),
-        "Of attention_decode. As plan(), with the fields of Cache: format, page_size, pages, pages_per_sequence, "
-        "key_scale_strides, value_scale_strides, splits.");
+        "Of attention_decode. As plan(), with the fields of Cache: key_format, value_format, page_size, pages, "
+        "pages_per_sequence, key_scale_strides, value_scale_strides, has_leftpad, splits; and bias_is_of_last_keys.");
 }
 
 void bind_catalogue(nb::module_& m) {

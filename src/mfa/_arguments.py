@@ -50,12 +50,14 @@ class Decode(NamedTuple):
     """Of `mfa::attention_decode`: few queries over a cache of keys and values."""
 
     query: Tensor  # [B,Hq,Lq,D]
-    key_cache: Tensor  # [B,Hkv,Lmax,D] or pages [pages,Hkv,page,D]; of the query's dtype, int8 or float8_e4m3fn
-    value_cache: Tensor  # the same with Dv
-    cache_lengths: Tensor  # int32 [B], live tokens
+    key_cache: Tensor  # [B,Hkv,Lmax,D] or pages [pages,Hkv,page,D]; of the query's dtype, or 8-bit numbers
+    value_cache: Tensor  # the same with Dv; its dtype may be another of these
+    cache_lengths: Tensor  # int32 [B], slots up to the last live token
     block_table: Tensor | None  # int32 [B,pages per sequence], of a paged cache
     key_scale: Tensor | None  # float32, the shape of a quantized cache without its last dimension
     value_scale: Tensor | None
+    attn_mask: Tensor | None  # bool [B|1,Hq|1,Lq,K], over the last K live tokens
+    cache_leftpad: Tensor | None  # int32 [B], slot of the first live token
     sinks: Tensor | None  # [Hq]
     alibi_slopes: Tensor | None  # float32 [Hq] or [B,Hq]
     scale: float

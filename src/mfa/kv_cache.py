@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _simulation
 from ._arguments import Decode
-from ._checks.cache import capacity, check_decode, check_lengths, check_new_tokens, check_no_grad
+from ._checks.cache import capacity, check_batch_idx, check_decode, check_lengths, check_new_tokens, check_no_grad
 from ._checks.numbers import as_integer, as_number, as_window, check_flag
 from ._checks.sizes import is_known
 from ._checks.tensors import check_is_tensor, scale_of, widened
@@ -37,6 +37,9 @@ def attention_with_kv_cache(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     num_splits: int = 0,
+    attn_mask: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -60,6 +63,9 @@ def attention_with_kv_cache(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     num_splits: int = 0,
+    attn_mask: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -82,23 +88,27 @@ def attention_with_kv_cache(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     num_splits: int = 0,
+    attn_mask: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends new keys and values to a cache, in place, and attends over its live part. Nothing waits for a device.
 
-    Batch entry b has Lk = cache_seqlens[b] + Lnew live tokens (Lnew is 0 without `key`). What lies behind them is never
-    read, and may be anything; nor is an entry of the block table that no live token needs.
+    Batch entry b has Lk = cache_seqlens[b] + Lnew live tokens (Lnew is 0 without `key`), less cache_leftpad[b]. What
+    lies before or behind them is never read, and may be anything; nor is an entry of the block table that no live token
+    needs.
 
     A paged cache is one pool of pages for all batch entries: token t of entry b is in slot t % page of page
     block_table[b, t // page]. Entries may share pages, but not the slots that they append to (vLLM; as in
     flash-attention). A quantized cache holds 8-bit numbers, of which each token of each head has a scale; new tokens
-    are quantized as `mfa.quantize_kv` does it.
+    are quantized as `mfa.quantize_kv` does it. Keys and values may be held in different ways.
 
     Args:
         query: [B,Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
-        key_cache: dense [B,Hkv,Lmax,D] or paged [pages,Hkv,page,D], page a multiple of 8; of the query's dtype, int8 or
-            float8_e4m3fn. Any strides. Modified if `key` is given.
-        value_cache: as key_cache, with Dv <= 256 for D. Modified if `value` is given.
+        key_cache: dense [B,Hkv,Lmax,D] or paged [pages,Hkv,page,D], page a multiple of 8; of the query's dtype, int8,
+            float8_e4m3fn or float8_e5m2. Any strides. Modified if `key` is given.
+        value_cache: as key_cache, with Dv <= 256 for D, and a dtype of its own. Modified if `value` is given.
         key, value: [B,Hkv,Lnew,D] and [B,Hkv,Lnew,Dv], of the query's dtype, appended at cache_seqlens; both or none.
         cache_seqlens: int32 [B], or one integer for all: tokens in the cache before the call. Not modified.
         block_table: int32 [B,pages per sequence], of a paged cache.
@@ -112,6 +122,10 @@ def attention_with_kv_cache(
         key_scale, value_scale: float32, the shape of a quantized cache without D; modified with it. None for others.
         num_splits: into how many parts the kernels cut the keys, so that few rows fill a GPU: 0 lets them choose. The
             result differs in rounding only. The CPU implementation needs no parts.
+        attn_mask: bool [B|1,Hq|1,Lq,K], True = attend, over the last K live tokens, K <= Lk: which drafted tokens of a
+            tree see which. Tokens before them are seen as is_causal and window say, which count among the last K too.
+        cache_batch_idx: int32 [B], the rows of a dense cache, which may then have any number of them.
+        cache_leftpad: int32 [B], where the live tokens of each row start: at most cache_seqlens.
         return_lse: also return the log-sum-exp of the scores, in natural logarithms.
 
     Returns:
@@ -139,8 +153,13 @@ def attention_with_kv_cache(
         raise ValueError(f"{missing} is None, and {given} is given; both or none must be")
     device = query.device.type
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-        query = autocast(device, query, key_cache)
-        key, value = (t if t is None else autocast(device, t, key_cache) for t in (key, value))
+        caches = key_cache, value_cache
+        query = autocast(device, query, *caches)
+        key, value = (t if t is None else autocast(device, t, *caches) for t in (key, value))
+    table = block_table
+    if cache_batch_idx is not None:
+        check_batch_idx(cache_batch_idx, block_table, query)
+        table = cache_batch_idx.unsqueeze(1)  # a row is the only page of its entry
     if is_causal:
         right = 0 if right is None else torch.sym_min(right, 0)
     lengths: Any = cache_seqlens  # a number becomes a tensor once all has been checked
@@ -149,9 +168,11 @@ def attention_with_kv_cache(
         key_cache=key_cache,
         value_cache=value_cache,
         cache_lengths=lengths,
-        block_table=block_table,
+        block_table=table,
         key_scale=key_scale,
         value_scale=value_scale,
+        attn_mask=attn_mask,
+        cache_leftpad=cache_leftpad,
         sinks=widened(sinks, query),
         alibi_slopes=alibi_slopes,
         scale=scale_of(query, scale),
@@ -165,7 +186,7 @@ def attention_with_kv_cache(
     if key is not None and value is not None:
         check_new_tokens(arguments, key, value)
         new = key.shape[2]
-    check_lengths("cache_seqlens", cache_seqlens, new, arguments)
+    check_lengths("cache_seqlens", cache_seqlens, new, arguments, of_rows=cache_batch_idx is not None)
     if torch.is_grad_enabled():
         check_no_grad(arguments, key, value)
 

@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 
 from ._checks.cache import QUANTIZED_DTYPES
-from ._checks.tensors import DTYPES, check_is_tensor, dtype_name
+from ._checks.tensors import DTYPES, check_is_tensor, dtype_name, listed
 
 
 def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """Keys or values in 8 bits: `tensor` is about `quantized.float() * scale[..., None]`.
 
-    Symmetric, with a scale for each token of each head: its largest absolute value becomes 127 (int8) or 448
-    (float8_e4m3fn). int8 is the more exact of the two where a token's numbers are of like size. An infinity or NaN
-    makes its own token NaN, and no other.
+    Symmetric, with a scale for each token of each head: its largest absolute value becomes 127 (int8), 448
+    (float8_e4m3fn) or 57344 (float8_e5m2). int8 is the most exact of them where a token's numbers are of like size. An
+    infinity or NaN makes its own token NaN, and no other.
 
     Args:
         tensor: [...,D], floating point.
-        dtype: int8 or float8_e4m3fn.
+        dtype: int8, float8_e4m3fn or float8_e5m2.
 
     Returns:
         quantized [...,D] of `dtype`, and scale [...], float32.
@@ -29,7 +29,7 @@ def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
         names = ", ".join(map(dtype_name, DTYPES))
         raise TypeError(f"tensor has dtype {dtype_name(tensor.dtype)}; it must be one of {names}")
     if dtype not in QUANTIZED_DTYPES:
-        names = " or ".join(map(dtype_name, QUANTIZED_DTYPES))
+        names = listed(tuple(map(dtype_name, QUANTIZED_DTYPES)))
         raise TypeError(f"dtype is {dtype}; it must be {names}")
     # Not a constant of the module: torch.compile may make a symbol of a float there, and then compiles twice.
     largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
@@ -50,6 +50,6 @@ def store_in_place(cache: Tensor, entries: Tensor, slots: Tensor, rows: Tensor) 
         entries, slots: int64, broadcastable to [B,Lnew], within the cache.
         rows: [B,Hkv,Lnew,D], or without D, of the cache's dtype.
     """
-    if cache.dtype == torch.float8_e4m3fn:  # few index operations know it
+    if cache.dtype.is_floating_point and cache.element_size() == 1:  # few index operations know float8
         cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
     cache[entries, :, slots] = rows.transpose(1, 2)

@@ -36,7 +36,7 @@ class Case:
     scratch_limit: int = 64 << 20
     interleaved: bool = False  # [B,L,H,D] in memory
     sequences: int = 0  # packed: of random lengths, query_length and key_length rows in all
-    cache: str = ""  # same_dtype, int8, float8: key_length is the capacity per entry, live lengths are random
+    cache: str = ""  # same_dtype, int8, e4m3, e5m2: key_length is the capacity per entry, live lengths are random
     page_size: int = 0
     splits: int = 0
     heads_checked: int = 0  # 0: all; else so many (batch, key head), the first and the last among them
@@ -92,7 +92,7 @@ def small() -> Iterator[Case]:
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
     for feature in FEATURES[:7]:  # few queries
         yield replace(base, query_length=5, key_length=700, backward="", **feature)  # type: ignore[arg-type]
-    caches = (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("float8", 0))
+    caches = (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("e4m3", 0), ("e5m2", 16))
     for (cache, page), tokens in product(caches, (2, 9)):
         yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=tokens, key_length=160, cache=cache,
                    page_size=page, splits=3, window_right=0)  # fmt: skip
@@ -149,7 +149,7 @@ def packed() -> Iterator[Case]:
 
 def caches() -> Iterator[Case]:
     base = Case("decode", "f16", 64, 32, 8, 1, 32768, 128, cache="same_dtype", window_right=0, heads_checked=24)
-    for cache, page in product(("same_dtype", "int8", "float8"), (0, 16)):
+    for cache, page in product(("same_dtype", "int8", "e4m3"), (0, 16)):
         yield replace(base, cache=cache, page_size=page)
     yield replace(base, dtype="bf16", query_length=4, page_size=64, splits=7)
     yield replace(base, dtype="f32", head_dim=64, page_size=16)

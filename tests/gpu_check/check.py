@@ -22,6 +22,9 @@ from .gpu import Gpu
 from .reference import Unit
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Of 8-bit caches: the dtype, and what the largest number of a token becomes.
+QUANTIZED = {"int8": (torch.int8, 127), "e4m3": (torch.float8_e4m3fn, 448), "e5m2": (torch.float8_e5m2, 57344)}
 REPEATS = 50
 CHUNK = 1 << 28
 
@@ -123,9 +126,10 @@ class Problem:
                 self.inputs[side] = self._normal(*shape, dtype=self.dtype)
                 continue
             x = self._normal(*shape, dtype=torch.float16)
-            scale = x.abs().amax(-1).float() / (127 if case["cache"] == "int8" else 448)
+            dtype, largest = QUANTIZED[case["cache"]]
+            scale = x.abs().amax(-1).float() / largest
             x = x / scale[..., None]
-            self.inputs[side] = x.round().to(torch.int8) if case["cache"] == "int8" else x.to(torch.float8_e4m3fn)
+            self.inputs[side] = (x.round() if dtype == torch.int8 else x).to(dtype)
             self.inputs[f"{side}_scale"] = scale
         lengths = torch.randint(1, case["key_length"] + 1, (batch,), generator=self.random, device=self.device).int()
         lengths[0] = case["key_length"]
@@ -229,11 +233,11 @@ class Problem:
                 else torch.tensor([batch], device=self.device)
             )
             raw = self.inputs[side]
-            part = raw.view(torch.uint8) if raw.dtype == torch.float8_e4m3fn else raw
+            part = raw.view(torch.uint8) if raw.dtype in FLOAT8 else raw
             rows = part[pages, head].flatten(0, 1)[:length]
             if f"{side}_scale" in self.inputs:
                 scale = self.inputs[f"{side}_scale"][pages, head].flatten(0, 1)[:length]
-                rows = (rows.view(raw.dtype) if raw.dtype == torch.float8_e4m3fn else rows).double() * scale.double()[
+                rows = (rows.view(raw.dtype) if raw.dtype in FLOAT8 else rows).double() * scale.double()[
                     :, None
                 ]
             found.append(rows)

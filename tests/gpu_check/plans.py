@@ -69,7 +69,8 @@ def cache_fields(case: Case) -> dict[str, Any]:
     rows = case.page_size or case.key_length
     key, value = (case.key_heads * rows * d for d in (case.head_dim, case.value_dim or case.head_dim))
     fields: dict[str, Any] = {
-        "format": case.cache,
+        "key_format": case.cache,
+        "value_format": case.cache,
         "splits": case.splits,
         "key_strides": (key, rows * case.head_dim, case.head_dim),
         "value_strides": (value, rows * (case.value_dim or case.head_dim), case.value_dim or case.head_dim),

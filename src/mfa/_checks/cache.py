@@ -11,7 +11,7 @@ from .numbers import as_integer
 from .sizes import equal, holds, is_known
 from .tensors import check_features, check_heads_and_dims, check_is_tensor, check_tensors, dtype_name
 
-QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 PAGE_MULTIPLE = 8
 
 
@@ -25,17 +25,15 @@ def check_decode(arguments: Decode, *, metal: bool) -> None:
     """Everything about the arguments of `mfa::attention_decode` but cache_lengths and the block table's contents."""
     query, key_cache, value_cache = arguments.query, arguments.key_cache, arguments.value_cache
     check_tensors(query, query, query, ranks=(4,))
-    for name, cache, dtypes in (
-        ("key_cache", key_cache, (query.dtype, *QUANTIZED_DTYPES)),
-        ("value_cache", value_cache, (key_cache.dtype,)),
-    ):
-        _check_tensor(name, cache, query, 4, dtypes)
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        _check_tensor(name, cache, query, 4, (query.dtype, *QUANTIZED_DTYPES))
     _check_sizes(query, key_cache, value_cache)
     batch = query.shape[0]
     if arguments.block_table is not None:
         check_index_tensor("block_table", arguments.block_table, query, "[B,pages per sequence]", (batch, None))
         page = key_cache.shape[2]
-        if page < PAGE_MULTIPLE or page % PAGE_MULTIPLE:
+        is_one_page = is_known(arguments.block_table.shape[1] == 1)
+        if not is_one_page and (page < PAGE_MULTIPLE or page % PAGE_MULTIPLE):
             raise ValueError(
                 f"key_cache has pages of {page} tokens; it must be a multiple of {PAGE_MULTIPLE}, and not 0"
             )
@@ -43,6 +41,15 @@ def check_decode(arguments: Decode, *, metal: bool) -> None:
         raise ValueError(f"key_cache has batch size {key_cache.shape[0]}; it must be that of query, {batch}")
     _check_scales("key", arguments.key_scale, key_cache, query)
     _check_scales("value", arguments.value_scale, value_cache, query)
+    if arguments.attn_mask is not None:
+        _check_mask(arguments.attn_mask, query)
+    if arguments.cache_leftpad is not None:
+        check_index_tensor("cache_leftpad", arguments.cache_leftpad, query, "[B]", (batch,))
+        if arguments.block_table is not None and not is_known(arguments.block_table.shape[1] == 1):
+            raise NotImplementedError(
+                "cache_leftpad is given, and block_table too; it must be None for a paged cache: leave pages out of "
+                "the block table"
+            )
     check_features(arguments, ("B", batch), metal=metal)
     as_integer("num_splits", arguments.num_splits)
 
@@ -58,6 +65,21 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: S
     if tensor.dtype not in dtypes:
         names = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
         raise TypeError(f"{name} has dtype {dtype_name(tensor.dtype)}; it must be {names}")
+
+
+def _check_mask(mask: Tensor, query: Tensor) -> None:
+    _check_tensor("attn_mask", mask, query, 4, (torch.bool,))
+    for size, (found, full) in enumerate(zip(mask.shape, query.shape[:3], strict=False)):
+        if not (holds(found == full) or (size < 2 and holds(found == 1))):
+            wanted = f"[B,Hq,Lq,K] = {list(query.shape[:3])} and K, where B and Hq may be 1"
+            raise ValueError(f"attn_mask has shape {list(mask.shape)}; it must have shape {wanted}")
+
+
+def check_batch_idx(cache_batch_idx: Tensor, block_table: Tensor | None, query: Tensor) -> None:
+    """Rows of a dense cache, but for their contents."""
+    if block_table is not None:
+        raise ValueError("cache_batch_idx is given, and block_table too; it must be None for a paged cache")
+    check_index_tensor("cache_batch_idx", cache_batch_idx, query, "[B]", tuple(query.shape[:1]))
 
 
 def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
@@ -100,11 +122,14 @@ def check_new_tokens(arguments: Decode, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have shape {sizes}")
 
 
-def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode) -> None:
+def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode, *, of_rows: bool = False) -> None:
     """Tokens in the cache, before `new` ones are appended: int32 [B], or one number for all.
 
-    Contents are checked where the host can see them: the capacity, the pages that live tokens need, and that no two
-    batch entries append to the same place.
+    Contents are checked where the host can see them: the capacity, where live tokens start, that there are as many as
+    the mask is over, the pages that they need, and that no two batch entries append to the same place.
+
+    Args:
+        of_rows: the block table is cache_batch_idx, and its pages are rows of the cache.
     """
     query, key_cache, block_table = arguments.query, arguments.key_cache, arguments.block_table
     batch, slots = query.shape[0], capacity(arguments)
@@ -123,25 +148,39 @@ def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode)
             raise ValueError(
                 f"{name} has {value}{after} tokens at {entry}; they must be within 0 ... {slots}, the cache's capacity"
             )
+    _check_live(name, values, new, arguments)
     table = None if block_table is None else host_values(block_table)
     if block_table is None or table is None or values is None:
         return
     pages, page, width = key_cache.shape[0], key_cache.shape[2], block_table.shape[1]
     owners: dict[tuple[int, int], int] = {}
+    words = "cache_batch_idx has row" if of_rows else "block_table has page"
     for entry, value in enumerate(values):
         row = table[entry * width : (entry + 1) * width]
         for index, number in enumerate(row[: (value + new + page - 1) // page]):
             if not 0 <= number < pages:
-                raise ValueError(
-                    f"block_table has page {number} at [{entry}, {index}]; it must be within 0 ... {pages - 1}"
-                )
+                where = entry if of_rows else [entry, index]
+                raise ValueError(f"{words} {number} at {where}; it must be within 0 ... {pages - 1}")
         for slot in range(value, value + new):
             place = (row[slot // page], slot % page)
             if owners.setdefault(place, entry) != entry:
                 raise ValueError(
-                    f"block_table has page {place[0]} for entries {owners[place]} and {entry}, which append to the "
-                    "same slot of it; it must give each a page of its own"
+                    f"{words} {place[0]} for entries {owners[place]} and {entry}, which append to the "
+                    "same slot of it; it must give each one of its own"
                 )
+
+
+def _check_live(name: str, lengths: list[int] | None, new: int, arguments: Decode) -> None:
+    pads = None if arguments.cache_leftpad is None else host_values(arguments.cache_leftpad)
+    masked = 0 if arguments.attn_mask is None else arguments.attn_mask.shape[3]
+    for entry, length in enumerate(lengths or ()):
+        pad = 0 if pads is None else pads[entry]
+        if not (holds(pad >= 0) and holds(pad <= length)):
+            raise ValueError(f"cache_leftpad is {pad} at {entry}; it must be within 0 ... {length}, {name}")
+        if not holds(masked <= length + new - pad):
+            raise ValueError(
+                f"attn_mask is over {masked} tokens; it must be over at most {length + new - pad}, as live at {entry}"
+            )
 
 
 def check_no_grad(arguments: Decode, key: Tensor | None, value: Tensor | None) -> None:

@@ -54,17 +54,17 @@ def _decode_autocast(*args: Any) -> _Outputs:
     arguments = Decode(*args)
     device = arguments.query.device.type
     with torch.autocast(device, enabled=False):
-        query = autocast(device, arguments.query, arguments.key_cache)
+        query = autocast(device, arguments.query, arguments.key_cache, arguments.value_cache)
         outputs: _Outputs = ops.attention_decode(*arguments._replace(query=query))
     return outputs
 
 
-def autocast(device: str, tensor: Tensor, key_cache: Tensor) -> Tensor:
-    """What autocast makes of a query, key or value: the cache's dtype, for that isn't cast, or else autocast's own."""
+def autocast(device: str, tensor: Tensor, *caches: Tensor) -> Tensor:
+    """What autocast makes of a query, key or value: the caches' dtype, for they aren't cast, or else autocast's own."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    quantized = key_cache.dtype in QUANTIZED_DTYPES
-    return tensor.to(torch.get_autocast_dtype(device) if quantized else key_cache.dtype)
+    dtypes = (cache.dtype for cache in caches if cache.dtype not in QUANTIZED_DTYPES)
+    return tensor.to(next(dtypes, None) or torch.get_autocast_dtype(device))
 
 
 def _decode_vmap(info: Any, in_dims: Dims, *args: Any) -> Results:
