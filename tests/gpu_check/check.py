@@ -237,9 +237,7 @@ class Problem:
             rows = part[pages, head].flatten(0, 1)[:length]
             if f"{side}_scale" in self.inputs:
                 scale = self.inputs[f"{side}_scale"][pages, head].flatten(0, 1)[:length]
-                rows = (rows.view(raw.dtype) if raw.dtype in FLOAT8 else rows).double() * scale.double()[
-                    :, None
-                ]
+                rows = (rows.view(raw.dtype) if raw.dtype in FLOAT8 else rows).double() * scale.double()[:, None]
             found.append(rows)
         return found[0], found[1]
 
