@@ -88,14 +88,13 @@ def test_generated_tokens_equal_eagers(device: Device, page: int | None) -> None
     assert len({tuple(line) for line in expected}) == 4  # different prompts say different things
 
 
+# -- models of transformers -----------------------------------------------------------------------------------------
+
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 
 
-@pytest.mark.simulator
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
-def test_transformers_generates_by_decode_kernels(name: str, cache: str) -> None:
-    """Two prompts of different lengths, padded at the left: after prefill, every launch is one of decode's."""
+def tiny(name: str) -> Any:
+    """A model of transformers with eager attention and random weights."""
     transformers = pytest.importorskip("transformers", reason="it needs Python 3.11")
     from mfa.transformers import register
 
@@ -104,19 +103,73 @@ def test_transformers_generates_by_decode_kernels(name: str, cache: str) -> None
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = getattr(transformers, f"{name}Config")(**SIZES, **heads, **options)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    tokens = torch.randint(3, 60, (2, 40))
-    mask = torch.ones_like(tokens)
-    mask[1, :5] = 0
-    terms: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    terms |= {"cache_implementation": cache} if cache == "static" else {}
-    expected = model.generate(tokens, eos_token_id=None, **terms)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def check_generates_by_decode_kernels(model: Any, tokens: Tensor, least: int, **terms: Any) -> None:
+    """The tokens of eager attention; after prefill, at least so many launches per layer, every one of decode's."""
+    terms |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(tokens, **terms)
     model.set_attn_implementation("mfa")
     with mfa.simulate("apple9") as sim:
-        found = model.generate(tokens, eos_token_id=None, **terms)
+        found = model.generate(tokens, **terms)
     assert torch.equal(found, expected)
     steps = [launch.kernel.split("_")[0] for launch in sim.launches]
-    assert steps.count("forward") == config.num_hidden_layers  # prefill
+    layers = model.config.num_hidden_layers
+    assert steps.count("forward") == layers  # prefill
     generated = steps[len(steps) - steps[::-1].index("forward") :]
-    assert len(generated) >= 3 * config.num_hidden_layers
+    assert len(generated) >= least * layers
     assert set(generated) <= {"decode", "combine"}
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
+def test_transformers_generates_by_decode_kernels(name: str, cache: str) -> None:
+    """Two prompts of different lengths, padded at the left."""
+    model, tokens = tiny(name), torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    terms = {"cache_implementation": cache} if cache == "static" else {}
+    check_generates_by_decode_kernels(model, tokens, 3, attention_mask=mask, max_new_tokens=4, **terms)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
+def test_assisted_generation(name: str) -> None:
+    """Tokens that were guessed from the prompt are verified together, as few queries."""
+    model = tiny(name)
+    tokens = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(0)).repeat(1, 4)
+    check_generates_by_decode_kernels(
+        model, tokens, 2, attention_mask=torch.ones_like(tokens), max_new_tokens=8, prompt_lookup_num_tokens=4
+    )
+
+
+@pytest.mark.simulator
+def test_assistant_model() -> None:
+    """A smaller model drafts. Both have a prefill."""
+    model, assistant = tiny("Llama"), tiny("Mistral")
+    tokens = torch.randint(3, 60, (1, 80), generator=torch.Generator().manual_seed(1))
+    terms = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, eos_token_id=None, **terms)
+    for one in (model, assistant):
+        one.set_attn_implementation("mfa")
+    with mfa.simulate("apple9") as sim:
+        found = model.generate(tokens, eos_token_id=None, assistant_model=assistant, **terms)
+    assert torch.equal(found, expected)
+    steps = [launch.kernel.split("_")[0] for launch in sim.launches]
+    assert steps.count("forward") == 2 * model.config.num_hidden_layers
+    assert steps.count("decode") >= 8
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+def test_quantized_caches_of_transformers(backend: str) -> None:
+    """They give attention what they have dequantized."""
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto", reason="optimum-quanto isn't installed")
+    config: dict[str, Any] = {"backend": backend}
+    config |= {"nbits": 4, "residual_length": 8} if backend == "quanto" else {}
+    tokens = torch.randint(3, 60, (2, 80), generator=torch.Generator().manual_seed(2))
+    terms = {"attention_mask": torch.ones_like(tokens), "cache_implementation": "quantized", "cache_config": config}
+    check_generates_by_decode_kernels(tiny("Llama"), tokens, 3, max_new_tokens=6, **terms)

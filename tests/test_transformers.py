@@ -343,7 +343,7 @@ def test_packed() -> None:
             assert_close(ours(ids, position_ids=positions, use_cache=False, **terms).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["sinks", "head_mask", "block_table", "k_cache"])
+@pytest.mark.parametrize("name", ["sinks", "head_mask", "block_table", "k_cache", "v_cache"])
 def test_refuses_by_name(name: str) -> None:
     query = torch.randn(1, 1, 2, 8)
     with pytest.raises(NotImplementedError, match=name):

@@ -19,11 +19,12 @@ from ..attention import attention as mfa_attention
 from ..varlen import attention_varlen
 from ._mask import Mask, mask
 from ._models import is_eager_only, watch
+from ._serving import accept, attend_over_pages
 
 __all__ = ["Mask", "attention", "mask", "register"]
 
 # Arguments that change the result, of which nothing here knows how.
-_UNSUPPORTED = ("sinks", "block_table", "k_cache", "head_mask")
+_UNSUPPORTED = ("sinks", "head_mask")
 _SPECIAL = ("flash", "sdpa", "flex_attention", "eager")  # transformers treats names with these words as its own
 
 
@@ -41,6 +42,7 @@ def register(name: str = "mfa") -> None:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     watch(name)
+    accept(name)
 
 
 def attention(
@@ -63,6 +65,9 @@ def attention(
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
     output_attentions: bool | None = None,
+    block_table: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, on `mfa.attention`.
@@ -81,6 +86,8 @@ def attention(
         indices: integers [B,Lq,n], keys that a query may see (DeepSeek's sparse attention), negative for none.
         block_indices: the same [B,Hi,Lq,n] for Hq/Hi heads each, in blocks of `module.indexer.block_size` keys.
         output_attentions: nothing comes of it, as with transformers' sdpa.
+        block_table, k_cache, v_cache: of continuous batching: int32 [Lq,pages per request], [pages,page,Hkv,D] and the
+            same with Dv. Each query is the newest token of a request, and its key and value are appended first.
         others: what transformers passes along for other implementations.
 
     Returns:
@@ -103,6 +110,19 @@ def attention(
     known = attention_mask if isinstance(attention_mask, Mask) else None
     seen = _chosen(module, query, key, indices, block_indices)
     starts = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+
+    if block_table is not None or k_cache is not None or v_cache is not None:
+        pages: Any = {
+            "block_table": block_table,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "cu_seq_lens_k": cu_seq_lens_k,
+        }
+        for name, given in pages.items():
+            if given is None:
+                raise NotImplementedError(f"{name} is None; {', '.join(pages)} are only supported together")
+        del terms["dropout_p"]  # of inference
+        return attend_over_pages(query, key, value, **pages, window=(back, None), **terms), None
 
     is_packed = starts is not None or (known is not None and known.sequences is not None)
     if is_packed and seen is None and position_bias is None and _is_window(attention_mask, query, key):
