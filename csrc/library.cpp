@@ -17,7 +17,7 @@ namespace {
 #define DENSE "Tensor? bias, " FEATURES DROPOUT
 #define VARLEN "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT
 #define BACKWARD "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? correction, "
-#define DECODE \
+#define DECODE                                                                                             \
   "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? attn_mask, " \
   "Tensor? cache_leftpad, " FEATURES "SymInt num_splits"
 
