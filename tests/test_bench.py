@@ -231,3 +231,30 @@ def test_autotune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--autotune"])
     assert "there is no GPU to measure" in capsys.readouterr().err
+
+
+# -- a language model -----------------------------------------------------------------------------------------------
+
+
+def test_generate_is_timed_beside_sdpa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers isn't installed")
+    file = tmp_path / "generate.json"
+    options = ["--device", "cpu", "--dtype", "float32", "--prompts", "5", "9", "--tokens", "3", "--repeats", "1"]
+    bench.main(["--suite", "generate", *options, "--json", str(file)])
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["prompt"], row["implementation"]) for row in rows] == [
+        *((5, "mfa"), (5, "sdpa"), (9, "mfa"), (9, "sdpa"))
+    ]
+    assert all(row["prefill_ms"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("tokens/s") == 4
+    with pytest.raises(SystemExit):
+        bench.main(["--suite=generate", "--tokens", "1"])
+
+
+@pytest.mark.simulator
+def test_generate_reads_keys_and_values_once_per_token(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers isn't installed")
+    bench.main(["--suite", "generate", "--device", "simulator", "--prompts", "600", "--tokens", "3"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "per token 4.0 launches" in line  # two layers, decode and combine
+    assert float(line.split()[-5]) <= 1.1

@@ -77,7 +77,7 @@ IMPORTS = {
     "demo.py": {"__init__.py", "attention.py", "simulator.py"},
     "bench": {
         *("__init__.py", "bench", "attention.py", "sdpa/policy.py"),
-        *("simulator.py", "_library.py", "_native", "_torch.py"),
+        *("simulator.py", "_library.py", "_native", "_torch.py", "transformers"),
     },
 }
 

@@ -40,10 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from . import autotune
 
         autotune.main(rest)
+    elif _suite(rest) == "generate":
+        from . import generate
+
+        generate.main([word for word in rest if word not in ("--suite", "generate", "--suite=generate")])
     else:
         from . import sweep
 
         sweep.main(rest)
+
+
+def _suite(arguments: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--suite")
+    suite: str | None = parser.parse_known_args(arguments)[0].suite
+    return suite
 
 
 def _model(chip: str, arguments: Sequence[str]) -> None:

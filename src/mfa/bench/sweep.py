@@ -12,7 +12,9 @@ from .cases import SUITES, cases
 
 def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfa bench", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, default="quick")
+    parser.add_argument(
+        "--suite", choices=SUITES, default="quick", help="or generate, a language model: add --help to that"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float16"], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[], metavar="L", help="instead of the suite's")
     parser.add_argument("--dims", nargs="+", type=int, default=[], metavar="D", help="instead of the suite's")
