@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,6 +49,12 @@ def test_importing_registers_and_activates_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "None"]
+
+
+def test_activation_warns_of_nothing() -> None:
+    """torch warns of a replaced kernel once per process."""
+    code = "import mfa.sdpa; mfa.sdpa.enable(cpu=True); mfa.sdpa.disable()"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
 @pytest.mark.simulator
@@ -301,6 +308,69 @@ FUNC: dict[str, Callable[[Inputs], Any]] = {
     "vmap of grad": lambda i: torch.func.vmap(torch.func.grad(lambda q, k, v: torch_sdpa(q, k, v).sin().sum()))(*i),
     "Hessian": lambda i: torch.func.jacrev(torch.func.grad(lambda q: torch_sdpa(q, *i[1:]).sin().sum()))(i[0]),
 }
+
+
+TRANSFORMS: dict[str, Callable[..., Tensor]] = {
+    "batch": lambda q, k, v: torch.vmap(torch_sdpa)(q, k, v),
+    "one batch for all": lambda q, k, v: torch.vmap(torch_sdpa, (0, None, None))(q, k[0], v[0]),
+    "heads": lambda q, k, v: torch.vmap(torch_sdpa, 1, 1)(q, k, v),
+    "twice": lambda q, k, v: torch.vmap(torch.vmap(torch_sdpa))(*(x.expand(3, *x.shape) for x in (q, k, v))),
+    "causal": lambda q, k, v: torch.vmap(partial(torch_sdpa, is_causal=True))(q, k, v),
+    "mapped mask": lambda q, k, v: torch.vmap(torch_sdpa)(q, k, v, visible(q, k)),
+    "mapped mask alone": lambda q, k, v: torch.vmap(torch_sdpa, (None, None, None, 0))(q, k, v, visible(q, k)[:, None]),
+    "grad": lambda q, k, v: torch.func.grad(lambda q: torch_sdpa(q, k, v).sin().sum())(q),
+    "vjp": lambda q, k, v: torch.func.vjp(lambda k: torch_sdpa(q, k, v).sin(), k)[1](q.new_ones(2, 4, 20, 24))[0],
+    "grad of vmap": lambda q, k, v: torch.func.grad(lambda q: torch.vmap(torch_sdpa)(q, k, v).sin().sum())(q),
+    "vmap of value and grad": lambda q, k, v: torch.vmap(
+        torch.func.grad_and_value(lambda q, k, v: torch_sdpa(q, k, v).sin().sum())
+    )(q, k, v)[0],
+}
+
+
+def visible(query: Tensor, key: Tensor) -> Tensor:
+    """A mask for each row of the batch, which hides no query from all keys."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(query.shape[0], query.shape[2], key.shape[2], generator=generator) > 0.3).to(query.device)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name: str, device: Device, routed: list[Any]) -> None:
+    """Of the aten op itself: torch.vmap decomposes it, and what torch.func wraps mps tensors in has other keys."""
+    inputs = qkv(device.type)
+    plain = [tensor.cpu() for tensor in inputs]
+    with sdpa_kernel(SDPBackend.MATH):
+        composed = TRANSFORMS[name](*plain)
+        expected = TRANSFORMS[name](*(tensor.double() for tensor in plain))
+    with device.active(), sdpa.enabled(cpu=device.name == "cpu"):
+        out = TRANSFORMS[name](*inputs).cpu()
+    assert len(routed) == 1
+    assert largest_error(out, expected) <= tolerance(composed, expected, gradient="grad" in name or name == "vjp")
+
+
+def test_vmap_of_what_goes_to_aten_says_why_once(routed: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    inputs = [tensor.repeat(1, 1, 1, 32) for tensor in qkv()]
+    _log.said.clear()
+    for _ in range(2):
+        with sdpa.enabled(cpu=True), caplog.at_level(logging.WARNING, "mfa"):
+            out = torch.vmap(torch_sdpa)(*inputs)
+    torch.testing.assert_close(out, torch_sdpa(*inputs))
+    assert not routed
+    assert ["head dimension 512" in record.message for record in caplog.records] == [True]
+
+
+def test_vmap_asks_for_the_randomness_of_dropout(routed: list[Any]) -> None:
+    """As ATen's does."""
+    queries, keys, values = qkv()
+    drop = partial(torch_sdpa, dropout_p=0.5)
+    with sdpa.enabled(cpu=True):
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.vmap(drop)(queries, keys, values)
+        equal = queries[:1].expand_as(queries), keys[:1].expand_as(keys), values[:1].expand_as(values)
+        same = torch.vmap(drop, randomness="same")(*equal)
+        different = torch.vmap(drop, randomness="different")(*equal)
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+    assert len(routed) == 3
 
 
 @pytest.mark.parametrize("name", FUNC)

@@ -5,13 +5,14 @@
 
 Importing this registers the provider and activates nothing. Activation puts kernels for aten's ops under the keys of
 MPS and, for the simulator, of CPU; what they don't take goes back to ATen, with the reason logged once. Code that
-torch.compile has compiled keeps the attention that was active then. torch.vmap of the aten op itself is ATen's: it
-decomposes before any of its kernels is asked. torch.func.grad, vjp and jacrev are routed.
+torch.compile has compiled keeps the attention that was active then. torch.vmap, and torch.func's grad, vjp and jacrev
+are routed.
 
 Where ATen's own kernel is faster, by policy.json, the call stays with ATen too; `enable(prefer="mfa")` takes it.
 """
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +59,13 @@ class Handle:
         keys = ["MPS", "AutogradMPS"]
         if options.cpu or _simulation.why_not() is None:
             keys += ["CPU", "AutogradCPU"]
-        for key in keys:  # without the autograd key the op would have no derivative
-            self._library.impl("scaled_dot_product_attention", functools.partial(_route, options), key)
+        route = functools.partial(_route, options)
+        # Without the autograd keys the op would have no derivative; torch.func.grad's tensors on mps have the second.
+        for key in (*keys, "AutogradOther"):
+            self._library.impl("scaled_dot_product_attention", route, key)
+        with warnings.catch_warnings():  # torch says that this replaces its own kernel, which decomposes the op
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            self._library.impl("scaled_dot_product_attention", route, "FuncTorchVmapMode")
         takes = functools.partial(_takes, options)
         for key in keys[::2]:  # these have derivatives of their own
             for name, kernel in varlen.kernels(takes).items():
@@ -150,7 +156,8 @@ def enabled(*, cpu: bool = False, prefer: Preference = "faster") -> Iterator[Non
 
 def _takes(options: Options, tensor: Tensor) -> bool:
     """Whether tensors of this device are meant at all."""
-    return tensor.device.type != "cpu" or options.cpu or _simulation.active() is not None
+    kind = tensor.device.type
+    return kind == "mps" or (kind == "cpu" and (options.cpu or _simulation.active() is not None))
 
 
 def _route(
