@@ -237,7 +237,8 @@ def widened(sinks: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def scale_of(query: Tensor, scale: float | None) -> float:
-    """1/sqrt(D) for None; of a query without D, which is refused elsewhere, 1."""
+    """1/sqrt(D) for None; of a query without D, or a nested one, which are refused elsewhere, 1."""
     if scale is not None:
         return scale
-    return 1 / math.sqrt(query.shape[-1]) if query.dim() > 0 and query.shape[-1] > 0 else 1.0
+    has_dim = query.dim() > 0 and not query.is_nested and query.shape[-1] > 0
+    return 1 / math.sqrt(query.shape[-1]) if has_dim else 1.0
