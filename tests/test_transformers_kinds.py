@@ -254,8 +254,11 @@ def test_indices_are_a_mask(name: str, kind: str) -> None:
     assert_close(out[counts], SDPA(layer, query, key, value, expected)[0][counts])
 
 
+INDEXERS = ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4_text", "minimax_m3_vl_text"]
+
+
 @WAYS
-@pytest.mark.parametrize("name", ["glm_moe_dsa", "minimax_m3_vl_text"])
+@pytest.mark.parametrize("name", INDEXERS)
 @torch.no_grad()
 def test_models_with_an_indexer(name: str, compiled: bool) -> None:
     reference = make(name)
