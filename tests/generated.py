@@ -70,8 +70,8 @@ def libraries() -> str:
     versions = {name: ", ".join(numbers) for name, numbers in pinned().items()}
     rows = {
         f"torch {versions['torch']}, without what each lacks": "OpInfo's samples of SDPA in four dtypes, with "
-        "gradients; `varlen_attn`; `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`; `sdpa_kernel`, autocast, "
-        "`torch.func`, `torch.compile`, `torch.export`",
+        "gradients; ModuleInfo's of `nn.MultiheadAttention`, `nn.Transformer` and its layers; `varlen_attn`; "
+        "`sdpa_kernel`, autocast, `torch.func`, `torch.compile`, `torch.export`, AOTInductor",
         f"transformers {versions['transformers']}": f"tiny random {models}: logits, padding left and right, a training "
         "step, `generate` with static, dynamic and sliding caches, `torch.compile`",
         f"diffusers {versions['diffusers']}": f"tiny random {denoisers}: outputs and gradients; DiTPipeline; "
@@ -79,8 +79,10 @@ def libraries() -> str:
         "flash-attn 2.8.3, FlashAttention-3, flash-attn-4 4.0.0b36": "not themselves, they need CUDA: signatures and "
         f"conventions of {functions[0]} functions; diffusers' `flash` and `flash_varlen`; transformers' "
         "`flash_attention_2`, once it believes that there is CUDA",
+        "timm 1.0.31, peft 0.21.2, trl 1.16.0": "attention models, a LoRA step, packed fine-tuning: outputs and "
+        "gradients, or what is trained",
         "mps-flash-attn 0.6.3": f"not itself, it needs a Mac: signatures and conventions of {functions[1]} functions, "
-        "the snippets and feature lists of its READMEs",
+        "the snippets and feature lists of its READMEs; the tests of 0.5.2's sdist, on CPU tensors",
     }
     return "\n".join(
         ["| library | what runs |", "| --- | --- |", *(f"| {name} | {what} |" for name, what in rows.items())]

@@ -1,4 +1,4 @@
-"""PyTorch's own OpInfo samples of scaled_dot_product_attention through mfa.sdpa, at torch's tolerances."""
+"""PyTorch's own samples of scaled_dot_product_attention, and of modules that call it, at torch's tolerances."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import Device
 from sdpa_cases import check_nothing_active, count_routed  # noqa: F401 (fixtures)
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from torch.utils._pytree import tree_map
@@ -88,8 +88,46 @@ def test_opinfo_gradients() -> None:
             assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "name",
+    ["MultiheadAttention", "TransformerEncoderLayer", "TransformerEncoder", "TransformerDecoderLayer", "Transformer"],
+)
+def test_module_samples(name: str, training: bool, routed: list[Any]) -> None:
+    """ModuleInfo's: outputs and gradients in float64, with masks of all kinds, against torch's math."""
+    database = pytest.importorskip("torch.testing._internal.common_modules").module_db
+    info = next(info for info in database if info.name == f"nn.{name}")
+    samples = info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=training)
+    assert len(samples) >= 20
+    for sample in samples:
+        module = info.module_cls(*sample.constructor_input.args, **sample.constructor_input.kwargs).double()
+        module.train(training)
+        for part in module.modules():  # whose random numbers are others
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            elif isinstance(part, nn.MultiheadAttention):
+                part.dropout = 0.0
+        options = dict(sample.forward_input.kwargs)
+        if name == "MultiheadAttention":
+            options["need_weights"] = False  # for which it calls no function but this
+        leaves = [*module.parameters(), *(x for x in sample.forward_input.args if isinstance(x, Tensor))]
+
+        def run(module: Any = module, sample: Any = sample, options: Any = options, leaves: Any = leaves) -> Any:
+            out = module(*sample.forward_input.args, **options)
+            out = out[0] if isinstance(out, tuple) else out
+            return with_gradients(out, leaves)
+
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = run()
+        routed.clear()
+        with sdpa.enabled(cpu=True):
+            torch.testing.assert_close(run(), expected)
+        assert routed
+
+
 def with_gradients(out: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    return (out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out)))
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+    return (out.detach(), *(grad for grad in grads if grad is not None))
 
 
 def largest_errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
