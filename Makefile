@@ -32,7 +32,7 @@ FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.me
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
 	@echo "make test [ARGS=..]  all tests but slow ones; ARGS go to pytest instead, for example ARGS='-k causal'"
-	@echo "make test-slow       the others: the wheel, coverage and mutants of the backend, all counts of the cost model"
+	@echo "make test-slow       the others: the wheel, coverage and mutants of the backend, other packages on mfa, ..."
 	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device; part of make test"
 	@echo "make test-torch      what meets torch's API, with the oldest and the newest torch, in build/torch-VERSION"
 	@echo "make host-cost       on Linux: what a call costs the host, on the stand-in mps device"

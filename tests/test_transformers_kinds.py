@@ -52,6 +52,21 @@ def test_models_that_know_eager_attention_only(name: str, compiled: bool) -> Non
         check_close(results(model, mask), results(reference, mask))
 
 
+# They add the mask to their scores too, in attention that asks nobody.
+@pytest.mark.parametrize("name", ["blip", "flava", "groupvit", "trocr"])
+@torch.no_grad()
+def test_models_with_attention_of_their_own(name: str) -> None:
+    """Refused if built with ours; as they were if switched to it, which transformers doesn't do."""
+    reference = make(name)
+    config = copy.deepcopy(reference.config)
+    built, switched = type(reference)._from_config(config, attn_implementation="mfa"), ours(reference, compiled=False)
+    sentence = r"'mfa' is not supported by \w+, which doesn't use transformers' attention interface: use 'eager'"
+    for _, mask in paddings():
+        with pytest.raises(NotImplementedError, match=sentence):
+            results(built.eval(), mask)
+        check_close(results(switched, mask), results(reference, mask))
+
+
 EAGER_ONLY = {"config": hf.SplinterConfig(), "dtype": torch.float32}
 
 

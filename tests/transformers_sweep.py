@@ -79,7 +79,8 @@ def ways(reference: Any) -> Iterator[Callable[[], Any]]:
     """Of asking for a model like `reference` with our attention."""
 
     def built() -> Any:
-        model = type(reference)._from_config(reference.config, attn_implementation="mfa").eval().float()
+        config = copy.deepcopy(reference.config)  # which the model would change
+        model = type(reference)._from_config(config, attn_implementation="mfa").eval().float()
         model.load_state_dict(reference.state_dict())
         return model
 
