@@ -21,6 +21,11 @@ namespace {
   "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? attn_mask, " \
   "Tensor? cache_leftpad, " FEATURES "SymInt num_splits"
 
+#define APPEND                                                                                                      \
+  "Tensor key, Tensor value, Tensor cache_lengths, Tensor? block_table, Tensor(c!)? key_scale, "                     \
+  "Tensor(d!)? value_scale, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved, " \
+  "bool queries_advance"
+
 // mfa::attention has no kernel: Python decomposes it, since a C++ composite would see lengths as constants.
 constexpr const char* kSchemas[] = {
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
@@ -44,6 +49,10 @@ constexpr const char* kSchemas[] = {
     "attention_varlen_backward(" QKV VARLEN ", " BACKWARD
     "bool[5] output_mask) -> (Tensor grad_query, "
     "Tensor grad_key, Tensor grad_value, Tensor grad_sinks, Tensor grad_alibi_slopes)",
+
+    // Before attention_decode, to which its results go: rotated_query is of size 0 without rotary, lengths is int32 [B].
+    "attention_append(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, " APPEND
+    ") -> (Tensor rotated_query, Tensor lengths)",
 
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, " DECODE ") -> (Tensor out, Tensor lse)",
 };
@@ -90,5 +99,6 @@ STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) {
   m.impl("attention_varlen_forward", &mfa::attention_varlen_forward);
   m.impl("attention_varlen_forward_with_correction", &mfa::attention_varlen_forward_with_correction);
   m.impl("attention_varlen_backward", &mfa::attention_varlen_backward);
+  m.impl("attention_append", &mfa::attention_append);
   m.impl("attention_decode", &mfa::attention_decode);
 }

@@ -34,3 +34,7 @@ constant bool is_split [[function_constant(mfa::kIsSplit)]];
 constant bool has_mask_blocks [[function_constant(mfa::kHasMaskBlocks)]];
 constant bool has_correction [[function_constant(mfa::kHasCorrection)]];
 constant bool bias_is_of_last_keys [[function_constant(mfa::kBiasIsOfLastKeys)]];
+constant bool has_rotary [[function_constant(mfa::kHasRotary)]];
+constant bool has_rotary_seqlens [[function_constant(mfa::kHasRotarySeqlens)]];
+constant bool is_rotary_interleaved [[function_constant(mfa::kRotaryInterleaved)]];
+constant bool is_rotary_float [[function_constant(mfa::kRotaryFloat)]];

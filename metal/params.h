@@ -47,6 +47,13 @@ enum Argument : unsigned {
   kMaskClasses = 29,  // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_classes.h
   kCorrection = 30,   // half: what rounding took from out, see correction.h
   kArgumentCount = 31,
+  // Of append, which knows neither gradients nor packed sequences.
+  kNewKey = kGradKey,
+  kNewValue = kGradValue,
+  kRotaryCos = kGradQuery,  // float32 or the query's dtype [positions, R/2]
+  kRotarySin = kGradOut,
+  kRotarySeqlens = kQueryStarts,  // int32 [batch]: position of the first new token, where it isn't key_lengths
+  kNewLengths = kStatistics,     // int32 [batch]: key_lengths, and what was appended
 };
 
 // Indices of the function constants in features.h. All are bools.
@@ -81,6 +88,10 @@ enum FunctionConstant : unsigned {
   kHasMaskBlocks = 27,     // the classes of the mask's blocks are bound
   kHasCorrection = 28,     // forward writes the correction, backward_delta reads it
   kBiasIsOfLastKeys = 29,  // the bias's last column is that of the last key, and keys before its first have none
+  kHasRotary = 30,          // append: queries and new keys are rotated
+  kHasRotarySeqlens = 31,    // ... from positions of their own
+  kRotaryInterleaved = 32,  // ... in pairs of neighbours
+  kRotaryFloat = 33,        // ... by tables of float32
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.
@@ -111,6 +122,12 @@ struct AttentionParams {
   MFA_INT64 grad_query_strides[3];
   MFA_INT64 grad_key_strides[3];
   MFA_INT64 grad_value_strides[3];
+  // Of append.
+  int new_tokens;                      // of each batch entry
+  int rotary_pairs, rotary_positions;  // R/2, and rows of the tables
+  int queries_advance;                 // 1: query i is at its key's position; 0: all are at the first one's
+  MFA_INT64 new_key_strides[3];        // batch, head, row
+  MFA_INT64 new_value_strides[3];
 };
 
 }  // namespace mfa

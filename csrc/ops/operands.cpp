@@ -45,7 +45,7 @@ bool is_aligned(const Buffer& buffer, bool is_cpu) {
 
 }  // namespace
 
-Operands::Operands(const Qkv& qkv, const Features& features, std::int64_t sequences)
+Operands::Operands(const Qkv& qkv)
     : launcher_(launcher_for(qkv.query)), query_(qkv.query), is_cpu_(qkv.query.is_cpu()) {
   alive_.reserve(8);
   problem.family = launcher_.family();
@@ -57,6 +57,9 @@ Operands::Operands(const Qkv& qkv, const Features& features, std::int64_t sequen
   problem.key_length = qkv.key.size(2);
   problem.head_dim = qkv.query.size(3);
   problem.value_dim = qkv.value.size(3);
+}
+
+Operands::Operands(const Qkv& qkv, const Features& features, std::int64_t sequences) : Operands(qkv) {
   problem.sequences = sequences;
   problem.query_strides = read_rows(kQuery, qkv.query);
   problem.key_strides = read_rows(kKey, qkv.key);

@@ -16,7 +16,9 @@ namespace mfa {
 
 class Operands {
  public:
-  // Binds what every op takes; all has been checked. `sequences`: see Problem.
+  // Sets the problem's sizes, and binds nothing.
+  explicit Operands(const Qkv& qkv);
+  // Binds what every op of attention takes; all has been checked. `sequences`: see Problem.
   Operands(const Qkv& qkv, const Features& features, std::int64_t sequences = 0);
 
   Problem problem;  // `aligned` follows from what has been bound

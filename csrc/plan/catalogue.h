@@ -15,6 +15,7 @@ enum class Kind {
   backward_dbias,
   backward_dslopes,
   mask_blocks,
+  append,
   decode,
   combine,
   tile_map_of_queries,
@@ -120,6 +121,8 @@ inline constexpr Instance kInstances[] = {
    block_keys,                                                                                                  \
    decode_threadgroup_bytes(Path::path, head_dim, value_dim, block_keys, element_size(DType::dtype)),           \
    Path::path},
+#define APPEND(dtype, simdgroups) \
+  {"append_" #dtype "_s" #simdgroups, Kind::append, DType::dtype, 0, 0, simdgroups, simdgroups, 0, 0},
 #define COMBINE(dtype, threads) \
   {"combine_" #dtype "_t" #threads, Kind::combine, DType::dtype, 0, 0, threads / 32, 0, 0, 0},
 #define TILE_MAP(of, of_keys, simdgroups) \

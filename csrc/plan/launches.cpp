@@ -46,6 +46,10 @@ constexpr NamedConstant kConstants[] = {
     {kHasMaskBlocks, "has_mask_blocks"},
     {kHasCorrection, "has_correction"},
     {kBiasIsOfLastKeys, "bias_is_of_last_keys"},
+    {kHasRotary, "has_rotary"},
+    {kHasRotarySeqlens, "has_rotary_seqlens"},
+    {kRotaryInterleaved, "is_rotary_interleaved"},
+    {kRotaryFloat, "is_rotary_float"},
 };
 
 constexpr bool in_order_of_index() {

@@ -86,6 +86,19 @@ struct Gradients {
   std::int64_t scratch_limit = kDefaultScratchLimit;  // bytes
 };
 
+// New tokens of a problem's cache. Problem.query_strides and out_strides are those of queries and of rotated queries.
+struct Append {
+  std::int64_t tokens = 0;  // of each batch entry
+  Strides key_strides{}, value_strides{};
+  struct Rotary {
+    std::int64_t pairs = 0, positions = 0;  // of the tables
+    bool has_starts = false;                // else the first new token's position is that of its slot
+    bool interleaved = false, is_float = false;
+    bool queries_advance = true;
+  };
+  std::optional<Rotary> rotary;
+};
+
 struct Constant {
   FunctionConstant index;
   bool value;
@@ -120,5 +133,7 @@ Plan plan_forward(const Problem& problem);
 // backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias, packed sequences' own
 // slopes. The gradient of the sinks needs backward_delta alone.
 Plan plan_backward(const Problem& problem, const Gradients& gradients);
+// append. The problem's cache says where tokens go.
+Plan plan_append(const Problem& problem, const Append& append);
 
 }  // namespace mfa

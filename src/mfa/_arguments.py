@@ -67,6 +67,46 @@ class Decode(NamedTuple):
     num_splits: int  # 0 lets the kernels choose
 
 
+class Append(NamedTuple):
+    """Of `mfa::attention_append`: new keys and values for a cache, rotated with their queries where there are tables."""
+
+    query: Tensor  # [B,Hq,Lq,D]
+    key_cache: Tensor  # as in Decode; modified
+    value_cache: Tensor
+    key: Tensor  # [B,Hkv,Lnew,D]
+    value: Tensor  # [B,Hkv,Lnew,Dv]
+    cache_lengths: Tensor  # int32 [B], tokens before the new ones
+    block_table: Tensor | None  # as in Decode
+    key_scale: Tensor | None  # modified
+    value_scale: Tensor | None
+    rotary_cos: Tensor | None  # [positions,R/2], R <= D; float32 or the query's dtype
+    rotary_sin: Tensor | None
+    rotary_seqlens: Tensor | None  # int32 [B], positions of the first new tokens; None is cache_lengths
+    rotary_interleaved: bool  # pairs are 2i and 2i+1, else i and i+R/2
+    queries_advance: bool  # query i is at its key's position, else all are at the first one's
+
+    def decode(self) -> Decode:
+        """What attends over the cache."""
+        return Decode(
+            query=self.query,
+            key_cache=self.key_cache,
+            value_cache=self.value_cache,
+            cache_lengths=self.cache_lengths,
+            block_table=self.block_table,
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
+            attn_mask=None,
+            cache_leftpad=None,
+            sinks=None,
+            alibi_slopes=None,
+            scale=1.0,
+            window_left=None,
+            window_right=None,
+            softcap=0.0,
+            num_splits=0,
+        )
+
+
 class Backward(NamedTuple):
     """What a backward op takes behind the arguments of its forward op: its results, and their gradients."""
 

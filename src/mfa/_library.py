@@ -14,6 +14,7 @@ OPS = (
     "attention_varlen_forward",
     "attention_varlen_forward_with_correction",
     "attention_varlen_backward",
+    "attention_append",
     "attention_decode",
 )
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from . import _simulation
-from ._arguments import Decode
-from ._checks.cache import capacity, check_batch_idx, check_decode, check_lengths, check_new_tokens, check_no_grad
+from ._arguments import Append, Decode
+from ._checks.append import check_positions, check_rotary
+from ._checks.cache import check_batch_idx, check_decode, check_lengths, check_new_tokens, check_no_grad
 from ._checks.numbers import as_integer, as_number, as_window, check_flag
 from ._checks.sizes import is_known
 from ._checks.tensors import check_is_tensor, scale_of, widened
 from ._ops import ops, sharding
 from ._ops.decode import autocast
-from .quantize import quantize_kv, store_in_place
 
 _Bound = int | None
 
@@ -38,6 +38,10 @@ def attention_with_kv_cache(
     value_scale: Tensor | None = None,
     num_splits: int = 0,
     attn_mask: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_seqlens: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -64,6 +68,10 @@ def attention_with_kv_cache(
     value_scale: Tensor | None = None,
     num_splits: int = 0,
     attn_mask: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_seqlens: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     return_lse: Literal[True],
@@ -89,6 +97,10 @@ def attention_with_kv_cache(
     value_scale: Tensor | None = None,
     num_splits: int = 0,
     attn_mask: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_seqlens: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     return_lse: bool = False,
@@ -124,6 +136,12 @@ def attention_with_kv_cache(
             result differs in rounding only. The CPU implementation needs no parts.
         attn_mask: bool [B|1,Hq|1,Lq,K], True = attend, over the last K live tokens, K <= Lk: which drafted tokens of a
             tree see which. Tokens before them are seen as is_causal and window say, which count among the last K too.
+        rotary_cos, rotary_sin: [positions,R/2], R <= D, float32 or the query's dtype: query and key are rotated before
+            they are used, in the launch that appends. Both or none, with key and value only. As in flash-attention,
+            key i is at position cache_seqlens+i, whatever cache_leftpad is, and so is query i; but without is_causal
+            and window all queries are at cache_seqlens.
+        rotary_interleaved: pairs are dimensions 2i and 2i+1 (GPT-J), else i and i+R/2 (GPT-NeoX).
+        rotary_seqlens: int32 [B]: the first position, where it isn't cache_seqlens.
         cache_batch_idx: int32 [B], the rows of a dense cache, which may then have any number of them.
         cache_leftpad: int32 [B], where the live tokens of each row start: at most cache_seqlens.
         return_lse: also return the log-sum-exp of the scores, in natural logarithms.
@@ -142,7 +160,7 @@ def attention_with_kv_cache(
     for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         check_is_tensor(name, tensor)
     sharding.ready(query)
-    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
+    for name, flag in (("is_causal", is_causal), ("rotary_interleaved", rotary_interleaved), ("return_lse", return_lse)):
         check_flag(name, flag)
     softcap, scale = as_number("softcap", softcap), None if scale is None else as_number("scale", scale)
     left, right = as_window(window)
@@ -186,37 +204,40 @@ def attention_with_kv_cache(
     if key is not None and value is not None:
         check_new_tokens(arguments, key, value)
         new = key.shape[2]
+    elif rotary_cos is not None or rotary_sin is not None:
+        given = "rotary_sin" if rotary_cos is None else "rotary_cos"
+        raise ValueError(f"key is None, and {given} is given; key and value must be given with it")
+    advance = (left, right) != (None, None)
+    check_rotary(query, rotary_cos, rotary_sin, rotary_seqlens)
     check_lengths("cache_seqlens", cache_seqlens, new, arguments, of_rows=cache_batch_idx is not None)
+    if rotary_cos is not None:
+        starts = cache_seqlens if rotary_seqlens is None else rotary_seqlens
+        check_positions(query, new, rotary_cos, starts, advance=advance)
     if torch.is_grad_enabled():
-        check_no_grad(arguments, key, value)
+        check_no_grad(arguments)
 
     if not isinstance(lengths, Tensor):
         lengths = torch.full((query.shape[0],), lengths, dtype=torch.int32, device=query.device)
-    if key is not None and value is not None and not is_known(new == 0):
-        entries, slots = _places(lengths, new, arguments)
-        for cache, scales, rows in ((key_cache, key_scale, key), (value_cache, value_scale, value)):
-            if scales is not None:
-                rows, row_scales = quantize_kv(rows, cache.dtype)
-                store_in_place(scales, entries, slots, row_scales)
-            store_in_place(cache, entries, slots, rows)
-        lengths = lengths + new
-
-    if lengths is not cache_seqlens:
-        arguments = arguments._replace(cache_lengths=lengths)
+    if key is not None and value is not None and not (rotary_cos is None and is_known(new == 0)):
+        append = Append(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            key=key,
+            value=value,
+            cache_lengths=lengths,
+            block_table=table,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_seqlens=rotary_seqlens,
+            rotary_interleaved=rotary_interleaved,
+            queries_advance=advance,
+        )
+        rotated, lengths = ops.attention_append(*append)
+        if rotary_cos is not None:
+            query = rotated
+    arguments = arguments._replace(query=query, cache_lengths=lengths)
     out, lse = ops.attention_decode(*arguments)
     return (out, lse) if return_lse else out
-
-
-def _places(lengths: Tensor, new: int, arguments: Decode) -> tuple[Tensor, Tensor]:
-    """Where `new` tokens go: index in the cache's first dimension, and slot there, as int64 that broadcast to [B,new].
-
-    Within the cache, whatever the lengths and the table hold.
-    """
-    key_cache, block_table = arguments.key_cache, arguments.block_table
-    tokens = lengths.long().unsqueeze(1) + torch.arange(new, device=lengths.device)
-    tokens = tokens.clamp(0, capacity(arguments) - 1)
-    if block_table is None:
-        return torch.arange(lengths.shape[0], device=lengths.device).unsqueeze(1), tokens
-    page = key_cache.shape[2]
-    pages = block_table.long().gather(1, tokens.div(page, rounding_mode="floor"))
-    return pages.clamp(0, key_cache.shape[0] - 1), tokens.remainder(page)

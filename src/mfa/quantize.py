@@ -40,16 +40,3 @@ def quantize_kv(tensor: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     if dtype == torch.int8:
         scaled = scaled.round().nan_to_num(0.0, 0.0, 0.0)  # the scale tells; casting a NaN is undefined
     return scaled.clamp(-largest, largest).to(dtype), scale
-
-
-def store_in_place(cache: Tensor, entries: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """cache[entries, :, slots] = rows, on the device's own queue: the indices stay on the device.
-
-    Args:
-        cache: [B or pages,Hkv,tokens,D], or without D; modified.
-        entries, slots: int64, broadcastable to [B,Lnew], within the cache.
-        rows: [B,Hkv,Lnew,D], or without D, of the cache's dtype.
-    """
-    if cache.dtype.is_floating_point and cache.element_size() == 1:  # few index operations know float8
-        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
-    cache[entries, :, slots] = rows.transpose(1, 2)

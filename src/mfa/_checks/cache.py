@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import Decode
+from .._arguments import Append, Decode
 from .indices import check_index_tensor, host_values
 from .numbers import as_integer
 from .sizes import equal, holds, is_known
@@ -183,12 +183,10 @@ def _check_live(name: str, lengths: list[int] | None, new: int, arguments: Decod
             )
 
 
-def check_no_grad(arguments: Decode, key: Tensor | None, value: Tensor | None) -> None:
+def check_no_grad(arguments: Append | Decode) -> None:
     """Refuses, instead of returning something without a gradient."""
-    names = ("query", "key_cache", "value_cache", "sinks", "alibi_slopes")
-    tensors = {name: getattr(arguments, name) for name in names} | {"key": key, "value": value}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+    for name, tensor in arguments._asdict().items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise NotImplementedError(
                 f"{name} requires grad, and attention over a cache has no gradients: call under torch.no_grad(), or "
                 "use mfa.attention"

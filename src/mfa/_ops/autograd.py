@@ -23,7 +23,7 @@ def register(
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         *arguments, keyset = inputs
-        result = _redispatch(op, keyset, arguments)
+        result = redispatch(op, keyset, arguments)
         setup_context(ctx=ctx, inputs=tuple(arguments), output=result)
         return result
 
@@ -42,9 +42,9 @@ def register(
     whole, level = function(forward, torch.autograd.Function), function(forward_of_level, _torch.SingleLevelFunction)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        _refuse_tangents(name, arguments)
+        refuse_tangents(name, arguments)
         if not wants_graph(arguments):
-            return _redispatch(op, keyset, arguments)
+            return redispatch(op, keyset, arguments)
         if not _torch.in_torch_func():
             return whole.apply(*arguments, keyset)
         with _torch.single_level():
@@ -63,10 +63,10 @@ def register_through(name: str, through: str, *, lib: torch.library.Library) -> 
     op, other = _overload(name), _overload(through)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        _refuse_tangents(name, arguments)
+        refuse_tangents(name, arguments)
         if wants_graph(arguments):
             return other.redispatch(keyset, *arguments)[:2]
-        return _redispatch(op, keyset, arguments)
+        return redispatch(op, keyset, arguments)
 
     lib.impl(op, kernel, "Autograd", with_keyset=True)
 
@@ -109,12 +109,12 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops, namespace), op).default
 
 
-def _redispatch(op: Any, keyset: Any, arguments: Any) -> Any:
+def redispatch(op: Any, keyset: Any, arguments: Any) -> Any:
     with _torch.below_autograd():
         return op.redispatch(keyset & _torch.after_autograd, *arguments)
 
 
-def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+def refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
     if _torch.has_dual_level() and any(map(_has_tangent, arguments)):
         raise NotImplementedError(
             f"{name} has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad): use reverse "

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _library, _torch
-from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Decode, Dense, Varlen
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Append, Backward, Decode, Dense, Varlen
 
 _library.load()
 ops = torch.ops.mfa
@@ -17,6 +17,7 @@ SIGNATURES = {
     "attention_varlen_forward": (Varlen._fields, _RESULTS),
     "attention_varlen_forward_with_correction": (Varlen._fields, _RESULTS + _CORRECTION),
     "attention_varlen_backward": (Varlen._fields + Backward._fields, VARLEN_GRADIENTS),
+    "attention_append": (Append._fields, ("rotated_query", "lengths")),
     "attention_decode": (Decode._fields, _RESULTS),
 }
 
