@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import Device
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from rotation import rotated
 from serving import DTYPES, moved
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mfa
 
@@ -20,7 +23,7 @@ CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 FORMATS = (None, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 ORDER = (
     *("query", "key_cache", "value_cache", "key", "value", "cache_lengths", "block_table", "key_scale", "value_scale"),
-    *("rotary_cos", "rotary_sin", "rotary_starts", "rotary_interleaved", "queries_advance"),
+    *("rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved", "queries_advance"),
 )
 
 
@@ -82,7 +85,7 @@ class Problem:
             dtype = torch.float32 if self.float_tables else self.dtype
             named["rotary_cos"], named["rotary_sin"] = angles.cos().to(dtype), angles.sin().to(dtype)
             if self.own_starts:
-                named["rotary_starts"] = torch.randint(0, 3, (batch,), generator=generator, dtype=INT32)
+                named["rotary_seqlens"] = torch.randint(0, 3, (batch,), generator=generator, dtype=INT32)
         named["rotary_interleaved"], named["queries_advance"] = self.interleaved, self.advance
         return named
 
@@ -132,7 +135,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 def check_rotated(actual: Tensor, x: Tensor, named: dict[str, Any], advance: bool) -> None:
     """Of x [B,H,L,D], against float64: two products and a sum are rounded to float32, and their result to the dtype."""
-    starts = named["cache_lengths"] if named["rotary_starts"] is None else named["rotary_starts"]
+    starts = named["cache_lengths"] if named["rotary_seqlens"] is None else named["rotary_seqlens"]
     rows = starts[:, None] + torch.arange(x.shape[2]) * advance
     tables = named["rotary_cos"], named["rotary_sin"], rows.long()
     exact = rotated(x.transpose(1, 2), *tables, named["rotary_interleaved"]).transpose(1, 2)
@@ -207,3 +210,313 @@ def test_random_problems(device: Device, shard: int) -> None:
         check(problem, device)
 
     holds()
+
+
+def problem(**options: Any) -> Problem:
+    defaults: dict[str, Any] = {
+        **{"dtype": torch.float16, "formats": (None, None), "heads": (4, 2), "query_length": 2, "new": 2},
+        **{"lengths": (5, 0, 12), "spare": 3, "page": None, "dims": (16, 16), "rotary": 8, "float_tables": True},
+        **{"interleaved": False, "advance": True, "own_starts": False, "transposed": (False, False), "seed": 0},
+    }
+    return Problem(**{**defaults, **options})
+
+
+QUANTIZED = (torch.int8, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("strides", ["sliced", "columns", "one pool"])
+@pytest.mark.parametrize("formats", [(None, None), QUANTIZED])
+def test_strided_caches_and_inputs(device: Device, strides: str, formats: tuple[torch.dtype | None, ...]) -> None:
+    """Views of larger tensors: what lies between their elements is not touched."""
+    named = problem(formats=formats, page=8).arguments()
+    expected, results = call(named, CPU)
+    there = {name: moved(x, device) for name, x in named.items()}
+    wholes = {}
+    for name in (*CACHES, "query", "key", "value", "rotary_cos", "rotary_sin"):
+        x = there[name]
+        if x is None:
+            continue
+        filler = torch.full((*(2 * size for size in x.shape[:-1]), x.shape[-1] + 3), 99.0).to(x.dtype).to(x.device)
+        if strides == "sliced":
+            view = filler[tuple(slice(1, None, 2) for _ in x.shape[:-1])][..., 2:-1]
+        elif strides == "columns":
+            last = x.shape[-1]
+            if name in CACHES[:2]:  # kernels write rows of contiguous elements
+                view = filler[tuple(slice(size) for size in x.shape[:-1])][..., :last]
+            else:
+                filler = filler.transpose(-1, -2).contiguous().transpose(-1, -2)
+                view = filler[tuple(slice(size) for size in x.shape)]
+        else:
+            view = filler.flatten()[1 : 1 + x.numel()].view(x.shape)
+        bits(view).copy_(bits(x))
+        wholes[name], there[name] = (filler, view), view
+    clones = {name: filler.clone() for name, (filler, _) in wholes.items()}
+    with device.active():
+        found = torch.ops.mfa.attention_append(*(there[name] for name in ORDER))
+    for actual, wanted in zip(found, results, strict=True):
+        assert_same_bits(actual.cpu(), wanted)
+    for name, (filler, view) in wholes.items():
+        if name in CACHES:
+            assert_same_bits(view.cpu(), expected[name])
+            place = view.storage_offset()
+            same = clones[name].as_strided(view.shape, view.stride(), place)
+            bits(same).copy_(bits(view))
+        assert_same_bits(filler.cpu(), clones[name].cpu())
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+@pytest.mark.parametrize("formats", [(None, None), QUANTIZED, (torch.float8_e4m3fn,) * 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number(device: Device, formats: tuple[torch.dtype | None, ...], dtype: torch.dtype) -> None:
+    """Zeros, the smallest and largest numbers, infinities and NaN; and every 16-bit number."""
+    named = problem(dtype=dtype, formats=formats, new=64, dims=(128, 128), lengths=(0, 3), rotary=None).arguments()
+    for side in ("key", "value"):
+        x = named[side]
+        if dtype.itemsize == 2:
+            values = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
+            values = values[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+            x.copy_(values[: x.numel()].view(x.shape).nan_to_num(0, 0, 0))
+            # Ties: multiples of half of the step that the format has at a row's scale.
+            x[0, 0] = (torch.arange(64 * 128) % 509 - 254).view(64, 128) / 2
+            x[0, 0, :, 0] = 127
+        x[1, 0, 0] = 0
+        x[1, 0, 1] = torch.finfo(dtype).smallest_normal
+        x[1, 0, 2] = torch.finfo(dtype).max
+        x[1, 0, 3, 5] = torch.inf
+        x[1, 0, 4, 7] = torch.nan
+        x[1, 0, 5, 9] = -torch.inf
+    for actual, expected in zip(call(named, device), call(named, CPU), strict=True):
+        for name in CACHES if isinstance(actual, dict) else ():
+            if actual[name] is not None:  # which NaN it is, nobody says
+                floats = [x[name].float() for x in (actual, expected)]
+                torch.testing.assert_close(*floats, rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(*(torch.signbit(x) & ~x.isnan() for x in floats))
+
+
+# -- the op in PyTorch's machinery ----------------------------------------------------------------------------------
+
+
+def as_args(named: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(named[name] for name in ORDER)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"page": 8, "formats": (torch.int8,) * 2, "own_starts": True}, {"rotary": None, "transposed": (True, True)}]
+)
+def test_opcheck(device: Device, options: dict[str, Any]) -> None:
+    named = problem(dtype=torch.float32, **options).arguments()
+    with device.active():
+        opcheck(torch.ops.mfa.attention_append.default, tuple(moved(x, device) for x in as_args(named)))
+
+
+def test_it_counts_as_a_change_in_place() -> None:
+    named = problem(formats=QUANTIZED).arguments()
+    before = {name: named[name]._version for name in CACHES}
+    torch.ops.mfa.attention_append(*as_args(named))
+    assert all(named[name]._version > before[name] for name in CACHES)
+    weight = torch.ones(3, 2, 17, 16, requires_grad=True)
+    named = problem(dtype=torch.float32, rotary=None).arguments()
+    product = (weight * named["key_cache"]).sum()
+    torch.ops.mfa.attention_append(*as_args(named))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("name", ["query", "key_cache", "key", "value", "rotary_cos"])
+def test_it_has_no_gradient(name: str) -> None:
+    named = problem().arguments()
+    kept = named["key_cache"].clone()
+    named[name].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{name} requires grad, and attention over a cache has no gradients"):
+        torch.ops.mfa.attention_append(*as_args(named))
+    assert torch.equal(named["key_cache"], kept)
+    with torch.no_grad():
+        torch.ops.mfa.attention_append(*as_args(named))
+    assert not torch.equal(named["key_cache"], kept)
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        named = problem().arguments()
+        torch.ops.mfa.attention_append(*as_args(named))
+
+
+def test_vmap_is_refused() -> None:
+    named = problem().arguments()
+    keys = named["key"].expand(2, *named["key"].shape)
+
+    def append(key: Tensor) -> Tensor:
+        return torch.ops.mfa.attention_append(*as_args({**named, "key": key}))[1]
+
+    with pytest.raises(NotImplementedError, match=r"can't be appended to a cache inside torch\.vmap"):
+        torch.vmap(append)(keys)
+
+
+def test_autocast() -> None:
+    named = problem(dtype=torch.bfloat16).arguments()
+    wide = {name: named[name].float() for name in ("query", "key", "value")}
+    expected, results = call(named, CPU)
+    with torch.autocast("cpu", dtype=torch.float16):  # a cache isn't cast: what meets it is
+        after, found = call({**named, **wide}, CPU)
+    for actual, wanted in zip(found, results, strict=True):
+        assert_same_bits(actual, wanted)
+    assert_same_bits(after["key_cache"], expected["key_cache"])
+
+
+BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"cache_lengths": torch.tensor([5, 0, 16], dtype=INT32)}, "cache_lengths has 16 and 2 new tokens at 2"),
+    ({}, {"cache_lengths": torch.tensor([5, 0])}, "cache_lengths has dtype int64"),
+    ({"page": 8}, {"block_table": torch.zeros(3, 3, dtype=INT32)}, "append to the same slot"),
+    ({"page": 8}, {"block_table": torch.full((3, 3), 11, dtype=INT32)}, "has page 11 at"),
+    ({"formats": QUANTIZED}, {"value_scale": None}, "value_scale is None"),
+    ({}, {"key": torch.zeros(3, 2, 2, 8).half()}, "key has shape"),
+    ({}, {"value": torch.zeros(3, 2, 2, 16)}, "value has dtype float32"),
+    ({}, {"rotary_sin": None}, "rotary_sin is None, and rotary_cos is given"),
+    ({}, {"rotary_sin": torch.zeros(22, 3)}, r"rotary_sin has shape \[22, 3\]; it must have that of rotary_cos"),
+    ({}, {"rotary_sin": torch.zeros(22, 4).half()}, "rotary_sin has dtype float16; it must have that of rotary_cos"),
+    ({}, {"rotary_cos": torch.zeros(22, 4).double()}, "rotary_cos has dtype float64; it must be float16 or float32"),
+    ({}, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(22, 9)), "rotary_cos has 9 columns; .* half of .* 16"),
+    ({}, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(13, 4)), "13 positions; .* 2 tokens from 12 on"),
+    ({}, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(0, 4)), "rotary_cos has 0 positions"),
+    ({}, {"rotary_seqlens": torch.tensor([0, 21, 0], dtype=INT32)}, "2 tokens from 21 on, which batch entry 1 needs"),
+    ({}, {"rotary_seqlens": torch.tensor([0, -1, 0], dtype=INT32)}, "2 tokens from -1 on"),
+    ({"rotary": None}, {"rotary_seqlens": torch.zeros(3, dtype=INT32)}, "rotary_seqlens is given, and rotary_cos is None"),
+]
+
+
+@pytest.mark.parametrize(("options", "change", "words"), BAD)
+def test_a_failed_check_leaves_the_cache(
+    device: Device, options: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    if device.name == "mps" and any(word in words for word in ("slot", "page 11", "tokens")):
+        pytest.skip("the host doesn't see contents there")
+    named = problem(**options).arguments()
+    there = {name: moved(x, device) for name, x in {**named, **change}.items()}
+    kept = {name: there[name].clone() for name in CACHES if there[name] is not None}
+    with device.active(), pytest.raises(RuntimeError, match=words):
+        torch.ops.mfa.attention_append(*as_args(there))
+    for name, cache in kept.items():
+        assert_same_bits(there[name], cache)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda named: {"key_cache": named["key_cache"].mT.contiguous().mT}, "key_cache must have a contiguous last"),
+        (lambda named: {"value_cache": named["value_cache"][:1].expand(3, -1, -1, -1)}, "value_cache is expanded"),
+    ],
+)
+def test_what_kernels_cant_write_is_refused_before_anything_is_written(change: Any, words: str) -> None:
+    named = problem().arguments()
+    named |= change(named)
+    kept = {name: named[name].clone() for name in CACHES[:2]}
+    with mfa.simulate(), pytest.raises(RuntimeError, match=words):
+        torch.ops.mfa.attention_append(*as_args(named))
+    for name, cache in kept.items():
+        assert_same_bits(named[name], cache)
+
+
+# -- mfa.attention_with_kv_cache ------------------------------------------------------------------------------------
+
+
+def public(named: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The arguments of the function."""
+    names = ("cache_lengths", "rotary_seqlens", "queries_advance")
+    kept = {name: x for name, x in named.items() if name not in names}
+    return {**kept, "cache_seqlens": named["cache_lengths"], **more}
+
+
+@pytest.mark.parametrize("terms", [{}, {"is_causal": False, "window": (3, None)}, {"is_causal": False}])
+def test_rotary_of_the_function(device: Device, terms: dict[str, Any]) -> None:
+    """As with queries and keys that are rotated already."""
+    named = problem(interleaved=True, advance=terms != {"is_causal": False}).arguments()
+    after, (query, _) = call(named, CPU)
+    first = {name: moved(x, device) for name, x in public(named, **terms).items()}
+    plain = dict.fromkeys(("rotary_cos", "rotary_sin"))
+    second = public(named, **terms) | plain | {"query": query, "key_cache": after["key_cache"]}
+    second |= {"value_cache": after["value_cache"], "key": None, "value": None}
+    second |= {"cache_seqlens": named["cache_lengths"] + 2, "rotary_interleaved": False}
+    second = {name: moved(x, device) for name, x in second.items()}
+    with device.active():
+        out, expected = (mfa.attention_with_kv_cache(**arguments) for arguments in (first, second))
+    assert_same_bits(out.cpu(), expected.cpu())
+    assert_same_bits(first["key_cache"].cpu(), after["key_cache"])
+
+
+class Dispatched(TorchDispatchMode):
+    """The ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("page", [None, 8])
+@pytest.mark.parametrize("formats", [(None, None), (torch.int8, torch.int8)])
+@pytest.mark.parametrize("rotary", [None, 16])
+def test_two_launches_from_query_key_value_to_out(
+    page: int | None, formats: tuple[torch.dtype | None, ...], rotary: int | None
+) -> None:
+    named = public(problem(page=page, formats=formats, rotary=rotary, spare=60).arguments())
+    with Dispatched() as dispatched, mfa.simulate() as simulation:
+        mfa.attention_with_kv_cache(**named)
+        mfa.attention_with_kv_cache(**named, num_splits=2)
+    kernels = [launch.kernel.split("_")[0] for launch in simulation.launches]
+    assert kernels == ["append", "decode", "append", "decode", "combine"]
+    names = [name for name in dispatched.names if name != "aten.view.default"]  # where the host reads the block table
+    assert names == ["mfa.attention_append.default", "mfa.attention_decode.default"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"key": None, "value": None}, ValueError, "key is None, and rotary_cos is given"),
+        ({"rotary_cos": None}, ValueError, "rotary_cos is None, and rotary_sin is given"),
+        ({"rotary_cos": [1]}, TypeError, "rotary_cos is of type list"),
+        ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved is 1; it must be True or False"),
+        ({"cache_seqlens": 14, "query": torch.zeros(3, 4, 9, 16).half()}, ValueError, "9 tokens from 14 on"),
+    ],
+)
+def test_the_function_refuses(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    named = public(problem().arguments())
+    kept = named["key_cache"].clone()
+    with pytest.raises(error, match=words):
+        mfa.attention_with_kv_cache(**{**named, **change})
+    assert_same_bits(named["key_cache"], kept)
+
+
+def test_compile_is_done_once_for_all_lengths_and_numbers_of_tokens() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(mfa.attention_with_kv_cache, fullgraph=True, dynamic=True, backend=counter)
+    for new in (5, 6, 7):
+        named = public(problem(dtype=torch.float32, new=new, query_length=new, spare=9 - new).arguments())
+        other = {name: x.clone() if isinstance(x, Tensor) else x for name, x in named.items()}
+        torch.testing.assert_close(step(**named), mfa.attention_with_kv_cache(**other))
+        for name in CACHES[:2]:
+            assert_same_bits(named[name], other[name])
+    assert counter.frame_count == 1
+
+
+def test_export() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, n: Tensor) -> Tensor:
+            return mfa.attention_with_kv_cache(query, keys, values, key, value, cache_seqlens=n)
+
+    named = problem(dtype=torch.float32, rotary=None).arguments()
+    names = ("query", "key_cache", "value_cache", "key", "value", "cache_lengths")
+    program = torch.export.export(Step(), tuple(named[name].clone() for name in names))
+    results = []
+    for function in (Step(), program.module()):
+        args = tuple(named[name].clone() for name in names)
+        results.append((function(*args), *args))
+    torch.testing.assert_close(*results)

@@ -138,13 +138,13 @@ def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode,
         values = host_values(lengths)
     else:
         values = [as_integer(name, lengths)] * batch
-    after = "" if new == 0 else f" and {new} new"
     if not holds(new <= slots):
         raise ValueError(f"key has length {new}; it must be at most the capacity of the cache, {slots}")
     if is_known(key_cache.shape[0] == 0) and not (is_known(new == 0) or is_known(query.shape[0] == 0)):
         raise ValueError("key_cache has no pages; it must have some to append to")
     for entry, value in enumerate(values or ()):
         if not (holds(value >= 0) and holds(value <= slots - new)):
+            after = "" if new == 0 else f" and {new} new"
             raise ValueError(
                 f"{name} has {value}{after} tokens at {entry}; they must be within 0 ... {slots}, the cache's capacity"
             )
