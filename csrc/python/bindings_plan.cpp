@@ -168,6 +168,33 @@ Plan decode_plan(const nb::kwargs& kwargs) {
   return plan_forward(problem);
 }
 
+Append take_append(Fields& fields, const Problem& problem) {
+  Append append;
+  fields.take("tokens", append.tokens);
+  append.key_strides = contiguous(problem.key_heads, append.tokens, problem.head_dim);
+  append.value_strides = contiguous(problem.key_heads, append.tokens, problem.value_dim);
+  fields.take("new_key_strides", append.key_strides);
+  fields.take("new_value_strides", append.value_strides);
+  bool has_rotary = false;
+  fields.take("has_rotary", has_rotary);
+  if (!has_rotary) return append;
+  Append::Rotary& rotary = append.rotary.emplace();
+#define ROTARY(field) fields.take("rotary_" #field, rotary.field)
+  ROTARY(pairs), ROTARY(positions), ROTARY(has_starts), ROTARY(interleaved), ROTARY(is_float);
+#undef ROTARY
+  fields.take("queries_advance", rotary.queries_advance);
+  return append;
+}
+
+Plan append_plan(const nb::kwargs& kwargs) {
+  Fields fields(kwargs);
+  Problem problem = take_problem(fields);
+  problem.cache = take_cache(fields);
+  const Append append = take_append(fields, problem);
+  fields.finish();
+  return plan_append(problem, append);
+}
+
 nb::typed<nb::dict, nb::str, bool> constants(const Launch& launch) {
   nb::dict result;
   for (const Constant& constant : launch.constants) result[name(constant.index)] = constant.value;
@@ -214,6 +241,10 @@ void bind_plan(nb::module_& m) {
   m.def("plan_backward", &backward_plan, nb::sig("def plan_backward(**problem: object) -> Plan"),
         "Of attention_backward. As plan(), with the fields of Gradients: wants_query ... wants_alibi, has_grad_lse, "
         "grad_out_strides, grad_query_strides, grad_key_strides, grad_value_strides, mode, scratch_limit.");
+  m.def("plan_append", &append_plan, nb::sig("def plan_append(**problem: object) -> Plan"),
+        "Of attention_append. As plan_decode(), with the fields of Append: tokens, new_key_strides, new_value_strides; "
+        "and where has_rotary is true those of Rotary: rotary_pairs, rotary_positions, rotary_has_starts, "
+        "rotary_interleaved, rotary_is_float, queries_advance.");
   m.def("plan_decode", &decode_plan, nb::sig("def plan_decode(**problem: object) -> Plan"),
         "Of attention_decode. As plan(), with the fields of Cache: key_format, value_format, page_size, pages, "
         "pages_per_sequence, key_scale_strides, value_scale_strides, has_leftpad, splits; and bias_is_of_last_keys.");

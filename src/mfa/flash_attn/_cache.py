@@ -1,10 +1,9 @@
-"""Attention over a cache with what mfa.attention_with_kv_cache hasn't got: rotary embeddings."""
+"""Attention over a cache: flash-attn's arguments as mfa.attention_with_kv_cache takes them."""
 
 from torch import Tensor
 
 from ..kv_cache import attention_with_kv_cache
 from ._conventions import Window, bounds, heads_first
-from .rotary import apply_rotary
 
 
 def attend(
@@ -44,14 +43,10 @@ def attend(
         if k is not None:
             raise ValueError("cache_seqlens is None; it must be given when k is")
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    window = bounds(window_size, causal)
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
             missing = "rotary_cos" if rotary_cos is None else "rotary_sin" if rotary_sin is None else "k"
             raise ValueError(f"{missing} is None; rotary_cos, rotary_sin, k and v must be given together")
-        offsets = cache_seqlens if rotary_seqlens is None else rotary_seqlens
-        q = _rotated_queries(q, rotary_cos, rotary_sin, offsets, rotary_interleaved, at_once=window == (None, None))
-        k = apply_rotary(k, rotary_cos, rotary_sin, offsets, interleaved=rotary_interleaved)
 
     query, keys, values = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     key, value = (None if tensor is None else tensor.transpose(1, 2) for tensor in (k, v))
@@ -63,23 +58,16 @@ def attend(
         block_table=block_table,
         is_causal=False,
         scale=softmax_scale,
-        window=window,
+        window=bounds(window_size, causal),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         num_splits=num_splits,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        rotary_seqlens=rotary_seqlens,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         return_lse=True,
     )
     return out.transpose(1, 2), lse
-
-
-def _rotated_queries(
-    q: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, interleaved: bool, *, at_once: bool
-) -> Tensor:
-    """At the positions of the new keys; where every query sees every key, all of them at that of the first."""
-    if not at_once:
-        return apply_rotary(q, cos, sin, offsets, interleaved=interleaved)
-    batch, length, heads, dim = q.shape
-    as_heads = apply_rotary(q.reshape(batch, 1, length * heads, dim), cos, sin, offsets, interleaved=interleaved)
-    return as_heads.view(q.shape)
