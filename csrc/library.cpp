@@ -21,8 +21,8 @@ namespace {
   "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? attn_mask, " \
   "Tensor? cache_leftpad, " FEATURES "SymInt num_splits"
 
-#define APPEND                                                                                                      \
-  "Tensor key, Tensor value, Tensor cache_lengths, Tensor? block_table, Tensor(c!)? key_scale, "                     \
+#define APPEND                                                                                                         \
+  "Tensor key, Tensor value, Tensor cache_lengths, Tensor? block_table, Tensor(c!)? key_scale, "                       \
   "Tensor(d!)? value_scale, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved, " \
   "bool queries_advance"
 
@@ -50,7 +50,7 @@ constexpr const char* kSchemas[] = {
     "bool[5] output_mask) -> (Tensor grad_query, "
     "Tensor grad_key, Tensor grad_value, Tensor grad_sinks, Tensor grad_alibi_slopes)",
 
-    // Before attention_decode, to which its results go: rotated_query is of size 0 without rotary, lengths is int32 [B].
+    // What attention_decode gets: rotated_query (of size 0 without rotary), and lengths with what was appended.
     "attention_append(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, " APPEND
     ") -> (Tensor rotated_query, Tensor lengths)",
 

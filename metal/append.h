@@ -34,6 +34,11 @@ struct Slot {
   }
 };
 
+template <typename E>
+inline device E* row_of(device E* tensor, constant long* strides, int batch, int head, int row) {
+  return tensor + (batch * strides[0] + head * strides[1] + row * strides[2]);
+}
+
 template <typename T>
 inline void store_rotated(const device T* row, Rotation<T> rotation, device T* target, int dim, ushort lane) {
   for (int d = 4 * lane; d < dim; d += kRowStep) {
@@ -105,12 +110,8 @@ template <typename T, int kSimdgroups>
       const int head = index / params.query_length;
       const int token = index % params.query_length;
       const Rotation<T> rotation(params, rotary_cos, rotary_sin, first_position, params.queries_advance ? token : 0);
-      store_rotated(query + (batch * params.query_strides[0] + head * params.query_strides[1] +
-                             token * params.query_strides[2]),
-                    rotation,
-                    out + (batch * params.out_strides[0] + head * params.out_strides[1] +
-                           token * params.out_strides[2]),
-                    params.head_dim, lane);
+      store_rotated(row_of(query, params.query_strides, batch, head, token), rotation,
+                    row_of(out, params.out_strides, batch, head, token), params.head_dim, lane);
       return;
     }
     index -= queries;
@@ -130,8 +131,7 @@ template <typename T, int kSimdgroups>
     if (has_rotary) {
       rotation = Rotation<T>(params, rotary_cos, rotary_sin, first_position, token);
     }
-    const device T* row = key + (batch * params.new_key_strides[0] + head * params.new_key_strides[1] +
-                                 token * params.new_key_strides[2]);
+    const device T* row = row_of(key, params.new_key_strides, batch, head, token);
     const long offset = slot.offset(params.key_strides, head);
     if (key_is_quantized) {
       store_quantized(row, rotation, key_cache + offset, key_scale + slot.offset(params.key_scale_strides, head),
@@ -140,20 +140,19 @@ template <typename T, int kSimdgroups>
       store_rotated(row, rotation, (device T*)key_cache + offset, params.head_dim, lane);
     }
   } else {
-    const device T* row = value + (batch * params.new_value_strides[0] + head * params.new_value_strides[1] +
-                                   token * params.new_value_strides[2]);
+    const device T* row = row_of(value, params.new_value_strides, batch, head, token);
     const long offset = slot.offset(params.value_strides, head);
     if (value_is_quantized) {
       store_quantized(row, Rotation<T>(), value_cache + offset,
-                      value_scale + slot.offset(params.value_scale_strides, head),
-                      Format{value_is_int8, value_is_e5m2}, params.value_dim, lane);
+                      value_scale + slot.offset(params.value_scale_strides, head), Format{value_is_int8, value_is_e5m2},
+                      params.value_dim, lane);
     } else {
       store_rotated(row, Rotation<T>(), (device T*)value_cache + offset, params.value_dim, lane);
     }
   }
 }
 
-#define APPEND(dtype, simdgroups)                                       \
+#define APPEND(dtype, simdgroups)                                      \
   template [[host_name("append_" #dtype "_s" #simdgroups)]] [[kernel]] \
   decltype(append<dtype, simdgroups>) append<dtype, simdgroups>;
 

@@ -53,7 +53,7 @@ enum Argument : unsigned {
   kRotaryCos = kGradQuery,  // float32 or the query's dtype [positions, R/2]
   kRotarySin = kGradOut,
   kRotarySeqlens = kQueryStarts,  // int32 [batch]: position of the first new token, where it isn't key_lengths
-  kNewLengths = kStatistics,     // int32 [batch]: key_lengths, and what was appended
+  kNewLengths = kStatistics,      // int32 [batch]: key_lengths, and what was appended
 };
 
 // Indices of the function constants in features.h. All are bools.
@@ -84,12 +84,12 @@ enum FunctionConstant : unsigned {
   kValueIsQuantized = 23,  // so is V
   kValueIsInt8 = 24,
   kValueIsE5m2 = 25,
-  kIsSplit = 26,           // decode: this launch writes partial results, which combine merges
-  kHasMaskBlocks = 27,     // the classes of the mask's blocks are bound
-  kHasCorrection = 28,     // forward writes the correction, backward_delta reads it
-  kBiasIsOfLastKeys = 29,  // the bias's last column is that of the last key, and keys before its first have none
+  kIsSplit = 26,            // decode: this launch writes partial results, which combine merges
+  kHasMaskBlocks = 27,      // the classes of the mask's blocks are bound
+  kHasCorrection = 28,      // forward writes the correction, backward_delta reads it
+  kBiasIsOfLastKeys = 29,   // the bias's last column is that of the last key, and keys before its first have none
   kHasRotary = 30,          // append: queries and new keys are rotated
-  kHasRotarySeqlens = 31,    // ... from positions of their own
+  kHasRotarySeqlens = 31,   // ... from positions of their own
   kRotaryInterleaved = 32,  // ... in pairs of neighbours
   kRotaryFloat = 33,        // ... by tables of float32
 };

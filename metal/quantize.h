@@ -1,5 +1,5 @@
-// 8-bit numbers with a scale per row, bit for bit those of mfa.quantize_kv: row / scale, where the scale takes the row's
-// largest absolute value to the largest number of the format.
+// 8-bit numbers with a scale per row, bit for bit those of mfa.quantize_kv: row / scale, where the scale takes the
+// row's largest absolute value to the largest number of the format.
 #pragma once
 
 #include "features.h"

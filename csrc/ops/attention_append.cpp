@@ -14,12 +14,12 @@ using torch::stable::Tensor;
 
 // What the op takes besides query [B,Hq,Lq,D] and the caches (ops/cache.h), in the schema's order.
 struct Terms {
-  Tensor key, value;                                // [B,Hkv,Lnew,D|Dv]
-  Tensor cache_lengths;                             // int32 [B]: where the new tokens go
-  std::optional<Tensor> block_table;                // int32 [B,pages_per_sequence]
-  std::optional<Tensor> key_scale, value_scale;     // of 8 bits: float32, the first three sizes of key_cache
-  std::optional<Tensor> rotary_cos, rotary_sin;     // float32 or the query's dtype [positions,R/2]
-  std::optional<Tensor> rotary_seqlens;              // int32 [B]: positions of the first new tokens
+  Tensor key, value;                             // [B,Hkv,Lnew,D|Dv]
+  Tensor cache_lengths;                          // int32 [B]: where the new tokens go
+  std::optional<Tensor> block_table;             // int32 [B,pages_per_sequence]
+  std::optional<Tensor> key_scale, value_scale;  // of 8 bits: float32, the first three sizes of key_cache
+  std::optional<Tensor> rotary_cos, rotary_sin;  // float32 or the query's dtype [positions,R/2]
+  std::optional<Tensor> rotary_seqlens;          // int32 [B]: positions of the first new tokens
   bool rotary_interleaved, queries_advance;
 
   static Terms take(Stack& stack) {

@@ -68,7 +68,7 @@ class Decode(NamedTuple):
 
 
 class Append(NamedTuple):
-    """Of `mfa::attention_append`: new keys and values for a cache, rotated with their queries where there are tables."""
+    """Of `mfa::attention_append`: new keys and values for a cache; keys and queries are rotated if there are tables."""
 
     query: Tensor  # [B,Hq,Lq,D]
     key_cache: Tensor  # as in Decode; modified

@@ -160,7 +160,11 @@ def attention_with_kv_cache(
     for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         check_is_tensor(name, tensor)
     sharding.ready(query)
-    for name, flag in (("is_causal", is_causal), ("rotary_interleaved", rotary_interleaved), ("return_lse", return_lse)):
+    for name, flag in (
+        ("is_causal", is_causal),
+        ("rotary_interleaved", rotary_interleaved),
+        ("return_lse", return_lse),
+    ):
         check_flag(name, flag)
     softcap, scale = as_number("softcap", softcap), None if scale is None else as_number("scale", scale)
     left, right = as_window(window)

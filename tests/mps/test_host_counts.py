@@ -24,3 +24,12 @@ def test_counts_of_a_call() -> None:
     assert decode.tensors == 2 + 2  # and what the parts of the cache leave to be merged
     assert decode.messages <= 28
     assert decode.heap <= 20
+    append = counts["attention_append"]
+    assert append.functions == append.crossings == 0
+    assert append.tensors == 2  # the rotated query and the new lengths
+    assert append.messages == 1 + 10 + 2 + 1 + 2  # as of forward, with ten buffers
+    assert append.heap <= 20
+    # Nothing but checks, and these two ops.
+    both = counts["attention_with_kv_cache"]
+    assert both.tensors == append.tensors + decode.tensors
+    assert both.messages == append.messages + decode.messages

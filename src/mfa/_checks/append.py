@@ -6,7 +6,7 @@ from torch import Tensor
 from .._arguments import Append
 from .cache import check_decode, check_lengths, check_new_tokens
 from .indices import check_index_tensor, host_values
-from .sizes import equal, holds, is_known
+from .sizes import equal, holds
 from .tensors import check_is_tensor, dtype_name
 
 
@@ -68,6 +68,6 @@ def check_positions(query: Tensor, new: int, cos: Tensor, starts: Tensor | int, 
     for entry, value in enumerate(values or ()):
         if not (holds(value >= 0) and holds(value <= cos.shape[0] - tokens)):
             raise ValueError(
-                f"rotary_cos has {cos.shape[0]} positions; it must have those of {tokens} tokens from {value} on, which "
-                f"batch entry {entry} needs"
+                f"rotary_cos has {cos.shape[0]} positions; it must have those of {tokens} tokens from {value} on, for "
+                f"batch entry {entry}"
             )

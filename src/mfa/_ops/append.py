@@ -60,8 +60,8 @@ def _append_autocast(*args: Any) -> _Outputs:
     device = arguments.query.device.type
     with torch.autocast(device, enabled=False):
         caches = arguments.key_cache, arguments.value_cache
-        cast = {name: autocast(device, getattr(arguments, name), *caches) for name in ("query", "key", "value")}
-        outputs: _Outputs = ops.attention_append(*arguments._replace(**cast))
+        query, key, value = (autocast(device, x, *caches) for x in (arguments.query, arguments.key, arguments.value))
+        outputs: _Outputs = ops.attention_append(*arguments._replace(query=query, key=key, value=value))
     return outputs
 
 

@@ -43,10 +43,8 @@ def attend(
         if k is not None:
             raise ValueError("cache_seqlens is None; it must be given when k is")
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if rotary_cos is not None or rotary_sin is not None:
-        if rotary_cos is None or rotary_sin is None or k is None:
-            missing = "rotary_cos" if rotary_cos is None else "rotary_sin" if rotary_sin is None else "k"
-            raise ValueError(f"{missing} is None; rotary_cos, rotary_sin, k and v must be given together")
+    if k is None and not (rotary_cos is None and rotary_sin is None):
+        raise ValueError("k is None; rotary_cos, rotary_sin, k and v must be given together")
 
     query, keys, values = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     key, value = (None if tensor is None else tensor.transpose(1, 2) for tensor in (k, v))
