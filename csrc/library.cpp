@@ -22,7 +22,7 @@ namespace {
   "Tensor? cache_leftpad, " FEATURES "SymInt num_splits"
 
 #define APPEND                                                                                                         \
-  "Tensor key, Tensor value, Tensor cache_lengths, Tensor? block_table, Tensor(c!)? key_scale, "                       \
+  "Tensor key, Tensor value, Tensor? cache_lengths, SymInt cache_length, Tensor? block_table, Tensor(c!)? key_scale, " \
   "Tensor(d!)? value_scale, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved, " \
   "bool queries_advance"
 

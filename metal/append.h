@@ -86,7 +86,8 @@ template <typename T, int kSimdgroups>
     device float* key_scale [[buffer(kKeyScale), function_constant(key_is_quantized)]],
     device float* value_scale [[buffer(kValueScale), function_constant(value_is_quantized)]],
     const device T* key [[buffer(kNewKey)]], const device T* value [[buffer(kNewValue)]],
-    const device int* lengths [[buffer(kKeyLengths)]], device int* new_lengths [[buffer(kNewLengths)]],
+    const device int* lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],
+    device int* new_lengths [[buffer(kNewLengths)]],
     constant int* block_table [[buffer(kBlockTable), function_constant(is_paged)]],
     const device uchar* rotary_cos [[buffer(kRotaryCos), function_constant(has_rotary)]],
     const device uchar* rotary_sin [[buffer(kRotarySin), function_constant(has_rotary)]],
@@ -94,7 +95,11 @@ template <typename T, int kSimdgroups>
     constant AttentionParams& params [[buffer(kParams)]], uint3 position [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
   const int batch = position.y;
-  const int length = min(max(lengths[batch], 0), params.key_length - params.new_tokens);
+  int length = params.cache_length;
+  if (has_key_lengths) {
+    length = lengths[batch];
+  }
+  length = min(max(length, 0), params.key_length - params.new_tokens);
   int first_position = length;
   if (has_rotary_seqlens) {
     first_position = rotary_seqlens[batch];

@@ -123,7 +123,7 @@ struct AttentionParams {
   MFA_INT64 grad_key_strides[3];
   MFA_INT64 grad_value_strides[3];
   // Of append.
-  int new_tokens;                      // of each batch entry
+  int cache_length, new_tokens;        // of each batch entry; there before, unless it has its own length, and new
   int rotary_pairs, rotary_positions;  // R/2, and rows of the tables
   int queries_advance;                 // 1: query i is at its key's position; 0: all are at the first one's
   MFA_INT64 new_key_strides[3];        // batch, head, row

@@ -22,14 +22,18 @@ INT32 = torch.int32
 CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 FORMATS = (None, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 ORDER = (
-    *("query", "key_cache", "value_cache", "key", "value", "cache_lengths", "block_table", "key_scale", "value_scale"),
+    *("query", "key_cache", "value_cache", "key", "value", "cache_lengths", "cache_length"),
+    *("block_table", "key_scale", "value_scale"),
     *("rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved", "queries_advance"),
 )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Dense without `page`; `rotary` is R, or None; `own_starts`: positions don't follow from lengths."""
+    """Dense without `page`; `rotary` is R, or None; `own_starts`: positions don't follow from lengths.
+
+    `as_number`: the length of all entries, which have the first one's, is not a tensor.
+    """
 
     dtype: torch.dtype
     formats: tuple[torch.dtype | None, torch.dtype | None]
@@ -45,6 +49,7 @@ class Problem:
     interleaved: bool
     advance: bool
     own_starts: bool
+    as_number: bool
     transposed: tuple[bool, bool]  # [B,L,H,D] memory: of query and new tokens, of caches
     seed: int
 
@@ -67,7 +72,8 @@ class Problem:
 
         named: dict[str, Any] = dict.fromkeys(ORDER)
         named["query"] = fresh(self.transposed[0], batch, heads, self.query_length, self.dims[0])
-        named["cache_lengths"] = torch.tensor(self.lengths, dtype=INT32)
+        named["cache_lengths"] = None if self.as_number else torch.tensor(self.lengths, dtype=INT32)
+        named["cache_length"] = self.lengths[0] if self.as_number else 0
         entries, rows = batch, self.capacity
         if self.page is not None:
             per_sequence = self.capacity // self.page
@@ -97,7 +103,8 @@ class Problem:
 def problems(draw: st.DrawFn) -> Problem:
     key_heads = draw(st.sampled_from((1, 2, 3)))
     dims = draw(st.sampled_from(((16, 16), (64, 64), (5, 3), (80, 40), (130, 128), (12, 256))))
-    form = st.sampled_from(FORMATS)
+    form, as_number = st.sampled_from(FORMATS), draw(st.booleans())
+    lengths = tuple(draw(st.lists(st.sampled_from((0, 1, 7, 8, 15, 40)), min_size=1, max_size=4)))
     formats = (draw(form), draw(form)) if draw(st.booleans()) else (draw(form),) * 2
     return Problem(
         dtype=draw(st.sampled_from(DTYPES)),
@@ -105,7 +112,7 @@ def problems(draw: st.DrawFn) -> Problem:
         heads=(key_heads * draw(st.sampled_from((1, 2, 4))), key_heads),
         query_length=draw(st.sampled_from((1, 0, 2, 7))),
         new=draw(st.sampled_from((1, 0, 2, 9, 33))),
-        lengths=tuple(draw(st.lists(st.sampled_from((0, 1, 7, 8, 15, 40)), min_size=1, max_size=4))),
+        lengths=lengths[:1] * len(lengths) if as_number else lengths,
         spare=draw(st.sampled_from((0, 1, 30))),
         page=draw(st.sampled_from((None, 8, 16, 24))),
         dims=dims,
@@ -119,6 +126,7 @@ def problems(draw: st.DrawFn) -> Problem:
         interleaved=draw(st.booleans()),
         advance=draw(st.booleans()),
         own_starts=draw(st.booleans()),
+        as_number=as_number,
         transposed=(draw(st.booleans()), draw(st.booleans())),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -142,7 +150,11 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 def check_rotated(actual: Tensor, x: Tensor, named: dict[str, Any], advance: bool) -> None:
     """Of x [B,H,L,D], against float64: two products and a sum are rounded to float32, and their result to the dtype."""
-    starts = named["cache_lengths"] if named["rotary_seqlens"] is None else named["rotary_seqlens"]
+    starts = named["rotary_seqlens"]
+    if starts is None:
+        starts = named["cache_lengths"]
+    if starts is None:
+        starts = torch.full((x.shape[0],), named["cache_length"])
     rows = starts[:, None] + torch.arange(x.shape[2]) * advance
     tables = named["rotary_cos"], named["rotary_sin"], rows.long()
     exact = rotated(x.transpose(1, 2), *tables, named["rotary_interleaved"]).transpose(1, 2)
@@ -223,7 +235,14 @@ def problem(**options: Any) -> Problem:
     defaults: dict[str, Any] = {
         **{"dtype": torch.float16, "formats": (None, None), "heads": (4, 2), "query_length": 2, "new": 2},
         **{"lengths": (5, 0, 12), "spare": 3, "page": None, "dims": (16, 16), "rotary": 8, "float_tables": True},
-        **{"interleaved": False, "advance": True, "own_starts": False, "transposed": (False, False), "seed": 0},
+        **{
+            "interleaved": False,
+            "advance": True,
+            "own_starts": False,
+            "as_number": False,
+            "transposed": (False, False),
+            "seed": 0,
+        },
     }
     return Problem(**{**defaults, **options})
 
@@ -377,6 +396,7 @@ def test_autocast() -> None:
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"cache_lengths": torch.tensor([5, 0, 16], dtype=INT32)}, "cache_lengths has 16 and 2 new tokens at 2"),
     ({}, {"cache_lengths": torch.tensor([5, 0])}, "cache_lengths has dtype int64"),
+    ({}, {"cache_lengths": None, "cache_length": 16}, "cache_length has 16 and 2 new tokens at 0"),
     ({"page": 8}, {"block_table": torch.zeros(3, 3, dtype=INT32)}, "append to the same slot"),
     ({"page": 8}, {"block_table": torch.full((3, 3), 11, dtype=INT32)}, "has page 11 at"),
     ({"formats": QUANTIZED}, {"value_scale": None}, "value_scale is None"),
@@ -456,9 +476,10 @@ def test_contents_that_the_host_does_not_see_are_clamped(page: int | None) -> No
 
 def public(named: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The arguments of the function."""
-    names = ("cache_lengths", "rotary_seqlens", "queries_advance")
+    names = ("cache_lengths", "cache_length", "rotary_seqlens", "queries_advance")
     kept = {name: x for name, x in named.items() if name not in names}
-    return {**kept, "cache_seqlens": named["cache_lengths"], **more}
+    lengths = named["cache_length"] if named["cache_lengths"] is None else named["cache_lengths"]
+    return {**kept, "cache_seqlens": lengths, **more}
 
 
 @pytest.mark.parametrize("terms", [{}, {"is_causal": False, "window": (3, None)}, {"is_causal": False}])
@@ -493,11 +514,12 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.simulator
 @pytest.mark.parametrize("page", [None, 8])
 @pytest.mark.parametrize("formats", [(None, None), (torch.int8, torch.int8)])
-@pytest.mark.parametrize("rotary", [None, 16])
+@pytest.mark.parametrize(("rotary", "as_number"), [(None, False), (16, False), (8, True)])
 def test_two_launches_from_query_key_value_to_out(
-    page: int | None, formats: tuple[torch.dtype | None, ...], rotary: int | None
+    page: int | None, formats: tuple[torch.dtype | None, ...], rotary: int | None, as_number: bool
 ) -> None:
-    named = public(problem(page=page, formats=formats, rotary=rotary, spare=60).arguments())
+    options = {"as_number": True, "lengths": (5, 5, 5)} if as_number else {}
+    named = public(problem(page=page, formats=formats, rotary=rotary, spare=60, **options).arguments())
     with Dispatched() as dispatched, mfa.simulate() as simulation:
         mfa.attention_with_kv_cache(**named)
         mfa.attention_with_kv_cache(**named, num_splits=2)

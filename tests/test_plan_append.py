@@ -31,6 +31,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "key_length": capacity,
         "head_dim": draw(st.integers(1, 256)),
         "value_dim": draw(st.integers(1, 256)),
+        "has_lengths": draw(st.booleans()),
+        "length": draw(st.integers(0, capacity)),
         "tokens": draw(st.integers(0, capacity)),
         "key_format": draw(st.sampled_from(FORMATS)),
         "value_format": draw(st.sampled_from(FORMATS)),
@@ -63,6 +65,7 @@ def test_constants(problem: dict[str, Any]) -> None:
     for launch in native.plan_append(**problem).launches:
         used = {name for name, value in launch.constants.items() if value} - {"is_aligned"}
         expected = {"is_paged"} if problem.get("page_size") else set()
+        expected |= {"has_key_lengths"} if problem["has_lengths"] else set()
         for side in ("key", "value"):
             form = problem[f"{side}_format"]
             expected |= {f"{side}_is_quantized"} if form != "same_dtype" else set()
@@ -90,7 +93,11 @@ def test_one_odd_stride_spoils_the_alignment(tensor: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"tokens": 65}, "tokens must be within"), ({"rotary_pairs": 33}, "rotary.pairs must be within 0 ... head_dim")],
+    [
+        ({"tokens": 65}, "tokens must be within"),
+        ({"length": 65}, "length must be within"),
+        ({"rotary_pairs": 33}, "rotary.pairs must be within 0 ... head_dim"),
+    ],
 )
 def test_refuses(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -15,7 +15,8 @@ using torch::stable::Tensor;
 // What the op takes besides query [B,Hq,Lq,D] and the caches (ops/cache.h), in the schema's order.
 struct Terms {
   Tensor key, value;                             // [B,Hkv,Lnew,D|Dv]
-  Tensor cache_lengths;                          // int32 [B]: where the new tokens go
+  std::optional<Tensor> cache_lengths;           // int32 [B]: where the new tokens go
+  std::int64_t cache_length;                     // the same for all, without them
   std::optional<Tensor> block_table;             // int32 [B,pages_per_sequence]
   std::optional<Tensor> key_scale, value_scale;  // of 8 bits: float32, the first three sizes of key_cache
   std::optional<Tensor> rotary_cos, rotary_sin;  // float32 or the query's dtype [positions,R/2]
@@ -26,7 +27,8 @@ struct Terms {
     return {
         .key = stack.take<Tensor>(),
         .value = stack.take<Tensor>(),
-        .cache_lengths = stack.take<Tensor>(),
+        .cache_lengths = stack.take<std::optional<Tensor>>(),
+        .cache_length = stack.take<std::int64_t>(),
         .block_table = stack.take<std::optional<Tensor>>(),
         .key_scale = stack.take<std::optional<Tensor>>(),
         .value_scale = stack.take<std::optional<Tensor>>(),
@@ -93,13 +95,17 @@ std::optional<Append::Rotary> rotary_of(const Terms& terms, const Tensor& query)
 // Returns rotated_query, as query or of size 0, and lengths int32 [B].
 std::tuple<Tensor, Tensor> append(const Qkv& qkv, const Terms& terms) {
   const auto& [query, key_cache, value_cache] = qkv;
-  const Cache cache = checked_cache(qkv, {terms.cache_lengths, terms.block_table, terms.key_scale, terms.value_scale});
+  const Cache cache = checked_cache(qkv, {terms.block_table, terms.key_scale, terms.value_scale});
   const std::int64_t capacity = capacity_of(key_cache, cache);
   check_sizes(qkv, capacity);
   refuse_unless(terms.key.dim() == 4, "key has ", terms.key.dim(), " dimensions; it must have 4");
-  Append append{.tokens = terms.key.size(2), .rotary = rotary_of(terms, query)};
+  Append append{.length = terms.cache_length, .tokens = terms.key.size(2), .rotary = rotary_of(terms, query)};
   check_new("key", terms.key, query, key_cache, append.tokens);
   check_new("value", terms.value, query, value_cache, append.tokens);
+  append.has_lengths = terms.cache_lengths.has_value();
+  if (append.has_lengths) check_int32("cache_lengths", *terms.cache_lengths, query, 1);
+  refuse_unless(append.length >= 0 && append.length <= capacity, "cache_length is ", append.length,
+                "; it must be within 0 ... ", capacity, ", the cache's capacity");
   refuse_unless(append.tokens <= capacity, "key has length ", append.tokens,
                 "; it must be at most the capacity of the cache, ", capacity);
   check_writable("key_cache", key_cache);
@@ -129,7 +135,7 @@ std::tuple<Tensor, Tensor> append(const Qkv& qkv, const Terms& terms) {
   if (terms.key_scale) operands.write(kKeyScale, *terms.key_scale);
   if (terms.value_scale) operands.write(kValueScale, *terms.value_scale);
   if (terms.block_table) operands.read_contiguous(kBlockTable, *terms.block_table);
-  operands.read_contiguous(kKeyLengths, terms.cache_lengths);
+  if (terms.cache_lengths) operands.read_contiguous(kKeyLengths, *terms.cache_lengths);
   operands.write(kNewLengths, lengths);
   operands.run(plan_append(problem, append));
   return {rotated, lengths};

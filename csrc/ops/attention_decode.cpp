@@ -46,7 +46,8 @@ void check_mask(const Tensor& mask, const Tensor& query) {
 
 // Checked.
 Cache cache_of(const Qkv& qkv, const Terms& terms) {
-  Cache cache = checked_cache(qkv, {terms.cache_lengths, terms.block_table, terms.key_scale, terms.value_scale});
+  Cache cache = checked_cache(qkv, {terms.block_table, terms.key_scale, terms.value_scale});
+  check_int32("cache_lengths", terms.cache_lengths, qkv.query, 1);
   cache.splits = terms.num_splits;
   refuse_unless(cache.splits >= 0, "num_splits is ", cache.splits, "; it must be 0 (automatic) or more");
   if (terms.attn_mask) check_mask(*terms.attn_mask, qkv.query);

@@ -52,7 +52,6 @@ Cache checked_cache(const Qkv& qkv, const CacheTerms& terms) {
   Cache cache;
   check_tensor("key_cache", key, query, key);
   check_tensor("value_cache", value, query, key);
-  check_int32("cache_lengths", terms.cache_lengths, query, 1);
   cache.key_format = format_of("key_cache", key, query);
   cache.value_format = format_of("value_cache", value, query);
   check_scale("key_scale", terms.key_scale, key, cache.key_format);

@@ -7,7 +7,6 @@ namespace mfa {
 
 // Which tokens of key [B,Hkv,capacity,D] and value [B,Hkv,capacity,Dv] are meant; of pages, [pages,Hkv,page,D|Dv].
 struct CacheTerms {
-  const torch::stable::Tensor& cache_lengths;                          // int32 [B]
   const std::optional<torch::stable::Tensor>& block_table;             // int32 [B,pages_per_sequence]
   const std::optional<torch::stable::Tensor>&key_scale, &value_scale;  // of 8 bits: float32, the first sizes of key
 };

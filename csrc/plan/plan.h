@@ -88,7 +88,9 @@ struct Gradients {
 
 // New tokens of a problem's cache. Problem.query_strides and out_strides are those of queries and of rotated queries.
 struct Append {
-  std::int64_t tokens = 0;  // of each batch entry
+  bool has_lengths = false;  // each batch entry has its own tokens already; else all have `length`
+  std::int64_t length = 0;
+  std::int64_t tokens = 0;  // new, of each batch entry
   Strides key_strides{}, value_strides{};
   struct Rotary {
     std::int64_t pairs = 0, positions = 0;  // of the tables

@@ -8,6 +8,7 @@ namespace mfa {
 Plan plan_append(const Problem& problem, const Append& append) {
   const Canonical start = canonical(problem);
   require(0 <= append.tokens && append.tokens <= problem.key_length, "tokens must be within 0 ... key_length");
+  require(0 <= append.length && append.length <= problem.key_length, "length must be within 0 ... key_length");
   require(!append.rotary || (append.rotary->pairs >= 0 && 2 * append.rotary->pairs <= problem.head_dim),
           "rotary.pairs must be within 0 ... head_dim / 2");
   const Instance& instance = the_instance(Kind::append, problem.dtype);
@@ -19,6 +20,7 @@ Plan plan_append(const Problem& problem, const Append& append) {
   params.page_size = static_cast<int>(cache.page_size);
   params.pages = static_cast<int>(cache.pages);
   params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
+  params.cache_length = static_cast<int>(append.length);
   params.new_tokens = static_cast<int>(append.tokens);
   params.rotary_pairs = static_cast<int>(rotary.pairs);
   params.rotary_positions = static_cast<int>(rotary.positions);
@@ -35,6 +37,7 @@ Plan plan_append(const Problem& problem, const Append& append) {
   // One at least, which writes the new lengths.
   add_launch(plan, instance,
              constants({{kAligned, aligned},
+                        {kHasKeyLengths, append.has_lengths},
                         {kIsPaged, cache.page_size > 0},
                         {kKeyIsQuantized, cache.key_format != Cache::Format::same_dtype},
                         {kKeyIsInt8, cache.key_format == Cache::Format::int8},

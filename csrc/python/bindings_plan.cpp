@@ -170,6 +170,8 @@ Plan decode_plan(const nb::kwargs& kwargs) {
 
 Append take_append(Fields& fields, const Problem& problem) {
   Append append;
+  fields.take("has_lengths", append.has_lengths);
+  fields.take("length", append.length);
   fields.take("tokens", append.tokens);
   append.key_strides = contiguous(problem.key_heads, append.tokens, problem.head_dim);
   append.value_strides = contiguous(problem.key_heads, append.tokens, problem.value_dim);
@@ -241,10 +243,11 @@ void bind_plan(nb::module_& m) {
   m.def("plan_backward", &backward_plan, nb::sig("def plan_backward(**problem: object) -> Plan"),
         "Of attention_backward. As plan(), with the fields of Gradients: wants_query ... wants_alibi, has_grad_lse, "
         "grad_out_strides, grad_query_strides, grad_key_strides, grad_value_strides, mode, scratch_limit.");
-  m.def("plan_append", &append_plan, nb::sig("def plan_append(**problem: object) -> Plan"),
-        "Of attention_append. As plan_decode(), with the fields of Append: tokens, new_key_strides, new_value_strides; "
-        "and where has_rotary is true those of Rotary: rotary_pairs, rotary_positions, rotary_has_starts, "
-        "rotary_interleaved, rotary_is_float, queries_advance.");
+  m.def(
+      "plan_append", &append_plan, nb::sig("def plan_append(**problem: object) -> Plan"),
+      "Of attention_append. As plan_decode(), with the fields of Append: has_lengths, length, tokens, new_key_strides, "
+      "new_value_strides; and where has_rotary is true those of Rotary: rotary_pairs, rotary_positions, "
+      "rotary_has_starts, rotary_interleaved, rotary_is_float, queries_advance.");
   m.def("plan_decode", &decode_plan, nb::sig("def plan_decode(**problem: object) -> Plan"),
         "Of attention_decode. As plan(), with the fields of Cache: key_format, value_format, page_size, pages, "
         "pages_per_sequence, key_scale_strides, value_scale_strides, has_leftpad, splits; and bias_is_of_last_keys.");

@@ -75,7 +75,8 @@ class Append(NamedTuple):
     value_cache: Tensor
     key: Tensor  # [B,Hkv,Lnew,D]
     value: Tensor  # [B,Hkv,Lnew,Dv]
-    cache_lengths: Tensor  # int32 [B], tokens before the new ones
+    cache_lengths: Tensor | None  # int32 [B], tokens before the new ones
+    cache_length: int  # the same for all entries, where cache_lengths is None
     block_table: Tensor | None  # as in Decode
     key_scale: Tensor | None  # modified
     value_scale: Tensor | None
@@ -86,12 +87,13 @@ class Append(NamedTuple):
     queries_advance: bool  # query i is at its key's position, else all are at the first one's
 
     def decode(self) -> Decode:
-        """What attends over the cache."""
+        """What attends over the cache, but for its new lengths."""
+        lengths: Any = self.cache_lengths
         return Decode(
             query=self.query,
             key_cache=self.key_cache,
             value_cache=self.value_cache,
-            cache_lengths=self.cache_lengths,
+            cache_lengths=lengths,
             block_table=self.block_table,
             key_scale=self.key_scale,
             value_scale=self.value_scale,

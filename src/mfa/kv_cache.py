@@ -220,8 +220,6 @@ def attention_with_kv_cache(
     if torch.is_grad_enabled():
         check_no_grad(arguments)
 
-    if not isinstance(lengths, Tensor):
-        lengths = torch.full((query.shape[0],), lengths, dtype=torch.int32, device=query.device)
     if key is not None and value is not None and not (rotary_cos is None and is_known(new == 0)):
         append = Append(
             query=query,
@@ -229,7 +227,8 @@ def attention_with_kv_cache(
             value_cache=value_cache,
             key=key,
             value=value,
-            cache_lengths=lengths,
+            cache_lengths=lengths if isinstance(lengths, Tensor) else None,
+            cache_length=0 if isinstance(lengths, Tensor) else lengths,
             block_table=table,
             key_scale=key_scale,
             value_scale=value_scale,
@@ -242,6 +241,8 @@ def attention_with_kv_cache(
         rotated, lengths = ops.attention_append(*append)
         if rotary_cos is not None:
             query = rotated
+    elif not isinstance(lengths, Tensor):
+        lengths = torch.full((query.shape[0],), lengths, dtype=torch.int32, device=query.device)
     arguments = arguments._replace(query=query, cache_lengths=lengths)
     out, lse = ops.attention_decode(*arguments)
     return (out, lse) if return_lse else out

@@ -23,7 +23,7 @@ def calls() -> dict[str, Callable[[], object]]:
             query, *cache, length, None, None, None, None, None, None, None, 0.125, None, None, 0.0, 0
         ),
         "attention_append": lambda: ops.attention_append(
-            query, *cache, key, value, length, None, None, None, *tables, None, True, True
+            query, *cache, key, value, length, 0, None, None, None, *tables, None, True, True
         ),
         "attention_with_kv_cache": lambda: mfa.attention_with_kv_cache(
             query, *cache, key, value, cache_seqlens=length, rotary_cos=tables[0], rotary_sin=tables[1]

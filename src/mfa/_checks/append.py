@@ -15,16 +15,21 @@ def check_append(arguments: Append, *, metal: bool) -> None:
     decode = arguments.decode()
     check_decode(decode, metal=metal)
     check_new_tokens(decode, arguments.key, arguments.value)
-    check_index_tensor("cache_lengths", arguments.cache_lengths, arguments.query, "[B]", (arguments.query.shape[0],))
+    if arguments.cache_lengths is not None:
+        check_index_tensor(
+            "cache_lengths", arguments.cache_lengths, arguments.query, "[B]", (arguments.query.shape[0],)
+        )
     check_rotary(arguments.query, arguments.rotary_cos, arguments.rotary_sin, arguments.rotary_seqlens)
 
 
 def check_contents(arguments: Append) -> None:
     """What the contents of index tensors tell, where the host sees them."""
     new = arguments.key.shape[2]
-    check_lengths("cache_lengths", arguments.cache_lengths, new, arguments.decode())
+    name = "cache_length" if arguments.cache_lengths is None else "cache_lengths"
+    lengths = arguments.cache_length if arguments.cache_lengths is None else arguments.cache_lengths
+    check_lengths(name, lengths, new, arguments.decode())
     if arguments.rotary_cos is not None:
-        starts = arguments.cache_lengths if arguments.rotary_seqlens is None else arguments.rotary_seqlens
+        starts = lengths if arguments.rotary_seqlens is None else arguments.rotary_seqlens
         check_positions(arguments.query, new, arguments.rotary_cos, starts, advance=arguments.queries_advance)
 
 

@@ -15,6 +15,8 @@ def attention_append(arguments: Append) -> tuple[Tensor, Tensor]:
         The rotated query, or without rotary a tensor of size 0; and the lengths with what was appended, int32 [B].
     """
     query, key, lengths = arguments.query, arguments.key, arguments.cache_lengths
+    if lengths is None:
+        lengths = torch.full((query.shape[0],), arguments.cache_length, dtype=torch.int32)
     new = key.shape[2]
     rotated_query = query.new_empty(0)
     cos, sin = arguments.rotary_cos, arguments.rotary_sin
@@ -27,7 +29,7 @@ def attention_append(arguments: Append) -> tuple[Tensor, Tensor]:
         rotated_query = laid_out(_rotated(query, starts[:, None] + advance, *tables), query)
         key = _rotated(key, starts[:, None] + own, *tables)
     if new > 0:
-        entries, slots = _places(arguments)
+        entries, slots = _places(arguments, lengths)
         for cache, scales, rows in (
             (arguments.key_cache, arguments.key_scale, key),
             (arguments.value_cache, arguments.value_scale, arguments.value),
@@ -50,9 +52,9 @@ def _rotated(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved
     return torch.cat((torch.stack(turned, pair).flatten(-2).to(x.dtype), x[..., dim:]), -1)
 
 
-def _places(arguments: Append) -> tuple[Tensor, Tensor]:
+def _places(arguments: Append, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Where new tokens go: index in the cache's first dimension, and slot there, int64 that broadcast to [B,Lnew]."""
-    tokens = arguments.cache_lengths.long().unsqueeze(1) + torch.arange(arguments.key.shape[2])
+    tokens = lengths.long().unsqueeze(1) + torch.arange(arguments.key.shape[2])
     if arguments.block_table is None:
         return torch.arange(tokens.shape[0]).unsqueeze(1), tokens
     page = arguments.key_cache.shape[2]

@@ -40,7 +40,7 @@ def _append_fake(*args: Any, **keywords: Any) -> _Outputs:
     query = arguments.query
     check_append(arguments, metal=query.device.type == "mps")
     rotated = query.new_empty(0) if arguments.rotary_cos is None else empty_outputs(query, query.shape[3])[0]
-    return rotated, arguments.cache_lengths.new_empty(query.shape[0])
+    return rotated, query.new_empty(query.shape[0], dtype=torch.int32)
 
 
 def _append_autograd(keyset: Any, *args: Any) -> _Outputs:
