@@ -39,6 +39,8 @@ class Case:
     cache: str = ""  # same_dtype, int8, e4m3, e5m2: key_length is the capacity per entry, live lengths are random
     page_size: int = 0
     splits: int = 0
+    new_tokens: int = 0  # append so many to the cache, instead of attending
+    rotary: int = 0  # R of the queries and keys that come with them; pairs are `interleaved`
     heads_checked: int = 0  # 0: all; else so many (batch, key head), the first and the last among them
 
     @property
@@ -56,6 +58,8 @@ class Case:
             ("cache", self.cache or None),
             ("page", self.page_size or None),
             ("splits", self.splits or None),
+            ("new", self.new_tokens or None),
+            ("rotary", self.rotary or None),
             ("backward", self.backward or None),
         ):
             if value is not None:
@@ -96,6 +100,17 @@ def small() -> Iterator[Case]:
     for (cache, page), tokens in product(caches, (2, 9)):
         yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=tokens, key_length=160, cache=cache,
                    page_size=page, splits=3, window_right=0)  # fmt: skip
+
+    yield from appended(
+        Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, new_tokens=5)
+    )
+
+
+def appended(base: Case) -> Iterator[Case]:
+    for (cache, page), dtype in product((("same_dtype", 16), ("int8", 0), ("e4m3", 16), ("e5m2", 0)), DTYPES):
+        yield replace(base, cache=cache, page_size=page, dtype=dtype, rotary=32, interleaved=page == 0)
+    yield replace(base, cache="same_dtype", head_dim=50, rotary=20)
+    yield replace(base, cache="int8")
 
 
 def features() -> Iterator[Case]:
@@ -154,6 +169,8 @@ def caches() -> Iterator[Case]:
     yield replace(base, dtype="bf16", query_length=4, page_size=64, splits=7)
     yield replace(base, dtype="f32", head_dim=64, page_size=16)
     yield replace(base, batch=1, key_length=131072, page_size=16)
+    yield from appended(replace(base, query_length=4, new_tokens=4))
+    yield from appended(replace(base, batch=4, query_length=2000, key_length=4096, new_tokens=2000))
 
 
 def repeated() -> Iterator[Case]:

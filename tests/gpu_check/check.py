@@ -242,6 +242,58 @@ class Problem:
         return found[0], found[1]
 
 
+def check_appended(problem: Problem) -> dict[str, Any]:
+    """The bits that torch's operations give, of which each rounds; nothing else has changed."""
+    start, case, inputs = time.monotonic(), problem.case, problem.inputs
+    shape = (case["batch"], case["key_heads"], case["new_tokens"])
+    rows = {side: problem._normal(*shape, dim, dtype=problem.dtype) for side, dim in
+            (("key", case["head_dim"]), ("value", problem.value_dim))}  # fmt: skip
+    lengths = inputs["key_lengths"].clamp_(max=case["key_length"] - case["new_tokens"])
+    tensors = inputs | {f"new_{side}": x for side, x in rows.items()} | {"new_lengths": torch.empty_like(lengths)}
+    expected = {"new_lengths": lengths + case["new_tokens"]}
+    if case["rotary"]:
+        angles = problem._normal(case["key_length"] + case["query_length"], case["rotary"] // 2)
+        tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+        tensors |= tables | {"out": torch.empty_like(inputs["query"])}
+        expected["out"] = rotated(inputs["query"], lengths, *tables.values(), case["interleaved"])
+        rows["key"] = rotated(rows["key"], lengths, *tables.values(), case["interleaved"])
+    tokens = lengths.long()[:, None] + torch.arange(case["new_tokens"], device=problem.device)
+    entries = torch.arange(case["batch"], device=problem.device)[:, None]
+    if case["page_size"]:
+        entries = inputs["block_table"].long().gather(1, tokens // case["page_size"])
+        tokens = tokens % case["page_size"]
+    for side, x in rows.items():
+        if case["cache"] in QUANTIZED:
+            dtype, most = QUANTIZED[case["cache"]]
+            scale = (x.float().abs().amax(-1) / most).clamp_min(torch.finfo(torch.float32).tiny)
+            x = x.float() / scale[..., None]
+            x = (x.round() if dtype == torch.int8 else x).clamp(-most, most).to(dtype)
+            expected[f"{side}_scale"] = inputs[f"{side}_scale"].clone()
+            expected[f"{side}_scale"][entries, :, tokens] = scale.transpose(1, 2)
+        expected[side] = bits(inputs[side]).clone()
+        expected[side][entries, :, tokens] = bits(x).transpose(1, 2)
+    problem.gpu.run(problem.entry["forward"], tensors)
+    differing = [name for name, x in expected.items() if not torch.equal(bits(tensors[name]), x)]
+    seconds = [round(time.monotonic() - start, 3), 0]
+    return {"name": problem.entry["name"], "passes": not differing, "differing": differing, "seconds": seconds}
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype in FLOAT8 else x
+
+
+def rotated(x: Tensor, starts: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Of x [B,H,L,D] whose rows have positions from `starts` [B] on."""
+    positions = starts.long()[:, None] + torch.arange(x.shape[2], device=x.device)
+    c, s = (table[positions][:, None] for table in (cos, sin))
+    half = cos.shape[1]
+    pair = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    a, b = (x[..., part].float() for part in pair)
+    y = x.clone()
+    y[..., pair[0]], y[..., pair[1]] = (a * c - b * s).to(x.dtype), (a * s + b * c).to(x.dtype)
+    return y
+
+
 def largest(actual: Tensor, expected: Tensor) -> float:
     """The largest difference; equal infinities differ by 0, and NaN is an infinite error."""
     difference = (actual.double() - expected.double()).abs()
@@ -288,6 +340,10 @@ def check(problem: Problem) -> dict[str, Any]:
         "errors": errors,
         "seconds": [round(ran, 3), round(time.monotonic() - start - ran, 3)],
     }
+
+
+def verdict(problem: Problem) -> dict[str, Any]:
+    return check_appended(problem) if problem.case["new_tokens"] else check(problem)
 
 
 def gathered(problem: Problem, name: str, parts: list[Tensor], got: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -345,7 +401,7 @@ def run(directory: Path, groups: Sequence[str] | None, report: Path | None) -> i
             continue
         try:
             problem = Problem(gpu, entry)
-            results.append(repeats(problem) if entry["case"]["group"] == "repeat" else check(problem))
+            results.append(repeats(problem) if entry["case"]["group"] == "repeat" else verdict(problem))
             del problem
         except (RuntimeError, KeyError, FileNotFoundError) as error:
             traceback.print_exc(limit=-3)

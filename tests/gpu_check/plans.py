@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ PARAMS = Path(__file__).parents[2] / "metal" / "params.h"
 
 
 def enumerators(name: str) -> dict[str, int]:
-    """`kGradQuery = 14` of an enumeration in metal/params.h as {"grad_query": 14}."""
+    """`kGradQuery = 14` of an enumeration in metal/params.h as {"grad_query": 14}; `kNewKey = kGradKey` is the same."""
     text = PARAMS.read_text()
     body = text[text.index(f"enum {name}") :]
-    found = re.finditer(r"\bk(\w+) = (\d+)", body[: body.index("};")])
-    return {re.sub(r"(?<!^)([A-Z])", r"_\1", each[1]).lower(): int(each[2]) for each in found}
+    values: dict[str, int] = {}
+    for each in re.finditer(r"\bk(\w+) = (?:(\d+)|k(\w+))", body[: body.index("};")]):
+        values[each[1]] = int(each[2]) if each[2] else values[each[3]]
+    return {re.sub(r"(?<!^)([A-Z])", r"_\1", each).lower(): value for each, value in values.items()}
 
 
 def constant_indices() -> dict[str, int]:
     """As plans spell them: is_aligned for kAligned."""
     irregular = {"aligned": "is_aligned", "exact_head": "is_exact_head"}
+    irregular |= {"rotary_interleaved": "is_rotary_interleaved", "rotary_float": "is_rotary_float"}
     return {irregular.get(name, name): index for name, index in enumerators("FunctionConstant").items()}
 
 
@@ -125,7 +128,25 @@ def fields_of(case: Case) -> dict[str, Any]:
     return problem(case) | {"has_correction": bool(case.backward) and case.dtype != "f32"}
 
 
+def append_fields(case: Case) -> dict[str, Any]:
+    """What plan_append() wants beyond that."""
+    return {
+        "has_lengths": True,
+        "tokens": case.new_tokens,
+        "has_rotary": case.rotary > 0,
+        "rotary_pairs": case.rotary // 2,
+        "rotary_positions": case.key_length + case.query_length,
+        "rotary_interleaved": case.interleaved,
+        "rotary_is_float": True,
+    }
+
+
 def plan(case: Case) -> dict[str, Any]:
+    if case.new_tokens:
+        fields = problem(replace(case, interleaved=False)) | cache_fields(case) | append_fields(case)
+        if not case.rotary:
+            fields = {name: x for name, x in fields.items() if not name.startswith("rotary_")}
+        return {"case": asdict(case), "name": case.name, "forward": as_data(_native.plan_append(**fields))}
     if case.cache:
         return {
             "case": asdict(case),
