@@ -405,7 +405,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"rotary_sin": None}, "rotary_sin is None, and rotary_cos is given"),
     ({}, {"rotary_sin": torch.zeros(22, 3)}, r"rotary_sin has shape \[22, 3\]; it must have that of rotary_cos"),
     ({}, {"rotary_sin": torch.zeros(22, 4).half()}, "rotary_sin has dtype float16; it must have that of rotary_cos"),
-    ({}, {"rotary_cos": torch.zeros(22, 4).double()}, "rotary_cos has dtype float64; it must be float16 or float32"),
+    ({}, {"rotary_cos": torch.zeros(22, 4).int()}, "rotary_cos has dtype int32; it must be float16 or float32"),
     ({}, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(22, 9)), "rotary_cos has 9 columns; .* half of .* 16"),
     ({}, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(13, 4)), "13 positions; .* 2 tokens from 12 on"),
     ({}, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(0, 4)), "rotary_cos has 0 positions"),

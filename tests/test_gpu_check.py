@@ -78,6 +78,17 @@ def test_a_wrong_result_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert [each for each, ratio in found["of_bound"].items() if ratio > 1] == [name]
 
 
+@pytest.mark.parametrize("name", ["out", "key", "value_scale", "new_lengths"])
+def test_a_wrong_bit_of_a_cache_is_found(name: str) -> None:
+    class Spoiled(Simulated):
+        def run(self, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+            super().run(plan, tensors)
+            tensors[name].view(torch.uint8).view(-1)[-1] ^= 1
+
+    case = next(case for case in SMALL if case.new_tokens and case.rotary and case.cache == "int8")
+    assert verdict(Problem(Spoiled(), plans.plan(case)))["differing"] == [name]
+
+
 @pytest.mark.parametrize(
     ("file", "kernel"), [("append_bf16", ""), ("forward_f16", "forward_f16_d64_v64_staged_s4_r2_k32"), ("tile_map", "")]
 )

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.simulator
 
 METAL = Path(__file__).parent.parent / "metal"
 SOURCE = """
+#include "append.h"
 #include "decode.h"
 #include "forward.h"
 namespace mfa {
@@ -26,6 +27,7 @@ FORWARD(f16, staged, split, 64, 64, 8, 2, 32)
 FORWARD(f16, staged, shared, 256, 256, 4, 1, 16)
 FORWARD(f16, direct, split, 64, 64, 4, 2, 32)
 DECODE(f16, staged, 64, 64, 8, 1, 32)
+APPEND(f16, 4)
 }
 """
 
@@ -48,6 +50,7 @@ SHARES = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (rows.vie
 D256: dict[str, Any] = {"dim": 256, "lengths": (40, 40), "kernel": "forward_f16_d256_v256_staged_s4_r1_k16"}
 DECODE: dict[str, Any] = {"lengths": (40, 77), "kernel": "decode_f16_d64_v64_staged_s8_r1_k32"}
 ODD: dict[str, Any] = {"dim": 61}
+APPEND: dict[str, Any] = {"dim": 61, "lengths": (3, 9), "appends": True}
 DIRECT = {"family": "apple9", "kernel": "forward_f16_d64_v64_direct_s4_r2_k32"}
 UNCHECKED: dict[str, Any] = {"checks": ()}  # divergence is always found, but races would be found first
 
@@ -154,6 +157,33 @@ MUTANTS = [
         DECODE,
     ),
     Mutant(
+        "append: rows unguarded", "append.h", "if (index >= 2 * rows) {", "if (false) {", "out of bounds|race", APPEND
+    ),
+    Mutant(
+        "append: every SIMD-group has the first row",
+        "append.h",
+        "long(position.x) * kSimdgroups + simdgroup",
+        "long(position.x) * kSimdgroups",
+        "race",
+        APPEND,
+    ),
+    Mutant(
+        "append: pairs reach beyond R",
+        "rotary.h",
+        "if (d + e < 2 * pairs) {",
+        "if (d + e < dim) {",
+        "out of bounds",
+        APPEND,
+    ),
+    Mutant(
+        "append: no guard for the head dimension",
+        "loader.h",
+        "    if (d + e < dim) {\n      row[d + e] = y[e];",
+        "    if (true) {\n      row[d + e] = y[e];",
+        "out of bounds|race",
+        APPEND,
+    ),
+    Mutant(
         "tails are not zeroed",
         "loader.h",
         "target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);",
@@ -187,6 +217,7 @@ def run(
     dim: int = 64,
     lengths: tuple[int, int] = (150, 77),
     family: str = "apple7",
+    appends: bool = False,
     kernel: str | None = None,  # instead of the one that tuning.def chooses
     checks: tuple[str, ...] = ("races", "bounds"),  # what is uninitialised would often be found first
 ) -> torch.Tensor:
@@ -197,6 +228,12 @@ def run(
     _library.prefer_instance(kernel)
     try:
         with mfa.simulate(family, checks=checks, seed=seed, kernel_library=library):
+            if appends:
+                caches, tables = torch.zeros(2, 1, 2, 20, dim).half(), torch.zeros(2, 30, dim // 4)
+                lengths_before = torch.tensor([9], dtype=torch.int32)
+                return torch.ops.mfa.attention_append(
+                    *(query, *caches, key, value, lengths_before, 0, None, None, None, *tables, None, False, True)
+                )[0]
             return mfa.attention(query, key, value, return_lse=True)[0]
     finally:
         _library.prefer_instance(None)
@@ -212,7 +249,7 @@ def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
 def test_the_original_is_clean(tmp_path: Path) -> None:
     library = build(Path(shutil.copytree(METAL, tmp_path / "metal")))
     for seed in range(3):
-        for problem in ({}, D256, ODD, DIRECT, DECODE):
+        for problem in ({}, D256, ODD, DIRECT, DECODE, APPEND):
             run(library, seed, checks=("races", "bounds", "uninitialised"), **problem)
 
 
