@@ -37,4 +37,6 @@ def is_known(condition: bool) -> bool:
 
 def equal(shape: Sequence[int], other: Sequence[int]) -> bool:
     """`holds` of two shapes' equality."""
+    if not torch.compiler.is_compiling() and {*map(type, shape), *map(type, other)} == {int}:
+        return tuple(shape) == tuple(other)  # sooner than one by one
     return len(shape) == len(other) and all(holds(a == b) for a, b in zip(shape, other, strict=True))
