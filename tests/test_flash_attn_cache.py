@@ -10,6 +10,7 @@ from conftest import Device
 from rotation import rotated
 from torch import Tensor
 
+import mfa
 from mfa import flash_attn
 from mfa.flash_attn import flash_attn_3
 
@@ -183,6 +184,24 @@ def test_flash_attn_3(device: Device) -> None:
     rows = torch.tensor(positions)[:, None] + torch.arange(NEW)
     q, new_k = (rotated(x, cos, sin, rows, True) for x in (cache.q, cache.new_k))
     check(cache, results, q, new_k, window=(None, 0), softcap=2.0)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("function", [flash_attn.flash_attn_with_kvcache, flash_attn_3.flash_attn_with_kvcache])
+def test_two_launches(function: Any) -> None:
+    cache = Cache(13, entries=[3, 1], starts=[4, 2], ends=[9, 5])
+    cos, sin = tables(16)
+    with mfa.simulate() as simulation:
+        function(
+            *(cache.q, cache.k, cache.v, cache.new_k, cache.new_v),
+            rotary_cos=cos,
+            rotary_sin=sin,
+            cache_seqlens=ints(cache.ends),
+            cache_batch_idx=ints(cache.entries),
+            cache_leftpad=ints(cache.starts),
+            causal=True,
+        )
+    assert [launch.kernel.split("_")[0] for launch in simulation.launches] == ["append", "decode"]
 
 
 def test_compiles() -> None:
