@@ -265,7 +265,10 @@ def check_appended(problem: Problem) -> dict[str, Any]:
     for side, x in rows.items():
         if case["cache"] in QUANTIZED:
             dtype, most = QUANTIZED[case["cache"]]
-            scale = (x.float().abs().amax(-1) / most).clamp_min(torch.finfo(torch.float32).tiny)
+            # By a tensor: torch multiplies by the reciprocal of a number there.
+            scale = (x.float().abs().amax(-1) / lengths.new_tensor(most, dtype=torch.float32)).clamp_min(
+                torch.finfo(torch.float32).tiny
+            )
             x = x.float() / scale[..., None]
             x = (x.round() if dtype == torch.int8 else x).clamp(-most, most).to(dtype)
             expected[f"{side}_scale"] = inputs[f"{side}_scale"].clone()
