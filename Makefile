@@ -22,9 +22,10 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -n
 STAMP := $(VENV)/stamp
 TORCH_VERSIONS := $(shell cat tests/torch_versions.txt)
 # Where a test meets more of torch than tensors: what kernels compute doesn't depend on its version.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,append checkpointing decode_ops diffusers double_backward dropout errors fidelity_torch generation main merge \
-	mps_flash_attn_quantized ops plan public_reports sdpa sdpa_nested sdpa_opinfo sdpa_policy sdpa_varlen simulator_snippets \
-	sizes_from_data torch_func torch_internals training transformers transformers_kinds varlen_ops)
+TORCH_TESTS := $(patsubst %,tests/test_%.py,append append_ops checkpointing decode_ops diffusers double_backward \
+	dropout errors fidelity_torch generation main merge mps_flash_attn_quantized ops plan public_reports sdpa \
+	sdpa_nested sdpa_opinfo sdpa_policy sdpa_varlen simulator_snippets sizes_from_data torch_func torch_internals \
+	training transformers transformers_kinds varlen_ops)
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
 .PHONY: demo test test-main test-mps test-slow test-torch host-cost lint format build wheel mac mac-check gpu-check clean help
