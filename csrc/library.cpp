@@ -15,11 +15,16 @@ namespace {
   "Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, "
 #define DROPOUT "float dropout_p, Tensor? rng_state"
 #define DENSE "Tensor? bias, " FEATURES DROPOUT
-#define VARLEN "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT
+#define VARLEN                                                                                            \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT \
+  ", Tensor? seqused_k"
 #define BACKWARD "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? correction, "
 #define DECODE                                                                                             \
   "Tensor cache_lengths, Tensor? block_table, Tensor? key_scale, Tensor? value_scale, Tensor? attn_mask, " \
   "Tensor? cache_leftpad, " FEATURES "SymInt num_splits"
+#define PAGED                                                                                             \
+  "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor seqused_k, Tensor block_table, " \
+  "Tensor? key_scale, Tensor? value_scale, " FEATURES "SymInt num_splits"
 
 #define APPEND                                                                                                         \
   "Tensor key, Tensor value, Tensor? cache_lengths, SymInt cache_length, Tensor? block_table, Tensor(c!)? key_scale, " \
@@ -55,6 +60,8 @@ constexpr const char* kSchemas[] = {
     ") -> (Tensor rotated_query, Tensor lengths)",
 
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, " DECODE ") -> (Tensor out, Tensor lse)",
+
+    "attention_varlen_paged(" QKV PAGED ") -> (Tensor out, Tensor lse)",
 };
 
 template <typename Function>
@@ -101,4 +108,5 @@ STABLE_TORCH_LIBRARY_IMPL(mfa, MPS, m) {
   m.impl("attention_varlen_backward", &mfa::attention_varlen_backward);
   m.impl("attention_append", &mfa::attention_append);
   m.impl("attention_decode", &mfa::attention_decode);
+  m.impl("attention_varlen_paged", &mfa::attention_varlen_paged);
 }

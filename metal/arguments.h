@@ -16,10 +16,10 @@
       const device uint *rng_state [[buffer(kRngState), function_constant(has_dropout)]]
 
 // Where rows lie: see layout.h.
-#define MFA_LAYOUT_ARGUMENTS                                                                 \
-  const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],            \
-      const device int *query_starts [[buffer(kQueryStarts), function_constant(is_varlen)]], \
-      const device int *key_starts [[buffer(kKeyStarts), function_constant(is_varlen)]],     \
+#define MFA_LAYOUT_ARGUMENTS                                                                  \
+  const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],             \
+      const device int *query_starts [[buffer(kQueryStarts), function_constant(is_varlen)]],  \
+      const device int *key_starts [[buffer(kKeyStarts), function_constant(has_key_starts)]], \
       const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]]
 
 // The problem, and this thread's place in it.

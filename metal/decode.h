@@ -1,6 +1,7 @@
 // Attention of few queries over many keys. The rows of a threadgroup are the queries of all heads of a group (PackGQA),
 // so that each K and V is read once for all of them; it works on a part of the keys. A part's result goes to scratch,
-// where combine merges the parts in a fixed order. Grid: key heads and row tiles, parts, batch.
+// where combine merges the parts in a fixed order. Grid: key heads and row tiles, parts, batch. Packed sequences
+// (varlen): the tile map says whose rows and which; one with more queries than parts are for is one part.
 //
 //   for each key block of this part that a row sees:
 //     S = Q K' (times the keys' scales), P = softmax step, O += P (times the values' scales) V
@@ -37,7 +38,9 @@ struct PackedRows {
       const device uchar *bias [[buffer(kBias), function_constant(has_bias)]],                               \
       const device float *sinks [[buffer(kSinks), function_constant(has_sinks)]],                            \
       const device float *alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],               \
-      const device int *key_starts [[buffer(kKeyStarts), function_constant(has_leftpad)]],                   \
+      const device int2 *tile_map [[buffer(kTileMap), function_constant(is_varlen)]],                        \
+      const device int *query_starts [[buffer(kQueryStarts), function_constant(is_varlen)]],                 \
+      const device int *key_starts [[buffer(kKeyStarts), function_constant(has_key_starts)]],                \
       const device int *key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],             \
       constant int *block_table [[buffer(kBlockTable), function_constant(is_paged)]],                        \
       const device float *key_scale [[buffer(kKeyScale), function_constant(key_is_quantized)]],              \
@@ -52,18 +55,26 @@ struct DecodeTile {
   int first_row, row_count;  // of a group's rows
   int part;
 
-  DecodeTile(constant AttentionParams& params, const device int* key_starts, const device int* key_lengths,
-             uint3 position, int rows)
-      : sequence(Layout{nullptr, nullptr, key_starts, key_lengths}.sequence(params, position.z)),
+  DecodeTile(constant AttentionParams& params, Layout layout, uint3 position, int rows)
+      : DecodeTile(params, Tile(params, layout, position.z, position.x / params.key_heads, 0), position, rows) {}
+
+  DecodeTile(constant AttentionParams& params, Tile tile, uint3 position, int rows)
+      : sequence(tile.sequence),
         key_head(position.x % params.key_heads),
         head(key_head * params.group_size),
-        first_row(position.x / params.key_heads * rows),
+        first_row(tile.index * rows),
         row_count(sequence.query_length * params.group_size),
         part(position.y) {}
 
+  // Whether the keys are not cut into parts; then there is nothing to do but for the first one.
+  bool is_whole(constant AttentionParams& params) const {
+    return !is_split || sequence.query_length > params.split_queries;
+  }
+
   template <typename T>
   PackedRows<T> queries(constant AttentionParams& params, const device T* query, int row, int dim) const {
-    return {query + sequence.index * params.query_strides[0] + head * params.query_strides[1],
+    return {query + sequence.index * params.query_strides[0] + head * params.query_strides[1] +
+                sequence.first_query * params.query_strides[2],
             long(params.query_strides[1]),
             long(params.query_strides[2]),
             row,
@@ -74,6 +85,9 @@ struct DecodeTile {
 
   // Of the blocks of keys that a view has, those of this part.
   Range blocks(constant AttentionParams& params, View view, int block_keys) const {
+    if (is_whole(params)) {
+      return {view.first_block(block_keys), view.end_block(block_keys) - 1};
+    }
     const int count = params.split_keys / block_keys;
     return {max(view.first_block(block_keys), part * count), min(view.end_block(block_keys), (part + 1) * count) - 1};
   }
@@ -123,33 +137,35 @@ template <int kValueDim, typename T, typename Rows>
 inline void store_packed(constant AttentionParams& params, thread Rows& rows, DecodeTile tile, device T* out,
                          device float* lse, device float* partial_out, device float* partial_lse) {
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
+  const bool is_whole = tile.is_whole(params);
+  const int sequences = is_varlen ? params.sequences : params.batch;
   MFA_UNROLL
   for (short r = 0; r < Rows::kTiles; ++r) {
     const int row = rows.first_row + r * kFragment + rows.lane.row;
     const float sum = row_sum(rows.row[r].sum);
     const float inverse = sum == 0 ? 0 : 1 / sum;
     if (row < tile.row_count) {
+      const int query = row / params.group_size;
       const int query_head = tile.head + row % params.group_size;
-      const long index =
-          (long(tile.sequence.index) * params.query_heads + query_head) * params.query_length + row / params.group_size;
-      const long partial_index = index + long(tile.part) * params.batch * params.query_heads * params.query_length;
+      const long part_head = (long(tile.part) * sequences + tile.sequence.index) * params.query_heads + query_head;
+      const long partial_index = part_head * params.split_queries + query;
       device T* target = out + (tile.sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
-                                row / params.group_size * params.out_strides[2]);
+                                (tile.sequence.first_query + query) * params.out_strides[2]);
       MFA_UNROLL
       for (short s = 0; s < sets_of(kValueDim); ++s) {
         thread Fragment<float>* set = &rows.out[r][s * kSetFragments];
-        if (is_split) {
-          store_set<kValueDim>(partial_out + partial_index * value_dim, value_dim, set, s, inverse, rows.lane);
-        } else {
+        if (is_whole) {
           store_set<kValueDim>(target, value_dim, set, s, inverse, rows.lane);
+        } else {
+          store_set<kValueDim>(partial_out + partial_index * value_dim, value_dim, set, s, inverse, rows.lane);
         }
       }
       if (rows.lane.column == 0) {
         const float natural = log_sum_exp(rows.row[r].maximum, sum);
-        if (is_split) {
+        if (!is_whole) {
           partial_lse[partial_index] = natural;
         } else if (writes_lse) {
-          lse[index] = natural;
+          lse[first_row_index(params, tile.sequence, query_head) + query] = natural;
         }
       }
     }
@@ -162,7 +178,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   static_assert(kSimdgroups == 1, "SIMD-groups share K and V in threadgroup memory only");
   constexpr int kRows = kRowTiles * kFragment;
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, true> Rows;
-  const DecodeTile tile(params, key_starts, key_lengths, position, kRows);
+  const DecodeTile tile(params, Layout{tile_map, query_starts, key_starts, key_lengths}, position, kRows);
+  if (tile.is_whole(params) && tile.part > 0) {
+    return;
+  }
   // A sink belongs to one part only.
   Rows rows(params, tile.sequence, tile.first_row, sinks, alibi_slopes, tile.head, tile.part == 0, lane_index);
   // Q beside O takes nearly all registers that a thread of M1 has at D 256.
@@ -211,7 +230,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   threadgroup T* values = keys + kBlockKeys * Keys::kStride;
   threadgroup float* scales = (threadgroup float*)(values + kBlockKeys * Values::kStride);  // of keys, then of values
 
-  const DecodeTile tile(params, key_starts, key_lengths, position, kSimdgroups * kRows);
+  const DecodeTile tile(params, Layout{tile_map, query_starts, key_starts, key_lengths}, position, kSimdgroups * kRows);
+  if (tile.is_whole(params) && tile.part > 0) {
+    return;
+  }
   Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, tile.part == 0,
             lane_index);
   const OwnOperand<T, held, kRowTiles, kHeadDim, PackedRows<T>> queries(

@@ -21,26 +21,28 @@ struct Layout {
   const device int2* tile_map;     // (sequence, tile) of each threadgroup; sequence -1: nothing to do
   const device int* query_starts;  // cu_seqlens: [sequences + 1]
   const device int* key_starts;    // or [batch]: slot of each cache's first live key
-  const device int* key_lengths;   // [batch]: slots of each cache up to its last live key
+  const device int* key_lengths;   // [batch or sequences]: keys that count; of a cache, slots up to its last live key
 
   Sequence sequence(constant AttentionParams& params, int index) const {
+    int2 queries = int2(0, params.query_length);
+    int2 keys = int2(0, params.key_length);
     if (is_varlen) {
-      const int2 queries = packed(query_starts, index, params.query_length);
-      const int2 keys = packed(key_starts, index, params.key_length);
-      return {index, queries.y, keys.y, queries.x, keys.x};
+      queries = packed(query_starts, index, params.query_length);
     }
-    int keys = params.key_length;
+    if (has_key_starts && !has_leftpad) {
+      keys = packed(key_starts, index, params.key_length);
+    }
     if (has_key_lengths) {
-      keys = min(max(key_lengths[index], 0), params.key_length);
+      keys.y = min(max(key_lengths[index], 0), keys.y);
     }
-    int first_key = 0;
     if (has_leftpad) {
-      first_key = min(max(key_starts[index], 0), keys);
+      const int first = min(max(key_starts[index], 0), keys.y);
+      keys = int2(first, keys.y - first);
     }
-    return {index, params.query_length, keys - first_key, 0, first_key};
+    return {index, queries.y, keys.y, queries.x, keys.x};
   }
 
-  // Start and length of packed sequence `index`.
+  // Start and length of packed sequence `index`, of a tensor of `length` rows.
   int2 packed(const device int* starts, int index, int length) const {
     const int start = min(max(starts[index], 0), length);
     return int2(start, min(max(starts[index + 1], start), length) - start);

@@ -38,12 +38,12 @@ enum Argument : unsigned {
   kTileMap = 20,            // int2 per threadgroup: (sequence, tile), see layout.h
   kQueryStarts = 21,        // cu_seqlens_q: int32 [sequences + 1]
   kKeyStarts = 22,          // cu_seqlens_k; of caches int32 [batch], the slot of each one's first live key
-  kKeyLengths = 23,         // int32 [batch]: live keys of each cache
-  kBlockTable = 24,         // int32 [batch, pages_per_sequence]
+  kKeyLengths = 23,         // int32 [batch or sequences]: live keys of each cache, or keys that count
+  kBlockTable = 24,         // int32 [batch or sequences, pages_per_sequence]
   kKeyScale = 25,           // float32 [pages or batch, key_heads, page or capacity] of a quantized cache
   kValueScale = 26,
-  kPartialOut = 27,   // float32 [splits, batch, query_heads, query_length, Dv]
-  kPartialLse = 28,   // float32 [splits, batch, query_heads, query_length], natural logarithm
+  kPartialOut = 27,   // float32 [splits, batch or sequences, query_heads, split_queries, Dv]
+  kPartialLse = 28,   // float32 [splits, batch or sequences, query_heads, split_queries], natural logarithm
   kMaskClasses = 29,  // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_classes.h
   kCorrection = 30,   // half: what rounding took from out, see correction.h
   kArgumentCount = 31,
@@ -74,8 +74,8 @@ enum FunctionConstant : unsigned {
   kWantsGradValue = 13,
   kWantsGradAlibi = 14,
   kWritesScoreGradient = 15,  // five-GEMM backward: dS goes to scratch
-  kIsVarlen = 16,             // packed sequences: a tile map and two lists of starts are bound
-  kHasKeyLengths = 17,        // each batch entry has its own number of keys, of at most key_length
+  kIsVarlen = 16,             // packed sequences of queries: a tile map and the list of starts are bound
+  kHasKeyLengths = 17,        // each batch entry or sequence has its own number of keys, of those that it could have
   kIsPaged = 18,              // K and V lie in pages, found through the block table
   kHasLeftpad = 19,           // each batch entry's live keys start at a slot of its own
   kKeyIsQuantized = 20,       // K is float8_e4m3fn, unless one of the next two is set, and has scales
@@ -92,6 +92,7 @@ enum FunctionConstant : unsigned {
   kHasRotarySeqlens = 31,   // ... from positions of their own
   kRotaryInterleaved = 32,  // ... in pairs of neighbours
   kRotaryFloat = 33,        // ... by tables of float32
+  kHasKeyStarts = 34,       // the list of key starts is bound: keys are packed too, or there is a leftpad
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.
@@ -110,6 +111,7 @@ struct AttentionParams {
   int sequences;                             // packed sequences (varlen); 0 otherwise
   int page_size, pages, pages_per_sequence;  // of a paged cache
   int splits, split_keys;                    // decode: parts of the keys, and keys per part
+  int split_queries;                         // decode: what parts are made of has at most so many queries per sequence
   int bias_batch, bias_heads, bias_rows, bias_columns;  // the bias's own shape: 1 where it broadcasts
   MFA_INT64 bias_strides[4];                            // batch, head, query, key; 0 where it broadcasts
   MFA_INT64 query_strides[3];  // batch (0 when packed), head, row; the last dimension is contiguous

@@ -1,7 +1,8 @@
 // The work list of a varlen launch: (sequence, tile) for every tile of packed rows, made on the GPU, since the host may
-// not know the lengths. One threadgroup. Sequences are dealt into classes of equal log2(rows), the long ones first, so
-// that short work fills the GPU at the end; within a class they keep their order, and the tiles of one that sees most
-// keys last come last tile first.
+// not know the lengths. One threadgroup. Sequences are dealt into classes of equal log2(length), the long ones first,
+// so that short work fills the GPU at the end; within a class they keep their order, and the tiles of one that sees
+// most keys last come last tile first. The length is that of the rows, or over a cache, where one query may see many
+// keys, that of the keys.
 #pragma once
 
 #include "layout.h"
@@ -27,40 +28,47 @@ inline int exclusive_sum(int x, threadgroup int* sums, ushort simdgroup, ushort 
   return before + inside;
 }
 
-// Tiles of sequence i if its rows, in binary, have `bits` digits; 0 otherwise.
-template <bool kOfKeys>
+// What rows are. packed: the queries of all heads of a key head, for decode.
+enum MappedRows { queries, keys, packed };
+
+// Tiles of sequence i if its length, in binary, has `bits` digits; 0 otherwise.
+template <MappedRows kRows>
 inline int tiles_of(constant AttentionParams& params, Layout layout, int i, int bits, int tile_rows) {
   const Sequence sequence = layout.sequence(params, i);
-  const int rows = kOfKeys ? sequence.key_length : sequence.query_length;
-  return 32 - int(clz(rows)) == bits ? (rows + tile_rows - 1) / tile_rows : 0;
+  const int length = kRows == queries ? sequence.query_length : sequence.key_length;
+  const int rows = kRows == packed ? sequence.query_length * params.group_size : length;
+  return 32 - int(clz(length)) == bits ? (rows + tile_rows - 1) / tile_rows : 0;
 }
 
-// kOfKeys: tiles of keys, for backward_dkdv; of queries otherwise. `tile_rows` rows each; `capacity` entries.
-template <bool kOfKeys, int kSimdgroups>
+// `tile_rows` rows per tile; `capacity` entries.
+template <MappedRows kRows, int kSimdgroups>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void tile_map(
-    const device int* query_starts [[buffer(kQueryStarts)]], const device int* key_starts [[buffer(kKeyStarts)]],
+    const device int* query_starts [[buffer(kQueryStarts)]],
+    const device int* key_starts [[buffer(kKeyStarts), function_constant(has_key_starts)]],
+    const device int* key_lengths [[buffer(kKeyLengths), function_constant(has_key_lengths)]],
     device int2* map [[buffer(kTileMap)]], constant AttentionParams& params [[buffer(kParams)]],
     constant int2& shape [[buffer(kFirstUnit)]], ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup int sums[kSimdgroups];
   const int tile_rows = shape.x;
   const int capacity = shape.y;
-  const Layout layout = {nullptr, query_starts, key_starts, nullptr};  // is_varlen is set
+  const Layout layout = {nullptr, query_starts, key_starts, key_lengths};  // is_varlen is set
   const int per_thread = (params.sequences + kSimdgroups * 32 - 1) / (kSimdgroups * 32);
   const int first = thread_index * per_thread;
   const int end = min(first + per_thread, params.sequences);
   int base = 0;
-  for (int bits = 31; bits > 0; --bits) {
+  constexpr int kFewest = kRows == packed ? 0 : 1;  // rows over an empty cache have tiles too
+  for (int bits = 31; bits >= kFewest; --bits) {
     int count = 0;
     for (int i = first; i < end; ++i) {
-      count += tiles_of<kOfKeys>(params, layout, i, bits, tile_rows);
+      count += tiles_of<kRows>(params, layout, i, bits, tile_rows);
     }
     int total;
     int next = base + exclusive_sum<kSimdgroups>(count, sums, simdgroup, lane, total);
     for (int i = first; i < end; ++i) {
-      const int tiles = tiles_of<kOfKeys>(params, layout, i, bits, tile_rows);
+      const int tiles = tiles_of<kRows>(params, layout, i, bits, tile_rows);
       for (int t = 0; t < tiles && next < capacity; ++t, ++next) {
-        map[next] = int2(i, params.heavy_first && !kOfKeys ? tiles - 1 - t : t);
+        map[next] = int2(i, params.heavy_first && kRows != keys ? tiles - 1 - t : t);
       }
     }
     base += total;
@@ -70,8 +78,8 @@ template <bool kOfKeys, int kSimdgroups>
   }
 }
 
-#define TILE_MAP(of, of_keys, simdgroups)                                \
+#define TILE_MAP(of, simdgroups)                                         \
   template [[host_name("tile_map_of_" #of "_s" #simdgroups)]] [[kernel]] \
-  decltype(tile_map<of_keys, simdgroups>) tile_map<of_keys, simdgroups>;
+  decltype(tile_map<of, simdgroups>) tile_map<of, simdgroups>;
 
 }  // namespace mfa

@@ -246,6 +246,16 @@ def dtensors_of_packed_sequences_and_caches(rank: int, size: int) -> None:
         assert communication.get_total_counts() == 0, communication.get_comm_counts()
         torch.testing.assert_close(out.full_tensor(), expected)
 
+    pages = normal(3, 4, 8, 16, seed=3), normal(3, 4, 8, 8, seed=4)
+    table = torch.tensor([[1, 0], [2, 1]], dtype=torch.int32)
+    live = {"block_table": table, "seqused_k": torch.tensor([9, 5], dtype=torch.int32), "is_causal": True}
+    expected = mfa.attention_varlen(query, *pages, layout[0], None, 5, 9, **live)
+    spread = [distribute_tensor(x, mesh, [Shard(1)]) for x in (query, *pages)]
+    with CommDebugMode() as communication:
+        out = mfa.attention_varlen(*spread, layout[0], None, 5, 9, **live)
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    torch.testing.assert_close(out.full_tensor(), expected)
+
     query, *caches = normal(size, 8, 1, 16), normal(size, 4, 20, 16, seed=1), normal(size, 4, 20, 8, seed=2)
     lengths = torch.tensor([3, 20, 7, 11][:size], dtype=torch.int32)
     expected = mfa.attention_with_kv_cache(query, *caches, cache_seqlens=lengths)

@@ -53,6 +53,7 @@ class Packed:
     has_sinks: bool = False
     alibi: str | None = None  # "heads" or "sequences"
     layout: str = "contiguous"
+    uses: str = "all keys"  # or "some": seqused_k is given
     seed: int = 0
 
     def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -88,6 +89,9 @@ class Packed:
         if self.alibi is not None:
             shape = (heads,) if self.alibi == "heads" else (len(self.lengths), heads)
             terms["alibi_slopes"] = torch.rand(shape, generator=generator)
+        if self.uses == "some":
+            shares = torch.rand(len(key_lengths), generator=generator)
+            terms["seqused_k"] = (shares * (torch.tensor(key_lengths) + 1)).floor().to(torch.int32)
         return (*tensors, starts(query_lengths), starts(key_lengths), *longest), terms  # type: ignore[return-value]
 
 
@@ -127,6 +131,7 @@ def packed_problems(draw: st.DrawFn, *, dtypes: tuple[torch.dtype, ...] = DTYPES
 def dense_terms(terms: dict[str, Any], index: int) -> dict[str, Any]:
     """What oracle.py takes for one sequence: causal, aligned to the lower right, is a window."""
     terms = dict(terms)
+    terms.pop("seqused_k", None)
     if terms.pop("is_causal"):
         left, right = terms["window"]
         terms["window"] = (left, 0 if right is None else min(right, 0))
@@ -144,6 +149,8 @@ def by_sequence(
     outs, lses = [], []
     for n in range(len(starts_q) - 1):
         queries, keys = (slice(int(s[n]), int(s[n + 1])) for s in (starts_q, starts_k))
+        if "seqused_k" in terms:
+            keys = slice(keys.start, keys.start + int(terms["seqused_k"][n]))
         dense = (x[rows].transpose(0, 1)[None] for x, rows in ((query, queries), (key, keys), (value, keys)))
         out, lse = function(*dense, **dense_terms(terms, n))
         outs.append(out[0].transpose(0, 1))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfa import flash_attn
 from mfa.flash_attn import cute, flash_attn_3
+from mfa.flash_attn import flash_attn_interface as interface
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 
@@ -144,7 +145,7 @@ def test_seqused(chunk: int, device: Device) -> None:
 def test_block_table_of_packed_queries(device: Device) -> None:
     """Pages and table entries that no live token needs may hold anything."""
     torch.manual_seed(0)
-    lengths_q, lengths_k, page = [3, 0, 5, 1], [10, 3, 5, 0], 4  # flash-attn's pages have any size
+    lengths_q, lengths_k, page = [3, 0, 5, 1], [20, 7, 9, 0], 8
     pages = [[6, 1, 3], [2, -5, 99], [0, 5, 99], [99, 99, 99]]
     k_pages, v_pages = (torch.full((8, page, 2, 16), math.nan) for _ in range(2))
     keys = [torch.randn(2, length, 2, 16) for length in lengths_k]
@@ -156,40 +157,65 @@ def test_block_table_of_packed_queries(device: Device) -> None:
     starts = [torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32) for lengths in (lengths_q, lengths_k)]
     terms: dict[str, Any] = {"causal": True, "softcap": 2.0}
     expected, expected_lse, _ = flash_attn.flash_attn_varlen_func(
-        *(q, *torch.cat(keys, 1).unbind(0), *starts, 5, 10), **terms, return_attn_probs=True
+        *(q, *torch.cat(keys, 1).unbind(0), *starts, 5, 20), **terms, return_attn_probs=True
     )
     tensors = moved(device, q, k_pages, v_pages, *starts, torch.tensor(pages).int(), ints(*lengths_k))
     q, k_pages, v_pages, starts_q, starts_k, table, used = tensors
     with device.active():
         results = [
             flash_attn.flash_attn_varlen_func(
-                *(q, k_pages, v_pages, starts_q, starts_k, 5, 10),
+                *(q, k_pages, v_pages, starts_q, starts_k, 5, 20),
                 **terms,
                 block_table=table,
                 return_attn_probs=True,
             )[:2]
         ]
         pages_of = {"cu_seqlens_q": starts_q, "max_seqlen_q": 5, "page_table": table, "return_lse": True}
-        for given in ({"seqused_k": used}, {"cu_seqlens_k": starts_k, "max_seqlen_k": 10}):
+        for given in ({"seqused_k": used}, {"cu_seqlens_k": starts_k, "max_seqlen_k": 20}):
             results.append(cute.flash_attn_varlen_func(q, k_pages, v_pages, **pages_of, **given, **terms))  # type: ignore[arg-type]
+        queries: dict[str, Any] = {"cu_seqlens_q": starts_q, "max_seqlen_q": 5, "return_softmax_lse": True}
+        three = flash_attn_3.flash_attn_with_kvcache(
+            q, k_pages, v_pages, cache_seqlens=used, page_table=table, **queries, **terms
+        )
+        results.append(three[:2])
     for out, lse in results:
         torch.testing.assert_close(out.cpu(), expected)
         torch.testing.assert_close(lse.cpu(), expected_lse)
 
 
 def test_wrong_pages() -> None:
-    k, starts = torch.zeros(4, 4, 2, 16), ints(0, 6)
-    q = torch.zeros(6, 2, 16)
-    for message, table, cache in (
+    k, starts = torch.zeros(4, 8, 2, 16), ints(0, 12)
+    q = torch.zeros(12, 2, 16)
+    table = ints(0, 1)[None]
+    for message, wrong_table, cache in (
         ("page 4 at", ints(0, 4)[None], k),
         ("page -1 at", ints(-1, 0)[None], k),
-        ("1 pages of 4 tokens; sequence 0 has 6", ints(0)[None], k),
+        ("seqused_k is 12 at 0; it must be within 0 ... 8", ints(0)[None], k),
         ("block_table has shape", ints(0, 1), k),
-        ("k and v have shapes", ints(0, 1)[None], k[0]),
-        ("they must have pages", ints(0, 1)[None], k[:0]),
+        ("k has 3 dimensions", table, k[0]),
+        ("page 0 at", table, k[:0]),
+        ("key has pages of 4 tokens; it must be a multiple of 8", ints(0, 1, 2)[None], k[:, :4]),
     ):
         with pytest.raises(ValueError, match=message):
-            flash_attn.flash_attn_varlen_func(q, cache, cache, starts, starts, 6, 6, block_table=table)
+            flash_attn.flash_attn_varlen_func(q, cache, cache, starts, starts, 12, 12, block_table=wrong_table)
+    with pytest.raises(NotImplementedError, match="and block_table is given"):
+        flash_attn.flash_attn_varlen_func(q, k, k, starts, starts, 12, 12, 0.5, block_table=table)
+    with pytest.raises(NotImplementedError, match="key requires grad"):
+        flash_attn.flash_attn_varlen_func(q, k.clone().requires_grad_(), k, starts, starts, 12, 12, block_table=table)
+    low_level = (0.0, 0.25, True, -1, -1, 0.0, None, False, table)
+    with pytest.raises(ValueError, match="leftpad_k is given, and block_table too"):
+        interface._flash_attn_varlen_forward(q, k, k, starts, starts, 12, 12, *low_level, ints(3))
+    out = interface._flash_attn_varlen_forward(q, k, k, starts, starts, 12, 12, *low_level, None, ints(9))[0]
+    assert out.shape == q.shape
+    for name, more in {"k": k[:1, :1], "cache_leftpad": ints(1), "rotary_cos": q[:, 0, :4]}.items():
+        with pytest.raises(NotImplementedError, match=f"{name} is not supported"):
+            flash_attn_3.flash_attn_with_kvcache(
+                q, k, k, cache_seqlens=ints(12), page_table=table, cu_seqlens_q=starts, max_seqlen_q=12, **{name: more}
+            )
+    with pytest.raises(ValueError, match="page_table and cache_seqlens must be tensors"):
+        flash_attn_3.flash_attn_with_kvcache(q, k, k, cache_seqlens=ints(12), cu_seqlens_q=starts)
+    starts = ints(0, 6)
+    q = q[:6]
     for name, counts in (("seqused_q", ints(7)), ("seqused_k", ints(-1))):
         with pytest.raises(ValueError, match=name):
             flash_attn_3.flash_attn_varlen_func(q, q, q, starts, starts, 6, 6, **{name: counts})
@@ -282,7 +308,7 @@ def test_compiles() -> None:
     q, k, v, _ = inputs(9, 13)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     starts = [torch.arange(3, dtype=torch.int32) * length for length in (9, 13)]
-    pages = [torch.randn(6, 4, 2, 16) for _ in range(2)]
+    pages = [torch.randn(6, 8, 2, 16) for _ in range(2)]
     table = torch.tensor([[0, 1, 5, 2], [3, 4, 1, 0]], dtype=torch.int32)
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
         (flash_attn_3.flash_attn_func, (q, k, v), {"attention_chunk": 4, "causal": True}),

@@ -264,7 +264,6 @@ REFUSED = {
     "q_descale": FULL,
     "k_descale": FULL,
     "v_descale": FULL,
-    "cu_seqlens_q": FULL,
     "cu_seqlens_k_new": FULL,
     "max_seqlen_q": 3,
     "scheduler_metadata": FULL,

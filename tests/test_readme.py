@@ -100,6 +100,12 @@ REQUESTS = {
     "paged cache": lambda: mfa.attention_with_kv_cache(
         QUERY[:, :, :1], pages(KEY), pages(VALUE), cache_seqlens=11, block_table=TABLE
     ),
+    "packed queries over pages": lambda: mfa.attention_varlen(
+        QUERY[0, :, :3].transpose(0, 1),
+        *(pages(KEY), pages(VALUE), torch.tensor([0, 1, 3], dtype=torch.int32), None, 2, 11),
+        block_table=TABLE.expand(2, -1),
+        seqused_k=torch.tensor([11, 9], dtype=torch.int32),
+    ),
     "int8 or float8 cache": quantized,
 }
 

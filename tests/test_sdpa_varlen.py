@@ -110,27 +110,44 @@ def test_varlen_attn_compiled(varlen: Any) -> None:
     torch.testing.assert_close(*results)
 
 
-def test_varlen_attn_caches(varlen: Any) -> None:
-    """One query for each of three caches, in slots and in pages."""
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 4, 2)])
+def test_varlen_attn_caches(varlen: Any, device: Device, lengths: tuple[int, ...]) -> None:
+    """One query, or several, for each of three caches, in slots and in pages."""
     torch.manual_seed(0)
-    used, slot, page = torch.tensor([5, 1, 16], dtype=torch.int32), 16, 8
-    query, (key, value) = random(3, 4, 16), (random(3 * slot, 2, 16) for _ in range(2))
-    query_starts, starts = torch.arange(4, dtype=torch.int32), torch.arange(0, 49, slot, dtype=torch.int32)
-    pages = torch.tensor([[4, 1], [0, 5], [2, 3]], dtype=torch.int32)
-    pools = [torch.empty(6, page, 2, 16) for _ in range(2)]
-    for pool, tensor in zip(pools, (key, value), strict=True):
-        pool[pages.flatten().long()] = tensor.view(6, page, 2, 16)
-    terms = options(varlen.varlen_attn, enable_gqa=True, seqused_k=used)
-    options(varlen.varlen_attn, block_table=pages)
-    with torch.no_grad(), sdpa.enabled(cpu=True):
-        slots = varlen.varlen_attn(query, key, value, query_starts, starts, 1, slot, **terms)
-        paged = varlen.varlen_attn(query, *pools, query_starts, None, 1, slot, block_table=pages, **terms)
-        with pytest.raises(NotImplementedError, match="queries of one length"):
-            varlen.varlen_attn(query, key, value, query_starts, starts, 2, slot, **terms)
+    used, slot, page = torch.tensor([5, 4, 16], dtype=torch.int32), 16, 8
+    query, (key, value) = random(sum(lengths), 4, 16), (random(3 * slot, 2, 16) for _ in range(2))
+    query_starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    starts = torch.arange(0, 49, slot, dtype=torch.int32)
+    pages = torch.tensor([[4, -1], [0, 99], [2, 3]], dtype=torch.int32)  # two are not needed
+    pools = [torch.full((6, page, 2, 16), torch.nan) for _ in range(2)]
     for row, length in enumerate(used.tolist()):
-        one = [
-            tensor[None, :, row * slot : row * slot + length] for tensor in (key.transpose(0, 1), value.transpose(0, 1))
+        for token in range(length):
+            for pool, tensor in zip(pools, (key, value), strict=True):
+                pool[pages[row, token // page], token % page] = tensor[row * slot + token]
+    terms = options(varlen.varlen_attn, enable_gqa=True, seqused_k=used.to(device.type), window_size=(-1, 0))
+    options(varlen.varlen_attn, block_table=pages)
+    tensors = [x.to(device.type) for x in (query, key, value, *pools, query_starts, starts, pages)]
+    there, keys, values, key_pages, value_pages, ends, key_ends, table = tensors
+    splits = {"num_splits": 1} if "num_splits" in inspect.signature(varlen.varlen_attn).parameters else {}
+    longest = max(lengths), slot
+    with torch.no_grad(), device.active(), sdpa.enabled(cpu=device.name == "cpu"):
+        found = [
+            varlen.varlen_attn(there, keys, values, ends, key_ends, *longest, **terms),
+            varlen.varlen_attn(there, key_pages, value_pages, ends, None, *longest, block_table=table, **terms),
+            varlen.varlen_attn(
+                there, key_pages, value_pages, ends, None, *longest, block_table=table, **terms, **splits
+            ),
         ]
-        expected, _ = attention(query[row, None, :, None], *one)
-        for out in (slots, paged):
-            torch.testing.assert_close(out[row], expected[0, :, 0].float())
+        with pytest.raises(NotImplementedError, match="block_table needs seqused_k"):
+            varlen.varlen_attn(there, key_pages, value_pages, ends, None, *longest, block_table=table, enable_gqa=True)
+        with pytest.raises(NotImplementedError, match="seqused_k needs cu_seq_q and cu_seq_k"):
+            varlen.varlen_attn(there, keys, values, ends, None, *longest, **terms)
+    done = 0
+    for row, (count, length) in enumerate(zip(lengths, used.tolist(), strict=True)):
+        rows = query[done : done + count].transpose(0, 1)[None]
+        one = [tensor[row * slot : row * slot + length].transpose(0, 1)[None] for tensor in (key, value)]
+        (expected, _), (plain, _) = (function(rows, *one, window=(None, 0)) for function in (attention, composition))
+        for out in found:
+            mine = out[done : done + count].transpose(0, 1)[None].cpu()
+            assert largest_error(mine, expected) <= tolerance(plain, expected)
+        done += count

@@ -1,6 +1,7 @@
 """mfa.attention_varlen against float64, sequence by sequence, and what has to hold exactly."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -51,15 +52,15 @@ def check(problem: Packed, device: Device) -> None:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("shard", range(8))
-def test_random_problems(device: Device, shard: int) -> None:
+@pytest.mark.parametrize(("shard", "uses"), [*((shard, "all keys") for shard in range(8)), (8, "some"), (9, "some")])
+def test_random_problems(device: Device, shard: int, uses: str) -> None:
     dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
 
     @seed(shard)
     @settings(max_examples=30)
     @given(packed_problems(dtypes=dtypes))
     def holds(problem: Packed) -> None:
-        check(problem, device)
+        check(replace(problem, uses=uses), device)
 
     holds()
 
@@ -81,8 +82,8 @@ def gradients(
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
 
 
-@pytest.mark.parametrize("shard", range(4))
-def test_gradients(device: Device, shard: int) -> None:
+@pytest.mark.parametrize(("shard", "uses"), [*((shard, "all keys") for shard in range(4)), (4, "some")])
+def test_gradients(device: Device, shard: int, uses: str) -> None:
     """The numerics rule for the gradients of query, key, value, sinks and slopes, through out and lse."""
     dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
 
@@ -93,7 +94,7 @@ def test_gradients(device: Device, shard: int) -> None:
     @settings(max_examples=30)
     @given(packed_problems(dtypes=dtypes))
     def holds(problem: Packed) -> None:
-        arguments, terms = problem.arguments()
+        arguments, terms = replace(problem, uses=uses).arguments()
         names = ["query", "key", "value", *(name for name in ("sinks", "alibi_slopes") if name in terms)]
         wide = torch.promote_types(problem.dtype, torch.float32)
 
@@ -329,8 +330,28 @@ def test_bad_contents_are_refused_by_the_op_as_well(device: Device) -> None:
     cu_q[-1] += 1
     with device.active(), pytest.raises(RuntimeError, match="cu_seqlens_q ends with 52"):
         torch.ops.mfa.attention_varlen_forward(
-            *(query, key, value, cu_q, cu_k, *longest, None, None, 1.0, None, None, 0.0, 0.0, None)
+            *(query, key, value, cu_q, cu_k, *longest, None, None, 1.0, None, None, 0.0, 0.0, None, None)
         )
+
+
+def test_keys_that_do_not_count_are_never_read(device: Device) -> None:
+    query, key, value, *layout = arguments(device)
+    used, dead = torch.tensor([5, 4, 0, 0, 2], dtype=torch.int32), torch.ones(key.shape[0], dtype=torch.bool)
+    for first, count in zip(layout[1].tolist(), used.tolist(), strict=False):
+        dead[first : first + count] = False
+    results = []
+    for filling in (0.0, math.nan):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        for tensor in leaves[1:]:
+            tensor.data[dead.to(device.type)] = filling
+        with device.active():
+            out, lse = mfa.attention_varlen(
+                *leaves, *layout, seqused_k=moved(used, device), is_causal=True, return_lse=True
+            )
+            results.append((out, lse, *torch.autograd.grad(out.sum(), leaves)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    for grad in results[0][3:]:
+        assert (grad[dead.to(device.type)] == 0).all()
 
 
 # -- what the kernels cost ------------------------------------------------------------------------------------------
@@ -352,3 +373,31 @@ def test_packing_costs_what_the_visible_blocks_need(device: Device) -> None:
             mfa.attention(*(x[rows].transpose(0, 1)[None] for x in (query, key, value)), is_causal=True)
     assert packed.counters.mma <= 1.05 * alone.counters.mma
     assert len(packed.launches) <= 2
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("used", [None, (700, 20, 1500)])
+def test_few_queries_read_each_key_once_for_their_group(used: tuple[int, ...] | None) -> None:
+    """Tokens to decode, whose keys are packed or in slots; training in 16 bits and dropout keep the forward kernel."""
+    lengths = (700, 90, 1500)
+    rows = tuple((1 + n % 2, keys) for n, keys in enumerate(lengths))
+    problem = Packed(torch.float16, 1, 8, rows, (0, 0), (128, 128))
+    (query, key, value, *layout), _ = problem.arguments()
+    terms: dict[str, Any] = {} if used is None else {"seqused_k": torch.tensor(used, dtype=INT32)}
+    with mfa.simulate("apple9") as simulation:
+        out, lse = mfa.attention_varlen(query, key, value, *layout, **terms, return_lse=True)
+    assert [launch.kernel.split("_")[0] for launch in simulation.launches] == ["tile", "decode", "combine"]
+    assert simulation.launches[1].counters.device_read_bytes <= 1.15 * 4 * 128 * sum(used or lengths)
+    expected = by_sequence(
+        oracle.attention, (query, key, value, *layout), {"is_causal": False, "window": (None, None), **terms}
+    )
+    plain = by_sequence(
+        oracle.composition, (query, key, value, *layout), {"is_causal": False, "window": (None, None), **terms}
+    )
+    for actual, reference, torchs in zip((out, lse), expected, plain, strict=True):
+        assert oracle.largest_error(actual, reference) <= oracle.tolerance(torchs, reference)
+    for change in ({"dropout_p": 0.5}, {"query": query.clone().requires_grad_()}):
+        with mfa.simulate("apple9") as simulation:
+            named = {"query": query, "dropout_p": 0.0} | change
+            mfa.attention_varlen(named["query"], key, value, *layout, **terms, dropout_p=named["dropout_p"])
+        assert [launch.kernel.split("_")[0] for launch in simulation.launches] == ["tile", "forward"]

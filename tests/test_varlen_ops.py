@@ -19,7 +19,8 @@ CPU = Device("cpu")
 
 def op_arguments(*, features: bool = True) -> tuple[Any, ...]:
     sinks, slopes = (normal(4), normal(5, 4).abs()) if features else (None, None)
-    return (*arguments(CPU), sinks, slopes, 0.25, 20, 0, 5.0 if features else 0.0, 0.0, None)
+    used = torch.tensor([7, 4, 0, 0, 3], dtype=torch.int32) if features else None
+    return (*arguments(CPU), sinks, slopes, 0.25, 20, 0, 5.0 if features else 0.0, 0.0, None, used)
 
 
 def test_opcheck_forward(device: Device) -> None:
@@ -85,7 +86,7 @@ def test_vmap() -> None:
     torch.testing.assert_close(list(lse), [x for _, x in loop])
 
     def grads(query: Tensor, value: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        terms = (sinks, slopes, 0.3, None, 0, 0.0, 0.0, None)
+        terms = (sinks, slopes, 0.3, None, 0, 0.0, 0.0, None, None)
         given = (out.cos(), lse, out, lse, None, [True, True, False, True, True])
         return torch.ops.mfa.attention_varlen_backward(query, key, value, *layout, *terms, *given)
 
@@ -97,12 +98,15 @@ def test_vmap() -> None:
 
 def test_vmap_over_the_lengths() -> None:
     query, key, value = normal(9, 4, 8), normal(15, 2, 8, seed=1), normal(15, 2, 8, seed=2)
-    ends = torch.stack([starts([5, 4]), starts([2, 6])])
+    ends, used = torch.stack([starts([5, 4]), starts([2, 6])]), torch.tensor([[6, 2], [0, 9]], dtype=torch.int32)
 
-    def f(cu_q: Tensor) -> Tensor:
-        return mfa.attention_varlen(query, key, value, cu_q, starts([6, 9]), 9, 9)
+    def f(cu_q: Tensor, seqused_k: Tensor) -> Tensor:
+        return mfa.attention_varlen(query, key, value, cu_q, starts([6, 9]), 9, 9, seqused_k=seqused_k)
 
-    torch.testing.assert_close(list(torch.vmap(f)(ends)), [f(ends[0]), f(ends[1])])
+    torch.testing.assert_close(list(torch.vmap(f)(ends, used)), [f(ends[i], used[i]) for i in range(2)])
+    torch.testing.assert_close(
+        list(torch.vmap(f, in_dims=(None, 0))(ends[0], used)), [f(ends[0], used[i]) for i in range(2)]
+    )
 
 
 def test_autocast() -> None:
@@ -110,7 +114,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = mfa.attention_varlen(query.half(), key, value.requires_grad_(), *layout, sinks=normal(4))
         raw = torch.ops.mfa.attention_varlen_forward(
-            *(query, key, value, *layout, None, None, 0.3, None, None, 0.0, 0.0, None)
+            *(query, key, value, *layout, None, None, 0.3, None, None, 0.0, 0.0, None, None)
         )[0]
     assert out.dtype == raw.dtype == torch.bfloat16
     out.sum().backward()

@@ -13,7 +13,7 @@ using BoxedKernel = void(StableIValue* stack, std::uint64_t argument_count, std:
 
 BoxedKernel attention_forward, attention_forward_with_correction, attention_backward;
 BoxedKernel attention_varlen_forward, attention_varlen_forward_with_correction, attention_varlen_backward;
-BoxedKernel attention_append, attention_decode;
+BoxedKernel attention_append, attention_decode, attention_varlen_paged;
 
 }  // namespace mfa
 

@@ -81,7 +81,7 @@ std::optional<Append::Rotary> rotary_of(const Terms& terms, const Tensor& query)
                 "rotary_sin must have the shape, dtype and device of rotary_cos");
   refuse_unless(cos->size(0) <= kLongestProblem, "rotary_cos has ", cos->size(0), " positions; it must have at most ",
                 kLongestProblem);
-  if (terms.rotary_seqlens) check_int32("rotary_seqlens", *terms.rotary_seqlens, query, 1);
+  if (terms.rotary_seqlens) check_int32("rotary_seqlens", *terms.rotary_seqlens, query, query.size(0), 1);
   return Append::Rotary{
       .pairs = cos->size(1),
       .positions = cos->size(0),
@@ -95,7 +95,7 @@ std::optional<Append::Rotary> rotary_of(const Terms& terms, const Tensor& query)
 // Returns rotated_query, as query or of size 0, and lengths int32 [B].
 std::tuple<Tensor, Tensor> append(const Qkv& qkv, const Terms& terms) {
   const auto& [query, key_cache, value_cache] = qkv;
-  const Cache cache = checked_cache(qkv, {terms.block_table, terms.key_scale, terms.value_scale});
+  const Cache cache = checked_cache(qkv, {terms.block_table, terms.key_scale, terms.value_scale}, qkv.query.size(0));
   const std::int64_t capacity = capacity_of(key_cache, cache);
   check_sizes(qkv, capacity);
   refuse_unless(terms.key.dim() == 4, "key has ", terms.key.dim(), " dimensions; it must have 4");
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> append(const Qkv& qkv, const Terms& terms) {
   check_new("key", terms.key, query, key_cache, append.tokens);
   check_new("value", terms.value, query, value_cache, append.tokens);
   append.has_lengths = terms.cache_lengths.has_value();
-  if (append.has_lengths) check_int32("cache_lengths", *terms.cache_lengths, query, 1);
+  if (append.has_lengths) check_int32("cache_lengths", *terms.cache_lengths, query, query.size(0), 1);
   refuse_unless(append.length >= 0 && append.length <= capacity, "cache_length is ", append.length,
                 "; it must be within 0 ... ", capacity, ", the cache's capacity");
   refuse_unless(append.tokens <= capacity, "key has length ", append.tokens,

@@ -2,13 +2,13 @@
 // rows through its starts, which stay on the device.
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <vector>
 
 #include "ops/attention.h"
 #include "ops/checks.h"
 #include "ops/gradients.h"
 #include "ops/operands.h"
+#include "ops/packed.h"
 
 namespace mfa {
 namespace {
@@ -18,12 +18,13 @@ using torch::stable::Tensor;
 
 // What the ops take besides query [Tq,Hq,D], key [Tk,Hkv,D] and value [Tk,Hkv,Dv], in the schemas' order. Sequence n
 // has rows cu_seqlens[n] ... cu_seqlens[n+1] - 1, int32 [N+1]. Their contents are not read here: the kernels clamp
-// them. Lengths' maxima are not needed.
+// them.
 struct Terms {
   Tensor cu_seqlens_q, cu_seqlens_k;
   std::int64_t max_seqlen_q, max_seqlen_k;
   Features features;
   Dropout dropout;
+  std::optional<Tensor> seqused_k;  // int32 [N]: how many keys of each sequence count; none: all
 
   static Terms take(Stack& stack) {
     return {
@@ -33,29 +34,18 @@ struct Terms {
         .max_seqlen_k = stack.take<std::int64_t>(),
         .features = stack.take<Features>(),
         .dropout = stack.take<Dropout>(),
+        .seqused_k = stack.take<std::optional<Tensor>>(),
     };
   }
 
   std::int64_t sequences() const { return cu_seqlens_q.size(0) - 1; }
 };
 
-Tensor packed_view(const char* name, const Tensor& tensor) {
-  refuse_unless(tensor.dim() == 3, name, " has ", tensor.dim(), " dimensions; it must have 3");
-  return torch::stable::transpose(torch::stable::unsqueeze(tensor, 0), 1, 2);
-}
-
-void check_starts(const char* name, const Tensor& starts, const Tensor& query, std::int64_t size) {
-  refuse_unless(starts.device() == query.device(), name, " is on another device than query; they must be on the same");
-  refuse_unless(starts.scalar_type() == ScalarType::Int, name, " has another dtype; it must have dtype int32");
-  refuse_unless(starts.dim() == 1 && starts.size(0) >= 1 && starts.size(0) == size, name,
-                " must have shape [N+1], the same for queries and keys");
-}
-
-Qkv packed_view(const Qkv& qkv) {
+Qkv view_of(const Qkv& qkv) {
   return {packed_view("query", qkv.query), packed_view("key", qkv.key), packed_view("value", qkv.value)};
 }
 
-Results packed_view(const Results& results) {
+Results view_of(const Results& results) {
   Results view{
       .grad_out = packed_view("grad_out", results.grad_out),
       .out = packed_view("out", results.out),
@@ -72,31 +62,38 @@ Operands operands_of(const Qkv& view, const Terms& terms) {
   const std::int64_t size = terms.cu_seqlens_q.dim() == 1 ? terms.cu_seqlens_q.size(0) : 0;
   check_starts("cu_seqlens_q", terms.cu_seqlens_q, view.query, size);
   check_starts("cu_seqlens_k", terms.cu_seqlens_k, view.query, size);
+  if (terms.seqused_k) {
+    const Tensor& used = *terms.seqused_k;
+    refuse_unless(used.device() == view.query.device() && used.scalar_type() == ScalarType::Int && used.dim() == 1 &&
+                      used.size(0) == terms.sequences(),
+                  "seqused_k must be int32 [N], on the device of query");
+  }
   check_features(view, terms.features, terms.sequences(), "N");
   check_dropout(terms.dropout, view.query);
   Operands operands(view, terms.features, terms.sequences());
+  operands.problem.longest_query = terms.max_seqlen_q;
+  operands.problem.longest_key = terms.max_seqlen_k;
   operands.read(terms.dropout);
   operands.read_contiguous(kQueryStarts, terms.cu_seqlens_q);
   operands.read_contiguous(kKeyStarts, terms.cu_seqlens_k);
+  if (terms.seqused_k) {
+    operands.problem.has_key_lengths = true;
+    operands.read_contiguous(kKeyLengths, *terms.seqused_k);
+  }
   return operands;
 }
 
 // `correction`: where to leave it, or null.
 std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction) {
   const Tensor &query = qkv.query, &value = qkv.value;
-  Operands operands = operands_of(packed_view(qkv), terms);
-  // Rows of no sequence see nothing, and no kernel visits them.
-  const auto rows = [&](ScalarType dtype) {
-    return torch::stable::new_zeros(query, {query.size(0), query.size(1), value.size(2)}, dtype);
-  };
-  const Tensor out = rows(query.scalar_type());
-  Tensor lse = allocate(query, {query.size(1), query.size(0)}, ScalarType::Float);
-  torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  Operands operands = operands_of(view_of(qkv), terms);
+  const Tensor out = packed_rows(query, value.size(2), query.scalar_type());
+  const Tensor lse = packed_lse(query);
   operands.write_results(packed_view("out", out), lse);
   if (correction && operands.problem.dtype == DType::f32) {
     *correction = allocate(query, {0}, ScalarType::Half);
   } else if (correction) {
-    *correction = rows(ScalarType::Half);
+    *correction = packed_rows(query, value.size(2), ScalarType::Half);
     operands.write_correction(packed_view("correction", **correction));
   }
   if (terms.sequences() > 0) operands.run(plan_forward(operands.problem));
@@ -117,10 +114,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Qkv& qkv, const Terms& terms, const Results& packed,
                                                             const std::vector<bool>& output_mask) {
   const Tensor &query = qkv.query, &key = qkv.key, &value = qkv.value;
-  const Qkv view = packed_view(qkv);
+  const Qkv view = view_of(qkv);
   Operands operands = operands_of(view, terms);
   refuse_unless(output_mask.size() == 5, "output_mask must have 5 entries");
-  const Results results = packed_view(packed);
+  const Results results = view_of(packed);
   check_results(results, view);
 
   Gradients gradients;

@@ -40,13 +40,13 @@ Cache::Format format_of(const char* name, const Tensor& cache, const Tensor& que
 
 }  // namespace
 
-void check_int32(const char* name, const Tensor& tensor, const Tensor& query, int dim) {
+void check_int32(const char* name, const Tensor& tensor, const Tensor& query, std::int64_t entries, int dim) {
   refuse_unless(tensor.device() == query.device() && tensor.scalar_type() == ScalarType::Int && tensor.dim() == dim &&
-                    tensor.size(0) == query.size(0),
+                    tensor.size(0) == entries,
                 name, " must be int32, on the device of query, and have one row per batch entry");
 }
 
-Cache checked_cache(const Qkv& qkv, const CacheTerms& terms) {
+Cache checked_cache(const Qkv& qkv, const CacheTerms& terms, std::int64_t entries) {
   const auto& [query, key, value] = qkv;
   refuse_unless(query.dim() == 4, "query has ", query.dim(), " dimensions; it must have 4");
   Cache cache;
@@ -59,7 +59,7 @@ Cache checked_cache(const Qkv& qkv, const CacheTerms& terms) {
   if (terms.key_scale) cache.key_scale_strides = strides_of(*terms.key_scale);
   if (terms.value_scale) cache.value_scale_strides = strides_of(*terms.value_scale);
   if (terms.block_table) {
-    check_int32("block_table", *terms.block_table, query, 2);
+    check_int32("block_table", *terms.block_table, query, entries, 2);
     cache.page_size = key.size(2);
     cache.pages = key.size(0);
     cache.pages_per_sequence = terms.block_table->size(1);

@@ -11,11 +11,13 @@ struct CacheTerms {
   const std::optional<torch::stable::Tensor>&key_scale, &value_scale;  // of 8 bits: float32, the first sizes of key
 };
 
-// Its problem's. Throws std::runtime_error for what kernels can't read, or write.
-Cache checked_cache(const Qkv& qkv, const CacheTerms& terms);
+// Its problem's, of so many batch entries or packed sequences. Throws std::runtime_error for what kernels can't read,
+// or write.
+Cache checked_cache(const Qkv& qkv, const CacheTerms& terms, std::int64_t entries);
 
-// int32, with one row per batch entry; else throws std::runtime_error.
-void check_int32(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& query, int dim);
+// int32, with one row per batch entry or sequence; else throws std::runtime_error.
+void check_int32(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& query,
+                 std::int64_t entries, int dim);
 
 // Tokens that a batch entry may have.
 std::int64_t capacity_of(const torch::stable::Tensor& key, const Cache& cache);

@@ -19,7 +19,8 @@ enum class Kind {
   decode,
   combine,
   tile_map_of_queries,
-  tile_map_of_keys
+  tile_map_of_keys,
+  tile_map_of_packed
 };
 
 struct Instance {
@@ -125,7 +126,7 @@ inline constexpr Instance kInstances[] = {
   {"append_" #dtype "_s" #simdgroups, Kind::append, DType::dtype, 0, 0, simdgroups, simdgroups, 0, 0},
 #define COMBINE(dtype, threads) \
   {"combine_" #dtype "_t" #threads, Kind::combine, DType::dtype, 0, 0, threads / 32, 0, 0, 0},
-#define TILE_MAP(of, of_keys, simdgroups) \
+#define TILE_MAP(of, simdgroups) \
   {"tile_map_of_" #of "_s" #simdgroups, Kind::tile_map_of_##of, DType::f16, 0, 0, simdgroups, 0, 0, 4 * simdgroups},
 #include "../metal/instances.def"
 };

@@ -50,6 +50,7 @@ constexpr NamedConstant kConstants[] = {
     {kHasRotarySeqlens, "has_rotary_seqlens"},
     {kRotaryInterleaved, "is_rotary_interleaved"},
     {kRotaryFloat, "is_rotary_float"},
+    {kHasKeyStarts, "has_key_starts"},
 };
 
 constexpr bool in_order_of_index() {
@@ -88,6 +89,8 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
       {kHasAlibi, problem.alibi != Alibi::none},
       {kHasDropout, canonical.params.dropout_threshold > 0},
       {kIsVarlen, problem.sequences > 0},
+      {kHasKeyStarts, problem.has_key_starts()},
+      {kHasKeyLengths, problem.has_key_lengths},
   });
   for (const Constant& constant : more) all[constant.index].value = constant.value;
   return all;
@@ -129,8 +132,14 @@ std::int64_t row_tiles(const Problem& problem, std::int64_t length, int rows) {
 void add_tile_map(Plan& plan, const Problem& problem, bool of_keys, int rows) {
   if (problem.sequences == 0) return;
   const std::int64_t entries = row_tiles(problem, of_keys ? problem.key_length : problem.query_length, rows);
-  const Instance& instance = the_instance(of_keys ? Kind::tile_map_of_keys : Kind::tile_map_of_queries);
-  add_launch(plan, instance, constants({{kIsVarlen, true}}), {1, 1, 1}, {rows, entries});
+  add_tile_map(
+      plan, of_keys ? Kind::tile_map_of_keys : Kind::tile_map_of_queries, entries, rows,
+      constants(
+          {{kIsVarlen, true}, {kHasKeyStarts, problem.has_key_starts()}, {kHasKeyLengths, problem.has_key_lengths}}));
+}
+
+void add_tile_map(Plan& plan, Kind kind, std::int64_t entries, int rows, std::vector<Constant> constants) {
+  add_launch(plan, the_instance(kind), std::move(constants), {1, 1, 1}, {rows, entries});
   plan.tile_map_bytes = std::max(plan.tile_map_bytes, static_cast<std::uint64_t>(entries) * 2 * sizeof(int));
 }
 

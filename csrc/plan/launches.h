@@ -34,5 +34,7 @@ std::int64_t row_tiles(const Problem& problem, std::int64_t length, int rows);
 
 // The launch that fills the tile map of a varlen launch with that many rows per tile; nothing otherwise.
 void add_tile_map(Plan& plan, const Problem& problem, bool of_keys, int rows);
+// The same of any rows: `kind` is one of tile_map's.
+void add_tile_map(Plan& plan, Kind kind, std::int64_t entries, int rows, std::vector<Constant> constants);
 
 }  // namespace mfa

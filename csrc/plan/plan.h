@@ -35,8 +35,9 @@ struct Bias {
 
 enum class Alibi { none, per_head, per_batch };  // slopes [Hq] or [B,Hq]
 
-// Where keys and values lie, if each batch entry has its own number of live ones: Problem's key_length is then the
-// capacity per entry, and where there are pages its key_strides[0] is that of a page.
+// Where keys and values lie, if each batch entry or sequence has its own number of live ones: Problem's key_length is
+// then the capacity per entry, and where there are pages its key_strides[0] is that of a page. Packed sequences have
+// pages.
 struct Cache {
   enum class Format { same_dtype, int8, e4m3, e5m2 };
   Format key_format = Format::same_dtype, value_format = Format::same_dtype;
@@ -64,9 +65,13 @@ struct Problem {
   bool wants_lse = true;        // forward only
   bool has_correction = false;  // of out: forward writes it, backward reads it (metal/correction.h)
   // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are
-  // 0, and windows are relative to each sequence's own lower-right diagonal. 0: not packed.
-  std::int64_t sequences = 0;
-  std::optional<Cache> cache;  // forward only
+  // 0, and windows are relative to each sequence's own lower-right diagonal. 0: not packed. None has more queries
+  // and keys than longest_query and longest_key; 0: not known, and few queries are not looked for.
+  std::int64_t sequences = 0, longest_query = 0, longest_key = 0;
+  bool has_key_lengths = false;  // not all keys of a sequence or batch entry count; so it is where there is a cache
+  std::optional<Cache> cache;    // forward only
+
+  bool has_key_starts() const { return cache ? cache->has_leftpad : sequences > 0; }
 };
 
 // seven_gemm: dQ, and dK with dV, each recompute P and dP. five_gemm: dQ comes from a dS that was written to scratch.
@@ -129,8 +134,8 @@ struct Plan {
 };
 
 // Both throw std::invalid_argument for a problem that no kernel takes; ops/checks.cpp refuses those first.
-// Few rows: decode, and combine where the keys are split. Else forward, after mask_blocks or tile_map where it needs
-// them. The problem alone decides, not the op that poses it.
+// Few rows, or pages: decode, and combine where the keys are split. Else forward, after mask_blocks. Packed sequences
+// have a tile_map before either. The problem alone decides, not the op that poses it.
 Plan plan_forward(const Problem& problem);
 // backward_delta, then for the gradients that are wanted: dK and dV, dQ (and ALiBi), bias, packed sequences' own
 // slopes. The gradient of the sinks needs backward_delta alone.

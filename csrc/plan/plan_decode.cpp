@@ -31,25 +31,49 @@ std::int64_t choose_splits(const Instance& tile, std::int64_t groups, std::int64
   return std::clamp<std::int64_t>((wanted + groups - 1) / std::max<std::int64_t>(1, groups), 1, most);
 }
 
+// Of a batch entry, or at most of a packed sequence.
+std::int64_t most_queries(const Problem& problem) {
+  if (problem.sequences == 0) return problem.query_length;
+  return std::clamp<std::int64_t>(problem.longest_query, 0, problem.query_length);
+}
+
+std::int64_t most_keys(const Problem& problem) {
+  if (problem.sequences == 0 || problem.cache) return problem.key_length;
+  return std::clamp<std::int64_t>(problem.longest_key, 0, problem.key_length);
+}
+
 // How decode would run a problem.
 struct Packing {
   const Instance& tile;
-  std::int64_t row_tiles, splits, split_keys;
+  std::int64_t own_tiles, row_tiles;  // of a batch entry, at most; and in the grid's first dimension, per key head
+  std::int64_t splits, split_keys, split_queries;
 };
 
+// Packed sequences: their lengths are not known here, but how many tiles they have at most. Parts are for those that
+// have few queries; one that has many fills a GPU, and its parts would take memory.
 Packing pack(const Problem& problem, const Canonical& start) {
-  const std::int64_t rows = problem.query_length * start.params.group_size;
-  const Instance& tile = choose_decode(problem, start.bucket, rows);
-  const std::int64_t row_tiles = tiles(rows, tile.rows);
+  const std::int64_t group = start.params.group_size;
+  const bool is_packed = problem.sequences > 0;
+  const std::int64_t longest = most_queries(problem), keys = most_keys(problem);
+  const Instance& tile = choose_decode(problem, start.bucket, longest * group);
+  const std::int64_t each = tiles(longest * group, tile.rows);
+  const std::int64_t row_tiles =
+      is_packed ? std::min(problem.sequences * each, mfa::row_tiles(problem, problem.query_length * group, tile.rows))
+                : each;
+  const std::int64_t split_queries =
+      is_packed ? std::min(longest, std::max<std::int64_t>(1, kMostPackedRows / group)) : longest;
   const std::int64_t asked = problem.cache ? problem.cache->splits : 0;
   const std::int64_t wanted =
-      asked > 0 ? asked : choose_splits(tile, problem.key_heads * row_tiles * problem.batch, rows, problem.key_length);
-  const std::int64_t blocks = std::max<std::int64_t>(1, tiles(problem.key_length, tile.block));
+      asked > 0 ? asked
+                : choose_splits(tile, problem.key_heads * row_tiles * problem.batch, split_queries * group, keys);
+  const std::int64_t blocks = std::max<std::int64_t>(1, tiles(keys, tile.block));
   const std::int64_t blocks_per_part = (blocks + wanted - 1) / wanted;
   return {.tile = tile,
+          .own_tiles = each,
           .row_tiles = row_tiles,
           .splits = tiles(blocks, static_cast<int>(blocks_per_part)),
-          .split_keys = blocks_per_part * tile.block};
+          .split_keys = blocks_per_part * tile.block,
+          .split_queries = split_queries};
 }
 
 }  // namespace
@@ -59,20 +83,22 @@ Packing pack(const Problem& problem, const Canonical& start) {
 // runs where it reads them less often; or as often, but in parts, or for so few rows that the forward kernel's other
 // SIMD-groups would have none. Predicted in us, forward's in brackets (8 key heads, 4096 keys, D 128, m1-max; `python
 // -m mfa bench --model m1-max`): 4 rows 54 (275), 8 rows 55 (341), 32 rows 73 (341), 64 rows 136 (341), 128 rows 254
-// (341). Forward keeps packed sequences, dropout, and what leaves a correction for the backward pass. Only decode reads
-// pages and 8 bits, takes a number of parts, live keys that start anywhere, and a mask of the last ones.
+// (341). Forward keeps dropout, and what leaves a correction for the backward pass. Only decode reads pages and 8 bits,
+// takes a number of parts, live keys that start anywhere, and a mask of the last ones.
 bool packs_rows(const Problem& problem, const Canonical& start, const Instance& forward) {
-  if (problem.sequences > 0 || problem.has_correction || start.params.dropout_threshold > 0) return false;
   const Cache cache = problem.cache.value_or(Cache{});
+  if (problem.has_correction || start.params.dropout_threshold > 0) return false;
   if (cache.page_size > 0 || cache.has_leftpad || cache.splits > 0 || problem.bias.is_of_last_keys ||
       cache.key_format != Cache::Format::same_dtype || cache.value_format != Cache::Format::same_dtype)
     return true;
+  const std::int64_t longest = most_queries(problem);
+  if (problem.sequences > 0 && longest == 0) return false;
   const Packing packing = pack(problem, start);
   if (is_preferred(forward) || is_preferred(packing.tile)) return !is_preferred(forward);
-  if (problem.query_length * start.params.group_size > kMostPackedRows) return false;
-  const std::int64_t reads = start.params.group_size * tiles(problem.query_length, forward.rows);
-  if (packing.row_tiles > reads) return false;
-  return packing.row_tiles < reads || packing.splits > 1 || packing.tile.simdgroups == 1;
+  if (longest * start.params.group_size > kMostPackedRows) return false;
+  const std::int64_t reads = start.params.group_size * tiles(longest, forward.rows);
+  if (packing.own_tiles > reads) return false;
+  return packing.own_tiles < reads || packing.splits > 1 || packing.tile.simdgroups == 1;
 }
 
 Plan plan_decode(const Problem& problem, const Canonical& start) {
@@ -83,18 +109,23 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
   AttentionParams& params = plan.params;
   params.splits = static_cast<int>(packing.splits);
   params.split_keys = static_cast<int>(packing.split_keys);
+  params.split_queries = static_cast<int>(packing.split_queries);
   params.page_size = static_cast<int>(cache.page_size);
   params.pages = static_cast<int>(cache.pages);
   params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
   std::ranges::copy(cache.key_scale_strides, params.key_scale_strides);
   std::ranges::copy(cache.value_scale_strides, params.value_scale_strides);
 
-  const bool is_split = packing.splits > 1;
+  const bool is_split = packing.splits > 1, is_packed = problem.sequences > 0;
+  if (is_packed && packing.row_tiles > 0)
+    add_tile_map(
+        plan, Kind::tile_map_of_packed, packing.row_tiles, decode.rows,
+        constants(
+            {{kIsVarlen, true}, {kHasKeyStarts, problem.has_key_starts()}, {kHasKeyLengths, problem.has_key_lengths}}));
   add_launch(plan, decode,
              score_constants(problem, start, decode,
-                             {{kWritesLse, problem.wants_lse && !is_split},
+                             {{kWritesLse, problem.wants_lse && (is_packed || !is_split)},
                               {kHasSinks, problem.has_sinks},
-                              {kHasKeyLengths, problem.cache.has_value()},
                               {kIsPaged, cache.page_size > 0},
                               {kHasLeftpad, cache.has_leftpad},
                               {kKeyIsQuantized, cache.key_format != Cache::Format::same_dtype},
@@ -107,8 +138,10 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
              {problem.key_heads * packing.row_tiles, packing.splits, problem.batch});
   if (is_split) {
     const Instance& combine = the_instance(Kind::combine, problem.dtype);
-    const std::int64_t all_rows = problem.batch * problem.query_heads * problem.query_length;
-    add_launch(plan, combine, constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}}),
+    const std::int64_t entries = is_packed ? problem.sequences : problem.batch;
+    const std::int64_t all_rows = entries * problem.query_heads * packing.split_queries;
+    add_launch(plan, combine,
+               constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}, {kIsVarlen, is_packed}}),
                {tiles(all_rows * tiles(problem.value_dim, 8), combine.threads()), 1, 1});
     const auto floats = static_cast<std::uint64_t>(packing.splits * all_rows) * sizeof(float);
     plan.partial_lse_bytes = floats;

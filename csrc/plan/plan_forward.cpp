@@ -17,7 +17,6 @@ Plan plan_forward(const Problem& problem) {
              score_constants(problem, start, instance,
                              {{kWritesLse, problem.wants_lse},
                               {kHasSinks, problem.has_sinks},
-                              {kHasKeyLengths, problem.cache.has_value()},
                               {kHasMaskBlocks, has_classes},
                               {kHasCorrection, problem.has_correction}}),
              {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});

@@ -36,7 +36,8 @@ constexpr Named<Kind> kKinds[] = {{"forward", Kind::forward},
                                   {"decode", Kind::decode},
                                   {"combine", Kind::combine},
                                   {"tile_map_of_queries", Kind::tile_map_of_queries},
-                                  {"tile_map_of_keys", Kind::tile_map_of_keys}};
+                                  {"tile_map_of_keys", Kind::tile_map_of_keys},
+                                  {"tile_map_of_packed", Kind::tile_map_of_packed}};
 constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
                                           {"mask", BiasKind::mask},
                                           {"same_dtype", BiasKind::same_dtype},
@@ -100,7 +101,9 @@ Problem take_problem(Fields& fields) {
 #define FIELD(field) fields.take(#field, problem.field)
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(query_length), FIELD(key_length), FIELD(head_dim);
   FIELD(value_dim), FIELD(aligned), FIELD(scale), FIELD(window_left), FIELD(window_right), FIELD(softcap);
-  FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse), FIELD(has_correction), FIELD(sequences);
+  FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse), FIELD(has_correction), FIELD(sequences), FIELD(longest_query),
+      FIELD(longest_key);
+  FIELD(has_key_lengths);
   problem.query_strides = contiguous(problem.query_heads, problem.query_length, problem.head_dim);
   problem.key_strides = contiguous(problem.key_heads, problem.key_length, problem.head_dim);
   problem.value_strides = contiguous(problem.key_heads, problem.key_length, problem.value_dim);
@@ -164,6 +167,7 @@ Plan decode_plan(const nb::kwargs& kwargs) {
   Fields fields(kwargs);
   Problem problem = take_problem(fields);
   problem.cache = take_cache(fields);
+  problem.has_key_lengths = true;
   fields.finish();
   return plan_forward(problem);
 }
@@ -222,6 +226,7 @@ void bind_plan(nb::module_& m) {
   FIELD(head_dim), FIELD(value_dim), FIELD(window_left), FIELD(window_right), FIELD(scale), FIELD(scale_log2);
   FIELD(softcap), FIELD(heavy_first), FIELD(dropout_threshold), FIELD(dropout_factor), FIELD(alibi_batch_stride);
   FIELD(bias_batch), FIELD(bias_heads), FIELD(bias_rows), FIELD(bias_columns), FIELD(splits), FIELD(split_keys);
+  FIELD(split_queries);
 #undef FIELD
 #define STRIDES(field) params.def_prop_ro(#field, &tuple_of<AttentionParams, &AttentionParams::field>)
   STRIDES(bias_strides), STRIDES(query_strides), STRIDES(key_strides), STRIDES(value_strides), STRIDES(out_strides);

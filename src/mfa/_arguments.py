@@ -44,6 +44,7 @@ class Varlen(NamedTuple):
     softcap: float = 0
     dropout_p: float = 0
     rng_state: Tensor | None = None  # as in Dense; a sequence counts as a batch entry
+    seqused_k: Tensor | None = None  # int32 [N], how many keys of each sequence count; None is all
 
 
 class Decode(NamedTuple):
@@ -107,6 +108,28 @@ class Append(NamedTuple):
             softcap=0.0,
             num_splits=0,
         )
+
+
+class Paged(NamedTuple):
+    """Of `mfa::attention_varlen_paged`: packed sequences of queries over pages of keys and values."""
+
+    query: Tensor  # [Tq,Hq,D]
+    key: Tensor  # pages [pages,Hkv,page,D]; of the query's dtype, int8 or float8_e4m3fn
+    value: Tensor  # the same with Dv
+    cu_seqlens_q: Tensor  # int32 [N+1]
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqused_k: Tensor  # int32 [N], live tokens
+    block_table: Tensor  # int32 [N,pages per sequence]
+    key_scale: Tensor | None  # float32, the shape of quantized pages without their last dimension
+    value_scale: Tensor | None
+    sinks: Tensor | None  # [Hq]
+    alibi_slopes: Tensor | None  # float32 [Hq] or [N,Hq]
+    scale: float
+    window_left: int | None = None  # relative to the lower-right diagonal of each sequence's live part; None is open
+    window_right: int | None = None
+    softcap: float = 0
+    num_splits: int = 0  # 0 lets the kernels choose
 
 
 class Backward(NamedTuple):

@@ -16,6 +16,7 @@ OPS = (
     "attention_varlen_backward",
     "attention_append",
     "attention_decode",
+    "attention_varlen_paged",
 )
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 

@@ -38,6 +38,7 @@ FEATURES = (
     Feature("`attention_varlen`, with gradients", cpu=True, kernels=True),
     Feature("`attention_with_kv_cache`", cpu=True, kernels=True),
     Feature("paged cache", cpu=True, kernels=True),
+    Feature("packed queries over pages", cpu=True, kernels=True),
     Feature("int8 or float8 cache", cpu=True, kernels=True),
 )
 

@@ -11,7 +11,7 @@ DTYPES = ("f16", "bf16", "f32")
 
 @dataclass(frozen=True)
 class Case:
-    """A dense problem; packed sequences where `sequences` is set; a cache where `cache` is set."""
+    """A dense problem; packed sequences where `sequences` is set; a cache where `cache` is set, paged for both."""
 
     group: str
     dtype: str = "f16"
@@ -36,7 +36,8 @@ class Case:
     scratch_limit: int = 64 << 20
     interleaved: bool = False  # [B,L,H,D] in memory
     sequences: int = 0  # packed: of random lengths, query_length and key_length rows in all
-    cache: str = ""  # same_dtype, int8, e4m3, e5m2: key_length is the capacity per entry, live lengths are random
+    # same_dtype, int8, e4m3, e5m2: key_length is the capacity per entry or sequence, live lengths are random
+    cache: str = ""
     page_size: int = 0
     splits: int = 0
     new_tokens: int = 0  # append so many to the cache, instead of attending
@@ -100,6 +101,9 @@ def small() -> Iterator[Case]:
     for (cache, page), tokens in product(caches, (2, 9)):
         yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=tokens, key_length=160, cache=cache,
                    page_size=page, splits=3, window_right=0)  # fmt: skip
+    for cache, tokens in product(("same_dtype", "int8"), (7, 150)):
+        yield Case("small", query_heads=8, key_heads=2, query_length=tokens, key_length=608, sequences=5, cache=cache,
+                   page_size=16, splits=3, window_right=0)  # fmt: skip
 
     yield from appended(
         Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, new_tokens=5)
@@ -171,6 +175,10 @@ def caches() -> Iterator[Case]:
     yield replace(base, batch=1, key_length=131072, page_size=16)
     yield from appended(replace(base, query_length=4, new_tokens=4))
     yield from appended(replace(base, batch=4, query_length=2000, key_length=4096, new_tokens=2000))
+    ragged = replace(base, batch=1, sequences=48, query_length=3000, key_length=16384, page_size=16)
+    for cache, dim in product(("same_dtype", "int8"), (64, 128, 256)):
+        yield replace(ragged, cache=cache, head_dim=dim, splits=5)
+    yield replace(ragged, dtype="bf16", sequences=2, query_length=5, key_length=131072)
 
 
 def repeated() -> Iterator[Case]:

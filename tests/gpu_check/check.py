@@ -94,15 +94,17 @@ class Problem:
                     *sizes, dtype=torch.float32 if case["bias"] == "float32" else self.dtype
                 )
         if case["sequences"]:
-            for name, total in (("query_starts", length), ("key_starts", keys)):
-                weights = (
-                    torch.rand(case["sequences"], generator=self.random, device=self.device, dtype=torch.float64) ** 3
-                )
-                starts = (weights.cumsum(0) / weights.sum() * total).round().int()
-                starts[-1] = total
-                self.inputs[name] = torch.cat([starts.new_zeros(1), starts])
+            self.inputs |= {"query_starts": self._starts(length), "key_starts": self._starts(keys)}
             if length == keys:  # as in training: the same lengths
                 self.inputs["key_starts"] = self.inputs["query_starts"]
+
+    def _starts(self, total: int) -> Tensor:
+        """Of sequences of very different lengths."""
+        weights = torch.rand(self.case["sequences"], generator=self.random, device=self.device, dtype=torch.float64)
+        weights **= 3
+        starts = (weights.cumsum(0) / weights.sum() * total).round().int()
+        starts[-1] = total
+        return torch.cat([starts.new_zeros(1), starts])
 
     def _mask(self, rows: int, columns: int) -> Tensor:
         """Blocks that are hidden, blocks that are seen, and mixed ones; a row sees something."""
@@ -115,11 +117,11 @@ class Problem:
 
     def _make_cache(self) -> None:
         case = self.case
-        batch, rows = case["batch"], case["page_size"] or case["key_length"]
+        batch, rows = case["sequences"] or case["batch"], case["page_size"] or case["key_length"]
         pages = batch * (case["key_length"] // rows)
-        self.inputs["query"] = self._normal(
-            batch, case["query_heads"], case["query_length"], case["head_dim"], dtype=self.dtype
-        )
+        self.inputs["query"] = self._rows(case["query_heads"], case["query_length"], case["head_dim"])
+        if case["sequences"]:
+            self.inputs["query_starts"] = self._starts(case["query_length"])
         for side, dim in (("key", case["head_dim"]), ("value", self.value_dim)):
             shape = (pages, case["key_heads"], rows, dim)
             if case["cache"] == "same_dtype":
@@ -157,8 +159,10 @@ class Problem:
             tensors["correction"] = torch.full_like(results["out"], nan, dtype=torch.float16)
         forward = self.entry["forward"]
         if forward["splits"] > 1:
-            tensors["partial_lse"] = poisoned(forward["splits"], *heads)
-            tensors["partial_out"] = poisoned(forward["splits"], *heads, self.value_dim)
+            entries = case["sequences"] or case["batch"]
+            parts = (forward["splits"], entries, case["query_heads"], forward["split_queries"])
+            tensors["partial_lse"] = poisoned(*parts)
+            tensors["partial_out"] = poisoned(*parts, self.value_dim)
         self.gpu.run(forward, tensors)
         if not case["backward"]:
             return results
@@ -194,10 +198,12 @@ class Problem:
             batch, queries, keys = b, slice(None), slice(None)
             if case["sequences"]:
                 batch = 0
-                queries, keys = (slice(*starts[name][b : b + 2]) for name in ("query_starts", "key_starts"))
+                queries = slice(*starts["query_starts"][b : b + 2])
+            if "key_starts" in starts:
+                keys = slice(*starts["key_starts"][b : b + 2])
             unit = Unit(
                 self.inputs["query"][batch, heads, queries],
-                *self._keys(batch, g, keys),
+                *(self._cached(b, g) if case["cache"] else (self.inputs[x][batch, g, keys] for x in ("key", "value"))),
                 scale=case["head_dim"] ** -0.5,
                 **{name: case[name] for name in ("window_left", "window_right", "softcap", "dropout_p")},
             )
@@ -221,9 +227,8 @@ class Problem:
 
             yield unit, take
 
-    def _keys(self, batch: int, head: int, keys: slice) -> tuple[Tensor, Tensor]:
-        if not self.case["cache"]:
-            return self.inputs["key"][batch, head, keys], self.inputs["value"][batch, head, keys]
+    def _cached(self, batch: int, head: int) -> tuple[Tensor, Tensor]:
+        """Live keys and values of a batch entry or sequence."""
         length = int(self.inputs["key_lengths"][batch])
         found = []
         for side in ("key", "value"):

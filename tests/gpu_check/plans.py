@@ -81,8 +81,10 @@ def cache_fields(case: Case) -> dict[str, Any]:
         "value_scale_strides": (case.key_heads * rows, rows, 1),
     }
     if case.page_size:
-        per_sequence = case.key_length // case.page_size
-        fields |= {"page_size": case.page_size, "pages": case.batch * per_sequence, "pages_per_sequence": per_sequence}
+        per_sequence, entries = case.key_length // case.page_size, case.sequences or case.batch
+        fields |= {"page_size": case.page_size, "pages": entries * per_sequence, "pages_per_sequence": per_sequence}
+    if case.sequences:
+        fields["longest_query"] = case.query_length  # which the plan needn't know
     return fields
 
 
@@ -98,7 +100,8 @@ def as_data(plan: Any) -> dict[str, Any]:
         for launch in plan.launches
     ]
     sizes = {name: getattr(plan, name) for name in ("scratch_bytes", "tile_map_bytes", "mask_class_bytes")}
-    return {"params": bytes(plan.params).hex(), "splits": plan.params.splits, "launches": launches, **sizes}
+    splits = {name: getattr(plan.params, name) for name in ("splits", "split_queries")}
+    return {"params": bytes(plan.params).hex(), **splits, "launches": launches, **sizes}
 
 
 def forward_by(name: str, case: Case) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import Append, Decode
+from .._arguments import Append, Decode, Paged
 from .indices import check_index_tensor, host_values
 from .numbers import as_integer
 from .sizes import equal, holds, is_known
@@ -25,22 +25,14 @@ def check_decode(arguments: Decode, *, metal: bool) -> None:
     """Everything about the arguments of `mfa::attention_decode` but cache_lengths and the block table's contents."""
     query, key_cache, value_cache = arguments.query, arguments.key_cache, arguments.value_cache
     check_tensors(query, query, query, ranks=(4,))
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _check_tensor(name, cache, query, 4, (query.dtype, *QUANTIZED_DTYPES))
-    _check_sizes(query, key_cache, value_cache)
+    scales = arguments.key_scale, arguments.value_scale
+    check_caches(query, (key_cache, value_cache), scales, ("key_cache", "value_cache"))
     batch = query.shape[0]
     if arguments.block_table is not None:
         check_index_tensor("block_table", arguments.block_table, query, "[B,pages per sequence]", (batch, None))
-        page = key_cache.shape[2]
-        is_one_page = is_known(arguments.block_table.shape[1] == 1)
-        if not is_one_page and (page < PAGE_MULTIPLE or page % PAGE_MULTIPLE):
-            raise ValueError(
-                f"key_cache has pages of {page} tokens; it must be a multiple of {PAGE_MULTIPLE}, and not 0"
-            )
+        check_page("key_cache", key_cache, arguments.block_table)
     elif not holds(key_cache.shape[0] == batch):
         raise ValueError(f"key_cache has batch size {key_cache.shape[0]}; it must be that of query, {batch}")
-    _check_scales("key", arguments.key_scale, key_cache, query)
-    _check_scales("value", arguments.value_scale, value_cache, query)
     if arguments.attn_mask is not None:
         _check_mask(arguments.attn_mask, query)
     if arguments.cache_leftpad is not None:
@@ -52,6 +44,25 @@ def check_decode(arguments: Decode, *, metal: bool) -> None:
             )
     check_features(arguments, ("B", batch), metal=metal)
     as_integer("num_splits", arguments.num_splits)
+
+
+def check_caches(
+    query: Tensor, caches: tuple[Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None], names: tuple[str, str]
+) -> None:
+    """Keys and values, dense or paged, of full or of 8-bit numbers; the query is [...,Hq,Lq,D]."""
+    key, value = caches
+    for name, cache in zip(names, caches, strict=True):
+        _check_tensor(name, cache, query, 4, (query.dtype, *QUANTIZED_DTYPES))
+    _check_sizes(query, key, value, names)
+    for side, scale, cache, name in zip(("key", "value"), scales, caches, names, strict=True):
+        _check_scales(f"{side}_scale", scale, name, cache, query)
+
+
+def check_page(name: str, cache: Tensor, block_table: Tensor) -> None:
+    """A tile of eight keys lies in one page."""
+    page, is_one_page = cache.shape[2], is_known(block_table.shape[1] == 1)
+    if not is_one_page and (page < PAGE_MULTIPLE or page % PAGE_MULTIPLE):
+        raise ValueError(f"{name} has pages of {page} tokens; it must be a multiple of {PAGE_MULTIPLE}, and not 0")
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor, rank: int, dtypes: Sequence[torch.dtype]) -> None:
@@ -82,30 +93,28 @@ def check_batch_idx(cache_batch_idx: Tensor, block_table: Tensor | None, query: 
     check_index_tensor("cache_batch_idx", cache_batch_idx, query, "[B]", tuple(query.shape[:1]))
 
 
-def _check_sizes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+def _check_sizes(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str]) -> None:
     dim = query.shape[3]
-    if not equal(value_cache.shape[:3], key_cache.shape[:3]):
-        shapes = list(value_cache.shape[:3]), list(key_cache.shape[:3])
-        raise ValueError(f"value_cache has shape {shapes[0]} and Dv; it must begin with that of key_cache, {shapes[1]}")
-    if not holds(key_cache.shape[3] == dim):
-        raise ValueError(f"key_cache has head dimension {key_cache.shape[3]}; it must have that of query, {dim}")
-    check_heads_and_dims(query, "key_cache", key_cache, "value_cache", value_cache)
+    if not equal(value.shape[:3], key.shape[:3]):
+        shapes = list(value.shape[:3]), list(key.shape[:3])
+        raise ValueError(f"{names[1]} has shape {shapes[0]} and Dv; it must begin with that of {names[0]}, {shapes[1]}")
+    if not holds(key.shape[3] == dim):
+        raise ValueError(f"{names[0]} has head dimension {key.shape[3]}; it must have that of query, {dim}")
+    check_heads_and_dims(query, names[0], key, names[1], value)
 
 
-def _check_scales(side: str, scales: Tensor | None, cache: Tensor, query: Tensor) -> None:
-    name = f"{side}_scale"
+def _check_scales(name: str, scales: Tensor | None, cache_name: str, cache: Tensor, query: Tensor) -> None:
+    dtype = dtype_name(cache.dtype)
     if cache.dtype not in QUANTIZED_DTYPES:
         if scales is not None:
-            dtype = dtype_name(cache.dtype)
-            raise ValueError(f"{name} is given for a {side}_cache of {dtype}; it must be None unless that is quantized")
+            raise ValueError(f"{name} is given for a {cache_name} of {dtype}; it must be None unless that is quantized")
         return
     if scales is None:
-        dtype = dtype_name(cache.dtype)
-        raise ValueError(f"{name} is None; it must have a scale for each token of the {dtype} {side}_cache")
+        raise ValueError(f"{name} is None; it must have a scale for each token of the {dtype} {cache_name}")
     _check_tensor(name, scales, query, 3, (torch.float32,))
     if not equal(scales.shape, cache.shape[:3]):
         raise ValueError(
-            f"{name} has shape {list(scales.shape)}; it must have the first three sizes of {side}_cache, "
+            f"{name} has shape {list(scales.shape)}; it must have the first three sizes of {cache_name}, "
             f"{list(cache.shape[:3])}"
         )
 
@@ -152,15 +161,12 @@ def check_lengths(name: str, lengths: Tensor | int, new: int, arguments: Decode,
     table = None if block_table is None else host_values(block_table)
     if block_table is None or table is None or values is None:
         return
-    pages, page, width = key_cache.shape[0], key_cache.shape[2], block_table.shape[1]
+    check_live_pages(block_table, [value + new for value in values], key_cache, of_rows=of_rows)
+    page, width = key_cache.shape[2], block_table.shape[1]
     owners: dict[tuple[int, int], int] = {}
     words = "cache_batch_idx has row" if of_rows else "block_table has page"
     for entry, value in enumerate(values):
         row = table[entry * width : (entry + 1) * width]
-        for index, number in enumerate(row[: (value + new + page - 1) // page]):
-            if not 0 <= number < pages:
-                where = entry if of_rows else [entry, index]
-                raise ValueError(f"{words} {number} at {where}; it must be within 0 ... {pages - 1}")
         for slot in range(value, value + new):
             place = (row[slot // page], slot % page)
             if owners.setdefault(place, entry) != entry:
@@ -183,7 +189,23 @@ def _check_live(name: str, lengths: list[int] | None, new: int, arguments: Decod
             )
 
 
-def check_no_grad(arguments: Append | Decode) -> None:
+def check_live_pages(block_table: Tensor, lengths: list[int], cache: Tensor, *, of_rows: bool = False) -> None:
+    """That the pages which so many tokens of each entry need exist, where the host can see them.
+
+    of_rows: the pages are rows of a dense cache, which cache_batch_idx has.
+    """
+    table = host_values(block_table)
+    (pages, _, page, _), width = cache.shape, block_table.shape[1]
+    words = "cache_batch_idx has row" if of_rows else "block_table has page"
+    for entry, length in enumerate(lengths if table is not None else ()):
+        assert table is not None
+        for index, number in enumerate(table[entry * width : entry * width - (-length // max(page, 1))]):
+            if not 0 <= number < pages:
+                where = entry if of_rows else [entry, index]
+                raise ValueError(f"{words} {number} at {where}; it must be within 0 ... {pages - 1}")
+
+
+def check_no_grad(arguments: Append | Decode | Paged) -> None:
     """Refuses, instead of returning something without a gradient."""
     for name, tensor in arguments._asdict().items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .._arguments import Backward, Decode, Dense, Varlen
+from .._arguments import Backward, Decode, Dense, Paged, Varlen
 from .sizes import equal, holds
 
 LARGEST_HEAD_DIM = 256
@@ -162,7 +162,7 @@ def check_per_head(
         raise ValueError(f"{name} has shape {shape_of(tensor)}; it must have shape [Hq] = [{heads}]{also}")
 
 
-def check_features(arguments: Dense | Varlen | Decode, entries: tuple[str, int], *, metal: bool) -> None:
+def check_features(arguments: Dense | Varlen | Decode | Paged, entries: tuple[str, int], *, metal: bool) -> None:
     """What the families have in common besides the tensors that they are about.
 
     Args:

@@ -33,8 +33,8 @@ def attention_decode(arguments: Decode) -> tuple[Tensor, Tensor]:
         out[entries], lse[entries] = attention_forward(
             Dense(
                 query=query[entries],
-                key=_live(arguments.key_cache, arguments.key_scale, table, entries, live, dtype),
-                value=_live(arguments.value_cache, arguments.value_scale, table, entries, live, dtype),
+                key=live_rows(arguments.key_cache, arguments.key_scale, table, entries, live, dtype),
+                value=live_rows(arguments.value_cache, arguments.value_scale, table, entries, live, dtype),
                 bias=_mask(arguments.attn_mask, entries, len(live)),
                 sinks=arguments.sinks,
                 alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[entries],
@@ -65,7 +65,7 @@ def _mask(mask: Tensor | None, entries: slice, keys: int) -> Tensor | None:
     return torch.nn.functional.pad(mask, (keys - mask.shape[3], 0), value=True)
 
 
-def _live(
+def live_rows(
     cache: Tensor, scales: Tensor | None, block_table: Tensor | None, entries: slice, live: range, dtype: torch.dtype
 ) -> Tensor:
     """[B,Hkv,live,D] of these entries, in the cache's dtype, or in `dtype` if it is quantized."""

@@ -74,9 +74,12 @@ class Packed(NamedTuple):
 def sequences(arguments: Varlen) -> Iterator[Packed]:
     """The sequences that have queries."""
     starts_q, starts_k = arguments.cu_seqlens_q.tolist(), arguments.cu_seqlens_k.tolist()
-    for n in range(len(starts_q) - 1):
+    ends_k = starts_k[1:]
+    if arguments.seqused_k is not None:
+        ends_k = [start + used for start, used in zip(starts_k, arguments.seqused_k.tolist(), strict=False)]
+    for n, end in enumerate(ends_k):
         if starts_q[n] < starts_q[n + 1]:
-            yield Packed(n, slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n + 1]))
+            yield Packed(n, slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], end))
 
 
 def empty_outputs(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:

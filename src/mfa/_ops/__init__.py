@@ -3,7 +3,7 @@
 Schemas and the kernels on MPS are in csrc/library.cpp. `mfa::attention` decomposes in attention.py.
 """
 
-from . import append, decode, dense, varlen
+from . import append, decode, dense, paged, varlen
 from .library import LIBRARY, ops
 
-__all__ = ["LIBRARY", "append", "decode", "dense", "ops", "varlen"]
+__all__ = ["LIBRARY", "append", "decode", "dense", "ops", "paged", "varlen"]

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _library, _torch
-from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Append, Backward, Decode, Dense, Varlen
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Append, Backward, Decode, Dense, Paged, Varlen
 
 _library.load()
 ops = torch.ops.mfa
@@ -19,6 +19,7 @@ SIGNATURES = {
     "attention_varlen_backward": (Varlen._fields + Backward._fields, VARLEN_GRADIENTS),
     "attention_append": (Append._fields, ("rotated_query", "lengths")),
     "attention_decode": (Decode._fields, _RESULTS),
+    "attention_varlen_paged": (Paged._fields, _RESULTS),
 }
 
 

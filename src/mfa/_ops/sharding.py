@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _torch
-from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Decode, Dense, Varlen, split
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Decode, Dense, Paged, Varlen, split
 from .library import ops
 
 # Where a tensor is split: a dimension, or _SUM: each rank has a term of it, or None: each rank has all of it.
@@ -148,6 +148,14 @@ def _decode(arguments: Decode) -> list[_Places]:
     return ways
 
 
+def _paged(arguments: Paged) -> list[_Places]:
+    query, key = arguments.query, arguments.key
+    if not _heads_belong_together(query, key, 1):
+        return []
+    pages = dict.fromkeys(("key", "value", "key_scale", "value_scale"), _key_place(query, key, 1))
+    return [{"query": 1, **pages, "sinks": 0, "alibi_slopes": _last(arguments.alibi_slopes)}]
+
+
 def _lse(of_query: int | None, packed: bool) -> int | None:
     """Where lse is split: it is [B,Hq,Lq], or [Hq,Tq] if packed."""
     return 0 if packed and of_query is not None else of_query
@@ -155,7 +163,7 @@ def _lse(of_query: int | None, packed: bool) -> int | None:
 
 def _forward(places: Callable[[Any], list[_Places]], kind: type[Any], *args: Any) -> list[_Way]:
     found = places(kind(*args))
-    return [([way["query"], _lse(way["query"], kind is Varlen)], way) for way in found]
+    return [([way["query"], _lse(way["query"], kind in (Varlen, Paged))], way) for way in found]
 
 
 def _forward_with_correction(places: Callable[[Any], list[_Places]], kind: type[Any], *args: Any) -> list[_Way]:
@@ -192,4 +200,5 @@ _WAYS: _Ways = {
     **_ways(Dense, "attention", _dense, DENSE_GRADIENTS),
     **_ways(Varlen, "attention_varlen", _varlen, VARLEN_GRADIENTS),
     "attention_decode": functools.partial(_forward, _decode, Decode),
+    "attention_varlen_paged": functools.partial(_forward, _paged, Paged),
 }

@@ -39,8 +39,9 @@ def _empty_outputs(arguments: Varlen) -> Outputs:
 
 
 def _folds(dims: Mapped, given: Given) -> bool:
-    # All have the same starts; dropout counts heads.
-    return dims["cu_seqlens_q"] is None and dims["cu_seqlens_k"] is None and given["dropout_p"] == 0
+    # All have the same lengths; dropout counts heads.
+    shared = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    return all(dims[name] is None for name in shared) and given["dropout_p"] == 0
 
 
 def _fold(size: int, dims: Mapped, given: Given) -> list[Any]:
@@ -64,10 +65,11 @@ def _folded(size: int, heads: int, dim: int | None, tensor: Tensor) -> Tensor:
 def _pairs(arguments: Varlen) -> int:
     """Exactly where the host sees the lengths, and at most elsewhere."""
     heads: int = arguments.query.shape[1]
-    starts = host_values(arguments.cu_seqlens_q), host_values(arguments.cu_seqlens_k)
-    if starts[0] is not None and starts[1] is not None:
-        lengths = [[b - a for a, b in itertools.pairwise(s)] for s in starts if s is not None]
-        pairs: int = sum(q * k for q, k in zip(*lengths, strict=True))
+    starts_q, starts_k = host_values(arguments.cu_seqlens_q), host_values(arguments.cu_seqlens_k)
+    used = None if arguments.seqused_k is None else host_values(arguments.seqused_k)
+    if starts_q is not None and starts_k is not None:
+        lengths_q, lengths_k = ([b - a for a, b in itertools.pairwise(starts)] for starts in (starts_q, starts_k))
+        pairs: int = sum(q * k for q, k in zip(lengths_q, used or lengths_k, strict=True))
         return heads * pairs
     queries, keys = arguments.query.shape[0], arguments.key.shape[0]
     longest_q, longest_k = arguments.max_seqlen_q, arguments.max_seqlen_k

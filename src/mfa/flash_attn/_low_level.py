@@ -129,7 +129,8 @@ def _flash_attn_varlen_forward(
     """`flash_attn_varlen_func`, with what backward needs.
 
     Args:
-        seqused_k, leftpad_k: int32 [N]: a sequence's keys are those within leftpad_k ... seqused_k-1; they are copied.
+        seqused_k, leftpad_k: int32 [N]: a sequence's keys are those within leftpad_k ... seqused_k-1; with leftpad_k,
+            which must be None for pages, they are copied.
         zero_tensors: changes nothing: every element is written.
         The others: as in `flash_attn_varlen_func`.
 
@@ -140,15 +141,30 @@ def _flash_attn_varlen_forward(
         As `_flash_attn_forward`; ValueError: contents of index tensors, where the host can see them.
     """
     check_probs("return_softmax", return_softmax, dropout_p)
-    if block_table is not None:
-        k, v = _packed.from_pages((k, v), block_table, cu_seqlens_k, max_seqlen_k)
-    _packed.check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    (k, v), starts_k = _packed.compacted((k, v), cu_seqlens_k, seqused_k, leftpad_k, what="k")
     window = bounds((window_size_left, window_size_right), causal)
+    if block_table is not None:
+        if leftpad_k is not None:
+            raise ValueError("leftpad_k is given, and block_table too; it must be None for pages")
+        out, lse = _packed.over_pages(
+            *(q, k, v, cu_seqlens_q, _packed.lengths_of(q, cu_seqlens_k, seqused_k), max_seqlen_q, max_seqlen_k),
+            block_table=block_table,
+            scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+        )
+        return out, lse, q.new_empty(0), _new_state(q, 0)
+    _packed.check_queries(q, cu_seqlens_q, max_seqlen_q)
+    _packed.check_keys(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_k)
+    starts_k = cu_seqlens_k
+    if leftpad_k is not None:
+        (k, v), starts_k = _packed.compacted((k, v), cu_seqlens_k, seqused_k, leftpad_k, what="k")
+        seqused_k = None
     rng_state = _new_state(q, dropout_p)
     used, layout = _used(rng_state, dropout_p), (cu_seqlens_q, starts_k, max_seqlen_q, max_seqlen_k)
     out, lse = ops.attention_varlen_forward(
-        *Varlen(q, k, v, *layout, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, used)
+        *Varlen(q, k, v, *layout, None, alibi_slopes, softmax_scale, *window, softcap, dropout_p, used, seqused_k)
     )
     return out, lse, q.new_empty(0), rng_state
 
@@ -179,7 +195,8 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """`_flash_attn_backward` of packed sequences: dout and out [Tq,Hq,Dv], lse [Hq,Tq], which the sums are like."""
-    _packed.check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _packed.check_queries(q, cu_seqlens_q, max_seqlen_q)
+    _packed.check_keys(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
     window = bounds((window_size_left, window_size_right), causal)
     wanted = [result is not None for result in (dq, dk, dv)]
     used, layout = _used(rng_state, dropout_p), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

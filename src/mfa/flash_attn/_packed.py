@@ -3,16 +3,17 @@
 Tokens are copied to where a plain layout has them, by indices that never leave the device.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._arguments import Varlen
 from .._checks.indices import check_index_tensor, host_values
 from .._checks.numbers import as_integer
-from .._checks.varlen import check_starts
+from .._checks.varlen import check_starts_of, check_used
 from .._log import once
 from ..varlen import attention_varlen
-from ._conventions import Bounds
+from ._conventions import Bounds, heads_first
 
 
 def attend(
@@ -20,7 +21,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Any,
     max_seqlen_q: int,
     max_seqlen_k: int,
     seqused_q: Tensor | None = None,
@@ -31,42 +32,75 @@ def attend(
     softcap: float,
     chunk: int = 0,
     sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mfa.attention_varlen` with seqused and chunks: out [Tq,Hq,Dv] and lse [Hq,Tq]."""
+    """`mfa.attention_varlen` with seqused_q and chunks: out [Tq,Hq,Dv] and lse [Hq,Tq].
+
+    With block_table, k and v are pages [pages,page,Hkv,D], and there are no chunks; without it, cu_seqlens_k is given.
+    """
     chunk = as_integer("attention_chunk", chunk)
-    check_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    terms: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    check_queries(q, cu_seqlens_q, max_seqlen_q)
+    if block_table is None:
+        check_keys(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, seqused_k)
     (queries,), starts_q = compacted((q,), cu_seqlens_q, seqused_q, None, what="q")
-    (k, v), starts_k = compacted((k, v), cu_seqlens_k, seqused_k, None, what="k")
-    parts_q, parts_k = starts_q, starts_k
-    if chunk > 0:
-        parts_q, parts_k = chunks(starts_q, starts_k, max_seqlen_k, chunk)
-        max_seqlen_k = min(max_seqlen_k, chunk)
-    results = attention_varlen(
-        *(queries, k, v, parts_q, parts_k, max_seqlen_q, max_seqlen_k),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=True,
-    )
+    if block_table is not None:
+        lengths = lengths_of(q, cu_seqlens_k, seqused_k)
+        layout = (starts_q, lengths, max_seqlen_q, max_seqlen_k)
+        results = over_pages(queries, k, v, *layout, block_table=block_table, **terms)
+    else:
+        starts, longest = (starts_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+        if chunk > 0:
+            starts, seqused_k = chunks(starts, seqused_k, max_seqlen_k, chunk)
+        results = attention_varlen(queries, k, v, *starts, *longest, **terms, seqused_k=seqused_k, return_lse=True)
     return results if starts_q is cu_seqlens_q else spread(results, starts_q, cu_seqlens_q)
 
 
-def check_layout(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> None:
-    """What `mfa.attention_varlen` checks, before tokens are copied by it."""
+def over_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **terms: Any,
+) -> tuple[Tensor, Tensor]:
+    """`mfa.attention_varlen` of pages [pages,page,Hkv,D], read in place: out [Tq,Hq,Dv] and lse [Hq,Tq]."""
+    pages, layout = (heads_first("k", k), heads_first("v", v)), (cu_seqlens_q, None, max_seqlen_q, max_seqlen_k)
+    results: tuple[Tensor, Tensor] = attention_varlen(
+        *(q, *pages, *layout), seqused_k=seqused_k, **terms, return_lse=True
+    )
+    return results
+
+
+def lengths_of(q: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None) -> Tensor:
+    """Live tokens of sequences in pages, int32 [N]: flash-attn gives either."""
+    if seqused_k is not None:
+        return seqused_k
+    if cu_seqlens_k is None:
+        raise ValueError("seqused_k is None; it, or cu_seqlens_k, must be given with pages")
+    check_index_tensor("cu_seqlens_k", cu_seqlens_k, q, "[N+1]", (None,))
+    return cu_seqlens_k.diff()
+
+
+def check_queries(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int) -> None:
+    """What `mfa.attention_varlen` checks, before queries are copied by it."""
     check_index_tensor("cu_seqlens_q", cu_seqlens_q, q, "[N+1]", (None,))
-    check_index_tensor("cu_seqlens_k", cu_seqlens_k, q, "[N+1] of cu_seqlens_q", (cu_seqlens_q.shape[0],))
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q has shape [0]; it must have shape [N+1], starting with 0")
-    layout = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        as_integer("max_seqlen_q", max_seqlen_q),
-        as_integer("max_seqlen_k", max_seqlen_k),
-    )
-    check_starts(Varlen(q, k, k, *layout, None, None, 1.0))
+    check_starts_of("q", cu_seqlens_q, "query", q, as_integer("max_seqlen_q", max_seqlen_q))
+
+
+def check_keys(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, seqused_k: Tensor | None = None
+) -> None:
+    """The same of packed keys."""
+    check_index_tensor("cu_seqlens_k", cu_seqlens_k, q, "[N+1] of cu_seqlens_q", (cu_seqlens_q.shape[0],))
+    lengths = check_starts_of("k", cu_seqlens_k, "key", k, as_integer("max_seqlen_k", max_seqlen_k))
+    if seqused_k is not None:
+        check_index_tensor("seqused_k", seqused_k, q, "[N]", (cu_seqlens_q.shape[0] - 1,))
+        check_used(seqused_k, lengths)
 
 
 def starts_of(batch: int, length: int, device: torch.device) -> Tensor:
@@ -115,50 +149,26 @@ def spread(results: tuple[Tensor, Tensor], packed: Tensor, starts: Tensor) -> tu
     )
 
 
-def from_pages(caches: tuple[Tensor, Tensor], table: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, ...]:
-    """Keys and values of a paged cache, packed as `starts` says.
-
-    Args:
-        caches: [pages,page,Hkv,D] and [pages,page,Hkv,Dv].
-        table: int32 [N,pages per sequence].
-        starts: int32 [N+1].
-        longest: no sequence is longer.
-
-    Returns:
-        [N*longest,Hkv,D] and [N*longest,Hkv,Dv], whose last tokens may belong to no sequence.
-    """
-    cache = caches[0]
-    if cache.dim() != 4 or caches[1].shape[:3] != cache.shape[:3]:
-        shapes = list(cache.shape), list(caches[1].shape)
-        raise ValueError(f"k and v have shapes {shapes}; with block_table they must be [pages,page,Hkv,D] and Dv")
-    check_index_tensor("cu_seqlens_k", starts, cache, "[N+1]", (None,))
-    sequences = max(starts.shape[0] - 1, 0)
-    check_index_tensor("block_table", table, cache, "[N,pages per sequence]", (sequences, None))
-    pages, page, width = cache.shape[0], cache.shape[1], table.shape[1]
-    if sequences and longest > 0 and (pages == 0 or page * width == 0):
-        raise ValueError(f"block_table has shape {list(table.shape)}, k {list(cache.shape)}; they must have pages")
-    _check_pages(table, starts, pages, page)
-    once("block_table: mfa.flash_attn copies the pages for packed queries; flash_attn_with_kvcache reads them in place")
-    sequence, token = _places(starts, sequences * longest)
-    number = table[sequence, (token // max(page, 1)).clamp(0, width - 1).long()].clamp(0, pages - 1).long()
-    return tuple(tensor[number, token.remainder(max(page, 1)).long()] for tensor in caches)
-
-
-def chunks(starts_q: Tensor, starts_k: Tensor, longest_k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Starts of the parts of sequences that attention_chunk separates: each part is a sequence of its own.
+def chunks(
+    starts: tuple[Tensor, Tensor], used_k: Tensor | None, longest_k: int, chunk: int
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """The parts of sequences that attention_chunk separates: starts, and seqused_k; each part is a sequence of its own.
 
     A query at position i+Lk-Lq sees keys of its own `chunk` positions. Those before position 0 see none: they are a
     part without keys. The last query and the last key of a part are at one position: its lower right.
     """
+    starts_q, starts_k = starts
     parts = torch.arange(0, max(longest_k, 1), chunk, dtype=torch.int32, device=starts_q.device)
-    lengths_q, lengths_k = starts_q.diff()[:, None], starts_k.diff()[:, None]
+    lengths_q, lengths_k = starts_q.diff()[:, None], (starts_k.diff() if used_k is None else used_k)[:, None]
     first_keys = torch.minimum(parts, lengths_k)
     first_queries = torch.minimum((parts - (lengths_k - lengths_q)).clamp_min(0), lengths_q)
     ends = []
-    for starts, firsts in ((starts_q, first_queries), (starts_k, first_keys)):
-        of_parts = torch.cat((torch.zeros_like(firsts[:, :1]), firsts), 1) + starts[:-1, None]
-        ends.append(torch.cat((of_parts.flatten(), starts[-1:])).to(torch.int32))
-    return ends[0], ends[1]
+    for begins, firsts in ((starts_q, first_queries), (starts_k, first_keys)):
+        of_parts = torch.cat((torch.zeros_like(firsts[:, :1]), firsts), 1) + begins[:-1, None]
+        ends.append(torch.cat((of_parts.flatten(), begins[-1:])).to(torch.int32))
+    if used_k is not None:
+        used_k = torch.cat((torch.zeros_like(lengths_k), first_keys, lengths_k), 1).diff().flatten()
+    return (ends[0], ends[1]), used_k
 
 
 def _accumulated(lengths: Tensor) -> Tensor:
@@ -178,20 +188,3 @@ def _check_counts(name: str, counts: Tensor, like: Tensor, limits: Tensor) -> No
     for entry, (value, limit) in enumerate(zip(values or (), largest or (), strict=False)):
         if not 0 <= value <= limit:
             raise ValueError(f"{name} is {value} at {entry}; it must be within 0 ... {limit}")
-
-
-def _check_pages(table: Tensor, starts: Tensor, pages: int, page: int) -> None:
-    """Those that sequences need, where the host can see them."""
-    numbers, ends = host_values(table), host_values(starts)
-    if numbers is None or ends is None:
-        return
-    width = table.shape[1]
-    for entry in range(len(ends) - 1):
-        length = ends[entry + 1] - ends[entry]
-        if length > width * page:
-            raise ValueError(f"block_table has {width} pages of {page} tokens; sequence {entry} has {length} tokens")
-        for index, number in enumerate(numbers[entry * width : entry * width + -(-length // max(page, 1))]):
-            if not 0 <= number < pages:
-                raise ValueError(
-                    f"block_table has page {number} at [{entry}, {index}]; it must be within 0 ... {pages - 1}"
-                )

@@ -127,8 +127,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: int32 [N+1].
         max_seqlen_q, max_seqlen_k: no sequence is longer; None is all tokens there are.
         seqused_q, seqused_k: int32 [N]: how many of a sequence's tokens count; the others' out is 0, their lse -inf.
-            Tokens that count are copied.
-        page_table: int32 [N,pages per sequence]; pages are copied, N*max_seqlen_k tokens.
+            Queries that count are copied.
+        page_table: int32 [N,pages per sequence]; a page is a multiple of 8. No gradients then.
         min_seqlen_k, disable_scheduler_metadata, seqlen_k_per_split: change nothing.
         scheduler_metadata: must be None.
         The others: as in `flash_attn_func`.
@@ -143,20 +143,15 @@ def flash_attn_varlen_func(
     (q,), cu_seqlens_q, max_seqlen_q = _packed_form("q", (q,), cu_seqlens_q, max_seqlen_q)
     if page_table is None:
         (k, v), cu_seqlens_k, max_seqlen_k = _packed_form("k", (k, v), cu_seqlens_k, max_seqlen_k)
-    else:
-        if cu_seqlens_k is None:
-            if seqused_k is None:
-                raise ValueError("seqused_k is None; it, or cu_seqlens_k, must be given with page_table")
-            cu_seqlens_k, seqused_k = torch.nn.functional.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0)), None
-        longest = k.shape[1] * page_table.shape[1] if max_seqlen_k is None else max_seqlen_k
-        k, v = _packed.from_pages((k, v), page_table, cu_seqlens_k, longest)
-        max_seqlen_k = longest
+    elif max_seqlen_k is None:
+        max_seqlen_k = k.shape[1] * page_table.shape[1]
     out, lse = _packed.attend(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k),
         scale=softmax_scale,
         window=_bounds(window_size, causal),
         softcap=softcap or 0,
         sinks=_sinks(learnable_sink, q),
+        block_table=page_table,
     )
     if rows is not None:
         out, lse = out.unflatten(0, rows), lse.unflatten(1, rows).transpose(0, 1)

@@ -1,7 +1,7 @@
 """FlashAttention-3's module flash_attn_interface, as far as mfa's kernels go.
 
 Its functions have no dropout and no ALiBi. What changes a result and isn't supported is refused by name: qv, descaling
-of 8-bit inputs, ragged queries over a cache.
+of 8-bit inputs.
 """
 
 from functools import reduce
@@ -139,8 +139,8 @@ def flash_attn_varlen_func(
 ) -> _Result:
     """`flash_attn_func` of N sequences, packed: q [Tq,Hq,D], k [Tk,Hkv,D], v [Tk,Hkv,Dv], cu_seqlens int32 [N+1].
 
-    seqused_q, seqused_k: int32 [N]: how many of a sequence's tokens count; the others' out is 0, their lse -inf. Tokens
-    that count are copied.
+    seqused_q, seqused_k: int32 [N]: how many of a sequence's tokens count; the others' out is 0, their lse -inf.
+    Queries that count are copied.
 
     Returns:
         out [Tq,Hq,Dv]; with return_attn_probs (out, lse float32 [Hq,Tq]).
@@ -217,44 +217,59 @@ def flash_attn_with_kvcache(
     Args:
         rotary_seqlens: int32 [B]: the positions of the first new tokens; None is cache_seqlens.
         page_table: block_table in 2.8.
-        qv, q_descale, k_descale, v_descale, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, scheduler_metadata: must be
-            None; attention_chunk: must be 0.
+        cu_seqlens_q: int32 [B+1], with page_table: q is packed [Tq,Hq,D], and nothing is appended: k, v, rotary_cos,
+            rotary_sin, cache_batch_idx and cache_leftpad must be None.
+        max_seqlen_q: with cu_seqlens_q, no sequence of queries is longer; None is Tq.
+        qv, q_descale, k_descale, v_descale, cu_seqlens_k_new, scheduler_metadata: must be None; attention_chunk: must
+            be 0.
         pack_gqa, sm_margin: change nothing.
         The others: as in `mfa.flash_attn.flash_attn_with_kvcache`.
 
     Returns:
-        out [B,Lq,Hq,D]; with return_softmax_lse (out, lse float32 [B,Hq,Lq], and two empty tensors where flash-attn has
-        the parts of split keys).
+        out, as q; with return_softmax_lse (out, lse float32 [B,Hq,Lq] or [Hq,Tq], and two empty tensors where
+        flash-attn has the parts of split keys).
 
     Raises:
         ValueError, TypeError, NotImplementedError: as there; NotImplementedError: an argument that must be None or 0.
     """
     refuse(_QV, qv=qv)
     refuse(_DESCALE, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    refuse(
-        "pad the queries, or use flash_attn_varlen_func",
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        max_seqlen_q=max_seqlen_q,
-    )
+    refuse("append before the call", cu_seqlens_k_new=cu_seqlens_k_new)
     refuse("kernels make their own plan", scheduler_metadata=scheduler_metadata)
     refuse("use flash_attn_varlen_func", attention_chunk=attention_chunk or None)
-    out, lse = _cache.attend(
-        *(q, k_cache, v_cache, k, v),
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        rotary_seqlens=rotary_seqlens,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=page_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        num_splits=num_splits,
-    )
+    if cu_seqlens_q is None:
+        refuse("it belongs to cu_seqlens_q", max_seqlen_q=max_seqlen_q)
+        out, lse = _cache.attend(
+            *(q, k_cache, v_cache, k, v),
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_interleaved=rotary_interleaved,
+            rotary_seqlens=rotary_seqlens,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            block_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            num_splits=num_splits,
+        )
+    else:
+        rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens}
+        refuse("with cu_seqlens_q, append before the call", k=k, v=v, **rotary)
+        refuse("use page_table", cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
+        if page_table is None or not isinstance(cache_seqlens, Tensor):
+            raise ValueError("with cu_seqlens_q, page_table and cache_seqlens must be tensors")
+        out, lse = _packed.over_pages(
+            *(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens),
+            q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+            page_table.shape[-1] * k_cache.shape[1],
+            block_table=page_table,
+            scale=softmax_scale,
+            window=bounds(window_size, causal),
+            softcap=softcap,
+        )
     return (out, lse, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else out
 
 

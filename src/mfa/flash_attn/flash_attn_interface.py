@@ -1,5 +1,7 @@
 """flash-attn's functions. Each hands its arguments, in flash-attn's conventions, to mfa's."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..attention import attention
@@ -147,7 +149,8 @@ def flash_attn_varlen_func(
     """`flash_attn_func` of N sequences, packed: q [Tq,Hq,D], k [Tk,Hkv,D], v [Tk,Hkv,Dv], cu_seqlens int32 [N+1].
 
     The other arguments are those of `flash_attn_func`, for each sequence; alibi_slopes may be [N,Hq]. With block_table
-    int32 [N,pages per sequence], k and v are pages [pages,page,Hkv,D], which are copied: N*max_seqlen_k tokens.
+    int32 [N,pages per sequence], k and v are pages [pages,page,Hkv,D], page a multiple of 8, of which sequence n has
+    cu_seqlens_k[n+1]-cu_seqlens_k[n] tokens; without dropout and gradients.
 
     Returns:
         out [Tq,Hq,Dv]; with return_attn_probs (out, lse float32 [Hq,Tq], empty).
@@ -157,17 +160,20 @@ def flash_attn_varlen_func(
         NotImplementedError: return_attn_probs together with dropout_p.
     """
     check_probs("return_attn_probs", return_attn_probs, dropout_p)
+    terms: dict[str, Any] = {
+        "scale": softmax_scale,
+        "window": bounds(window_size, causal),
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+    }
     if block_table is not None:
-        k, v = _packed.from_pages((k, v), block_table, cu_seqlens_k, max_seqlen_k)
-    out, lse = attention_varlen(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        scale=softmax_scale,
-        window=bounds(window_size, causal),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        return_lse=True,
-    )
+        lengths = _packed.lengths_of(q, cu_seqlens_k, None)
+        layout = (cu_seqlens_q, lengths, max_seqlen_q, max_seqlen_k)
+        out, lse = _packed.over_pages(q, k, v, *layout, block_table=block_table, **terms)
+    else:
+        layout = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = attention_varlen(q, k, v, *layout, **terms, return_lse=True)
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 

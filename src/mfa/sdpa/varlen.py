@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Dense, Varlen
+from .._arguments import DENSE_GRADIENTS, VARLEN_GRADIENTS, Backward, Dense, Paged, Varlen
 from .._ops import ops
-from ..kv_cache import attention_with_kv_cache
 
 _Bound = int | None
 _Window = tuple[_Bound, _Bound]
@@ -80,17 +79,22 @@ def _forward(
         raise NotImplementedError("return_debug_mask is not supported: the probabilities are never in memory")
     window = _window(is_causal, window_size_left, window_size_right)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if seqused_k is not None or block_table is not None:
-        cache = (key, value, seqused_k, block_table)
-        return _forward_cached(query, *cache, cum_seq_q, max_q, max_k, scale, window, alibi_slopes, num_splits)
+    outputs: tuple[Tensor, Tensor]
+    if block_table is not None:
+        where = (cum_seq_q, (max_q, max_k), seqused_k, block_table)
+        paged = _paged(query, (key, value), *where, alibi_slopes, scale, window, num_splits or 0)
+        outputs = ops.attention_varlen_paged(*paged)
+        return outputs
     # Dense kernels and packed ones split keys as they like.
     if cum_seq_q is None or cum_seq_k is None:
+        if seqused_k is not None:
+            raise NotImplementedError("seqused_k needs cu_seq_q and cu_seq_k, or block_table")
         _check_dense(cum_seq_q, cum_seq_k)
         out, lse = ops.attention_forward(*_dense(query, key, value, alibi_slopes, scale, window))
         return out.transpose(1, 2), lse
     layout = (cum_seq_q, cum_seq_k, max_q, max_k)
     packed = _packed(query, key, value, layout, alibi_slopes, scale, window)
-    outputs: tuple[Tensor, Tensor] = ops.attention_varlen_forward(*packed)
+    outputs = ops.attention_varlen_forward(*packed._replace(seqused_k=seqused_k))
     return outputs
 
 
@@ -153,50 +157,23 @@ def _packed(
     return Varlen(query, key, value, *layout, None, alibi_slopes, scale, *window)
 
 
-def _forward_cached(
+def _paged(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seqused_k: Tensor | None,
-    block_table: Tensor | None,
+    pages: tuple[Tensor, Tensor],
     cum_seq_q: Tensor | None,
-    max_q: int,
-    max_k: int,
+    longest: tuple[int, int],
+    seqused_k: Tensor | None,
+    block_table: Tensor,
+    alibi_slopes: Tensor | None,
     scale: float,
     window: _Window,
-    alibi_slopes: Tensor | None,
-    num_splits: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Keys in slots, or in pages, that are longer than what is used of them: a cache."""
+    num_splits: int,
+) -> Paged:
     if seqused_k is None or cum_seq_q is None:
         raise NotImplementedError("block_table needs seqused_k and cu_seq_q")
-    sequences = seqused_k.shape[0]
-    if query.shape[0] != sequences * max_q:
-        raise NotImplementedError(
-            f"seqused_k needs queries of one length, but {query.shape[0]} are not {sequences} times max_q = {max_q}: "
-            "call once per length"
-        )
-    if block_table is None:
-        if key.shape[0] != sequences * max_k:
-            raise NotImplementedError(
-                f"seqused_k needs slots of one size, but {key.shape[0]} keys are not {sequences} times max_k = "
-                f"{max_k}: use block_table"
-            )
-        key, value = (tensor.unflatten(0, (sequences, max_k)) for tensor in (key, value))
-    out, lse = attention_with_kv_cache(
-        query.unflatten(0, (sequences, max_q)).transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        cache_seqlens=seqused_k,
-        block_table=block_table,
-        is_causal=False,
-        scale=scale,
-        window=window,
-        alibi_slopes=alibi_slopes,
-        num_splits=0 if num_splits is None else num_splits,
-        return_lse=True,
-    )
-    return out.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
+    key, value = (tensor.transpose(1, 2) for tensor in pages)
+    places = (cum_seq_q, *longest, seqused_k, block_table, None, None)
+    return Paged(query, key, value, *places, None, alibi_slopes, scale, *window, num_splits=num_splits)
 
 
 def _window(is_causal: bool, left: _Bound, right: _Bound) -> _Window:
