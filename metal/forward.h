@@ -10,7 +10,7 @@
 //   store O / l, m + log l
 #pragma once
 
-#include "forward_rows.h"
+#include "team.h"
 
 namespace mfa {
 
@@ -125,6 +125,73 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     }
   }
   rows.store(params, out, lse, correction, tile.head);
+}
+
+// As staged; a team shares each row tile. K and V take turns in threadgroup memory.
+template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_team(FORWARD_ARGUMENTS, ushort thread_index
+                                                                                  [[thread_index_in_threadgroup]]) {
+  static_assert(kRowTiles == 1 && kSimdgroups % kTeam == 0, "members have one tile, and teams are whole");
+  constexpr int kThreads = kSimdgroups * 32;
+  constexpr int kBlockQueries = kSimdgroups / kTeam * kFragment;
+  constexpr int kSlice = kHeadDim / kTeam;
+  constexpr int kValueSlice = kValueDim / kTeam;
+  typedef StagedRows<T, kHeadDim, quads> Keys;
+  typedef StagedRows<T, kValueDim, octets> Values;
+  typedef Forward<T, kSlice, kValueSlice, 1, kBlockKeys> Rows;
+  typedef PartialScores<Rows::kKeyTiles> Partial;
+  threadgroup uint4
+      memory[forward_threadgroup_bytes(team, kMemory, kHeadDim, kValueDim, kBlockQueries, kBlockKeys, sizeof(T)) / 16];
+  threadgroup T* staged_rows = (threadgroup T*)memory;
+  threadgroup float2* scores = (threadgroup float2*)(staged_rows + kBlockKeys * larger(Keys::kStride, Values::kStride));
+
+  const ForwardTile<T> tile(
+      params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
+      key, value, position.x, kBlockQueries, is_exact_head ? kHeadDim : params.head_dim,
+      is_exact_head ? kValueDim : params.value_dim);
+  const short member = simdgroup % kTeam;
+  const short own = simdgroup / kTeam;
+  Rows rows(params, tile.sequence, tile.first_row + own * kFragment, sinks, alibi_slopes, tile.head, true, lane_index);
+  const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
+  thread const MaskBlocks& blocks = rules.blocks;
+  HeldRows<T, 1, kSlice> queries;
+  queries.load(sliced(tile.queries.from(rows.first_row), member * kSlice), rows.lane);
+  const Partial partial = {scores + own * kTeam * (Partial::kFloats / 2), lane_index};
+
+  const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kBlockQueries);
+  const int begin = view.first_block(kBlockKeys);
+  const int end = view.end_block(kBlockKeys);
+  bool is_first = true;
+  for (int block = begin; block < end; ++block) {
+    const int first_key = block * kBlockKeys;
+    if (blocks.classify<kBlockQueries, kBlockKeys>(tile.first_row, first_key) == kHidden) {
+      continue;
+    }
+    // The same for all members: they have the same rows.
+    const MaskClass mask_class = blocks.classify<Rows::kRows, kBlockKeys>(rows.first_row, first_key);
+    const bool sees = rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden;
+    if (!is_first) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    is_first = false;
+    stage_rows<T, kBlockKeys, kHeadDim, quads, kThreads>(staged_rows, tile.keys.from(first_key), thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (sees) {
+      rows.multiply_keys(queries, Keys{staged_rows + member * kSlice});
+      partial.write(rows.score, member);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(staged_rows, tile.values.from(first_key), thread_index);
+    if (sees) {
+      partial.sum(rows.score);
+      rows.softmax(params, rules.in_block(mask_class), first_key);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (sees) {
+      rows.add_values(Values{staged_rows + member * kValueSlice});
+    }
+  }
+  rows.store(params, out, lse, correction, tile.head, member * kValueSlice);
 }
 
 // Fragments come straight from device memory: no barrier, and each SIMD-group walks its own key blocks.

@@ -141,8 +141,9 @@ struct Forward {
     }
   }
 
+  // `first_dim` is that of a slice of Dv, of which this is one.
   void store(constant AttentionParams& params, device T* out_tensor, device float* lse, device half* correction,
-             int head) {
+             int head, int first_dim = 0) {
     const int valid = sequence.query_length - first_row;
     float inverse[kRowTiles];
     MFA_UNROLL
@@ -150,13 +151,13 @@ struct Forward {
       const float sum = row_sum(row[r].sum);
       inverse[r] = sum == 0 ? 0 : 1 / sum;
       const int i = r * kFragment + lane.row;
-      if (writes_lse && lane.column == 0 && i < valid) {
+      if (writes_lse && first_dim == 0 && lane.column == 0 && i < valid) {
         lse[first_row_index(params, sequence, head) + first_row + i] = log_sum_exp(row[r].maximum, sum);
       }
     }
     const long offset = sequence.index * params.out_strides[0] + head * params.out_strides[1] +
-                        (sequence.first_query + first_row) * params.out_strides[2];
-    const int dim = is_exact_head ? kValueDim : params.value_dim;
+                        (sequence.first_query + first_row) * params.out_strides[2] + first_dim;
+    const int dim = is_exact_head ? kValueDim : params.value_dim - first_dim;
     store_rows<T, kValueDim>(out_tensor + offset, params.out_strides[2], valid, dim, out, inverse, lane);
     if (has_correction) {
       keep_rounding<T>(out, inverse);

@@ -3,8 +3,15 @@
 
 namespace mfa {
 
-// How fragments of K and V reach a SIMD-group.
-enum Path { staged, direct };
+// How fragments of K and V reach a SIMD-group; in a team, which shares rows (team.h), as staged.
+enum Path { staged, direct, team };
+constexpr int kTeamMembers = 4;
+
+// That a threadgroup owns.
+constexpr int rows_of(Path path, int simdgroups, int row_tiles) {
+  return 8 * row_tiles * (path == team ? simdgroups / kTeamMembers : simdgroups);
+}
+
 // Threadgroup memory of a staged kernel. split: K and V side by side, Q in registers. shared: K and V take turns in one
 // buffer, Q beside it.
 enum Memory { split, shared };
@@ -28,7 +35,11 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, int value_dim, int block_queries,
                                         int block_keys, int element_size) {
+  // K and V of a team take turns; beside them are the members' partial scores.
   return path == direct    ? 0
+         : path == team    ? block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
+                                                 padded_row_bytes(value_dim, element_size, octets)) +
+                                 kTeamMembers * block_queries * block_keys * int(sizeof(float))
          : memory == split ? block_keys * (padded_row_bytes(head_dim, element_size, quads) +
                                            padded_row_bytes(value_dim, element_size, octets))
                            : block_queries * padded_row_bytes(head_dim, element_size, octets) +

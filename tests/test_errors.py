@@ -51,9 +51,9 @@ SHAPES_AND_VALUES = {
     "head dimension": ({"key": (2, 4, 7, 24)}, "key has head dimension 24; it must have that of query, 16"),
     "head dimension 0": (
         {"query": (2, 4, 5, 0), "key": (2, 4, 7, 0)},
-        "query has head dimension 0; it must be within 1 ... 256",
+        "query has head dimension 0; it must be within 1 ... 512",
     ),
-    "value dimension 0": ({"value": (2, 4, 7, 0)}, "value has head dimension 0; it must be within 1 ... 256"),
+    "value dimension 0": ({"value": (2, 4, 7, 0)}, "value has head dimension 0; it must be within 1 ... 512"),
     "mask": (
         {"attn_mask": ones(5, 8)},
         "attn_mask has shape [5, 8]; it must broadcast to [B,Hq,Lq,Lk] = [2, 4, 5, 7]",
@@ -129,10 +129,14 @@ DTYPES_AND_TYPES = {
 }
 NOT_SUPPORTED = {
     "head dimension": (
-        {"query": (2, 4, 5, 257), "key": (2, 4, 7, 257)},
-        "query has head dimension 257; it must be within 1 ... 256: use torch.nn.functional",
+        {"query": (2, 4, 5, 513), "key": (2, 4, 7, 513)},
+        "query has head dimension 513; it must be within 1 ... 512: use torch.nn.functional",
     ),
-    "value dimension": ({"value": (2, 4, 7, 300)}, "value has head dimension 300; it must be within 1 ... 256: use"),
+    "value dimension": ({"value": (2, 4, 7, 600)}, "value has head dimension 600; it must be within 1 ... 512: use"),
+    "MLA's head dimension with another value's": (
+        {"query": (2, 4, 5, 576), "key": (2, 4, 7, 576)},
+        "query has head dimension 576; it must be within 1 ... 512: use torch.nn.functional",
+    ),
     "sparse": ({"key": torch.eye(7).to_sparse()}, "key has layout sparse_coo; only strided tensors are supported"),
     "sparse mask": (
         {"attn_mask": torch.eye(5, 7).to_sparse()},

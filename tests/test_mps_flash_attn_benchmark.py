@@ -23,9 +23,9 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_benchmark_reports_errors() -> None:
-    result = benchmark.run_benchmark(benchmark.BenchmarkConfig(seq_len=8, head_dim=512, dtype="float32"))
+    result = benchmark.run_benchmark(benchmark.BenchmarkConfig(seq_len=8, head_dim=1024, dtype="float32"))
     assert result.mfa_error is not None
-    assert "head dimension 512" in result.mfa_error
+    assert "head dimension 1024" in result.mfa_error
     assert result.sdpa_error is None
     windowed = benchmark.BenchmarkConfig(seq_len=8, dtype="float32", is_causal=True, window_size=4)
     assert benchmark.run_benchmark(windowed).sdpa_time_ms is None

@@ -348,14 +348,14 @@ def test_transforms(name: str, device: Device, routed: list[Any]) -> None:
 
 
 def test_vmap_of_what_goes_to_aten_says_why_once(routed: list[Any], caplog: pytest.LogCaptureFixture) -> None:
-    inputs = [tensor.repeat(1, 1, 1, 32) for tensor in qkv()]
+    inputs = [tensor.repeat(1, 1, 1, 64) for tensor in qkv()]
     _log.said.clear()
     for _ in range(2):
         with sdpa.enabled(cpu=True), caplog.at_level(logging.WARNING, "mfa"):
             out = torch.vmap(torch_sdpa)(*inputs)
     torch.testing.assert_close(out, torch_sdpa(*inputs))
     assert not routed
-    assert ["head dimension 512" in record.message for record in caplog.records] == [True]
+    assert ["head dimension 1024" in record.message for record in caplog.records] == [True]
 
 
 def test_vmap_asks_for_the_randomness_of_dropout(routed: list[Any]) -> None:
@@ -391,7 +391,7 @@ def lower_right(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[Inputs], Any], str]] = {
-    "head dimension": (lambda i: torch_sdpa(*(x.repeat(1, 1, 1, 32) for x in i)), "head dimension 512"),
+    "head dimension": (lambda i: torch_sdpa(*(x.repeat(1, 1, 1, 64) for x in i)), "head dimension 1024"),
     "rank": (lambda i: torch_sdpa(*(x[None] for x in i)), "5 dimensions"),
 }
 

@@ -134,7 +134,7 @@ def test_left_to_aten(backend: Any, packed: list[Any]) -> None:
 
 
 def test_what_mfa_does_not_take_is_logged_once(packed: list[Any], caplog: pytest.LogCaptureFixture) -> None:
-    wide = [jagged(random(10, HEADS, 300), starts(4, 6)) for _ in range(3)]
+    wide = [jagged(random(10, HEADS, 600), starts(4, 6)) for _ in range(3)]
     flat = [torch.nested.nested_tensor([random(4, 16), random(6, 16)]) for _ in range(3)]
     with sdpa.enabled(cpu=True), caplog.at_level(logging.WARNING, "mfa"):
         for inputs in (wide, flat) * 2:
@@ -144,7 +144,7 @@ def test_what_mfa_does_not_take_is_logged_once(packed: list[Any], caplog: pytest
             for mine, theirs in zip(out.unbind(), expected.unbind(), strict=True):
                 torch.testing.assert_close(mine, theirs)
     reasons = [record.message for record in caplog.records if "sdpa_kernel" not in record.message]
-    assert ["head dimension 300" in reasons[0], "nested tensors [B,H,L,D]" in reasons[1]] == [True, True]
+    assert ["head dimension 600" in reasons[0], "nested tensors [B,H,L,D]" in reasons[1]] == [True, True]
     assert len(reasons) == 2
 
 

@@ -73,10 +73,13 @@ void check_like_query(const char* name, const Tensor& tensor, const Tensor& quer
                 "; it must be that of query, ", query.size(0));
 }
 
-void check_head_dim(const char* name, const Tensor& tensor) {
-  const std::int64_t dim = tensor.size(3);
-  refuse_unless(1 <= dim && dim <= kLargestHeadDim, name, " has head dimension ", dim, "; it must be within 1 ... ",
-                kLargestHeadDim, dim > kLargestHeadDim ? ": use torch.nn.functional.scaled_dot_product_attention" : "");
+void check_head_dims(const Tensor& query, const Tensor& value) {
+  const std::int64_t dim = query.size(3), value_dim = value.size(3);
+  if (has_head_dims(dim, value_dim)) return;
+  const bool is_of_query = dim < 1 || dim > kLargestHeadDim;
+  const std::int64_t found = is_of_query ? dim : value_dim;
+  refuse(is_of_query ? "query" : "value", " has head dimension ", found, "; it must be within 1 ... ", kLargestHeadDim,
+         found > 0 ? ": use torch.nn.functional.scaled_dot_product_attention" : "");
 }
 
 void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value) {
@@ -89,8 +92,7 @@ void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value) {
                 query.size(3));
   refuse_unless(query_heads == 0 || (key_heads > 0 && query_heads % key_heads == 0), "query has ", query_heads,
                 " heads; it must have a multiple of those of key, ", key_heads);
-  check_head_dim("query", query);
-  check_head_dim("value", value);
+  check_head_dims(query, value);
   const std::int64_t most_per_batch = query.size(0) == 0 ? kMostHeads : kMostHeads / query.size(0);
   refuse_unless(query.size(0) <= kMostHeads && query_heads <= most_per_batch && key_heads <= most_per_batch,
                 "query has batch size ", query.size(0), " and ", query_heads,
@@ -131,6 +133,14 @@ DType dtype_of(const Tensor& query) {
     default:
       throw std::runtime_error("query has dtype " + dtype_name(query.scalar_type()) +
                                "; it must be float16, bfloat16 or float32");
+  }
+}
+
+void check_trained_head_dims(const Qkv& qkv) {
+  for (const auto& [name, tensor] : {std::pair("query", &qkv.query), std::pair("value", &qkv.value)}) {
+    const std::int64_t dim = tensor->size(tensor->dim() - 1);
+    refuse_unless(dim <= kLargestTrainedHeadDim, name, " has head dimension ", dim,
+                  ", and the call requires grad; it must be within 1 ... ", kLargestTrainedHeadDim, " there");
   }
 }
 

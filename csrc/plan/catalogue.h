@@ -41,18 +41,18 @@ struct Instance {
 };
 
 inline constexpr Instance kInstances[] = {
-#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                          \
-  {"forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,      \
-   Kind::forward,                                                                                                     \
-   DType::dtype,                                                                                                      \
-   head_dim,                                                                                                          \
-   value_dim,                                                                                                         \
-   simdgroups,                                                                                                        \
-   8 * row_tiles * simdgroups,                                                                                        \
-   block_keys,                                                                                                        \
-   forward_threadgroup_bytes(Path::path, Memory::memory, head_dim, value_dim, 8 * row_tiles * simdgroups, block_keys, \
-                             element_size(DType::dtype)),                                                             \
-   Path::path,                                                                                                        \
+#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                      \
+  {"forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,  \
+   Kind::forward,                                                                                                 \
+   DType::dtype,                                                                                                  \
+   head_dim,                                                                                                      \
+   value_dim,                                                                                                     \
+   simdgroups,                                                                                                    \
+   rows_of(Path::path, simdgroups, row_tiles),                                                                    \
+   block_keys,                                                                                                    \
+   forward_threadgroup_bytes(Path::path, Memory::memory, head_dim, value_dim,                                     \
+                             rows_of(Path::path, simdgroups, row_tiles), block_keys, element_size(DType::dtype)), \
+   Path::path,                                                                                                    \
    Memory::memory},
 #define BACKWARD_DELTA(dtype, simdgroups)     \
   {"backward_delta_" #dtype "_s" #simdgroups, \

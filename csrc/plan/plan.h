@@ -18,7 +18,16 @@ constexpr int element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 // Strides of batch, head and row, in elements; the last dimension is contiguous.
 using Strides = std::array<std::int64_t, 3>;
 
-inline constexpr int kLargestHeadDim = 256;
+inline constexpr int kLargestHeadDim = 512;
+// Of D and Dv, in the backward pass.
+inline constexpr int kLargestTrainedHeadDim = 256;
+// MLA: keys are a latent of 512, which is also the value, and 64 that carry positions.
+inline constexpr int kLatentHeadDim = 576, kLatentValueDim = 512;
+
+constexpr bool has_head_dims(std::int64_t head_dim, std::int64_t value_dim) {
+  return head_dim >= 1 && value_dim >= 1 && value_dim <= kLargestHeadDim &&
+         (head_dim <= kLargestHeadDim || (head_dim == kLatentHeadDim && value_dim == kLatentValueDim));
+}
 // Of Lq + Lk. Positions and window bounds reach 2 * (Lq + Lk) plus a tile, and are 32-bit in the kernels.
 inline constexpr std::int64_t kLongestProblem = (std::int64_t{1} << 30) - 1024;
 // Of batch * query_heads: a head's index is 32-bit in the kernels.

@@ -139,6 +139,9 @@ Plan plan_backward(const Problem& problem, const Gradients& gradients) {
   require(!gradients.alibi || problem.alibi != Alibi::none, "a gradient of slopes must not be wanted without slopes");
   require(gradients.scratch_limit >= 0, "scratch_limit must be 0 or more");
 
+  require(std::max(problem.head_dim, problem.value_dim) <= kLargestTrainedHeadDim,
+          "head_dim and value_dim of a backward pass must be within 1 ... 256");
+
   Backward backward{problem, gradients, canonical(problem), {}, false};
   backward.start.aligned = backward.start.aligned && all_rows_aligned(problem, gradients);
   AttentionParams& params = backward.plan.params = backward.start.params;

@@ -10,7 +10,8 @@ namespace mfa {
 namespace {
 
 // In order of cost: a problem runs in the first bucket that holds D and Dv.
-constexpr Bucket kBuckets[] = {{32, 32}, {64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
+constexpr Bucket kBuckets[] = {{32, 32},   {64, 64},   {80, 80},   {96, 96},   {128, 128}, {192, 128},
+                               {192, 192}, {256, 256}, {320, 320}, {384, 384}, {512, 512}, {576, 512}};
 
 Bucket bucket_of(const Problem& problem) {
   return *std::ranges::find_if(kBuckets, [&](Bucket bucket) {
@@ -32,8 +33,8 @@ void check_sizes(const Problem& problem) {
   require(problem.sequences == 0 || problem.batch == 1, "packed sequences need batch 1");
   require(0 <= problem.sequences && problem.sequences <= kLongestProblem,
           "there must be at most 2^30 - 1024 sequences");
-  for (std::int64_t dim : {problem.head_dim, problem.value_dim})
-    require(1 <= dim && dim <= kLargestHeadDim, "head_dim and value_dim must be within 1 ... 256");
+  require(has_head_dims(problem.head_dim, problem.value_dim),
+          "head_dim and value_dim must be within 1 ... 512, or 576 and 512");
   for (const Strides& strides :
        {problem.query_strides, problem.key_strides, problem.value_strides, problem.out_strides})
     require(std::ranges::min(strides) >= 0, "strides must not be negative");

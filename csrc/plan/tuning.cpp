@@ -23,7 +23,7 @@ constexpr Tuning kTuning[] = {
 #define TUNE_FORWARD(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_keys) \
   {Family::family, Kind::forward, DType::dtype,                                                   \
    head_dim,       value_dim,     Path::path,                                                     \
-   held,           simdgroups,    8 * row_tiles * simdgroups,                                     \
+   held,           simdgroups,    rows_of(Path::path, simdgroups, row_tiles),                     \
    block_keys},
 #define TUNE_DELTA(family, dtype, simdgroups) \
   {Family::family, Kind::backward_delta, DType::dtype, 0, 0, staged, held, simdgroups, 4 * simdgroups, 0},
@@ -88,7 +88,7 @@ std::vector<const Instance*> preferred;  // before the rows of tuning.def, newes
 const Instance* find_preferred(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
   for (const Instance* instance : preferred)
     if (instance->kind == kind && instance->dtype == problem.dtype && fits(instance->head_dim, bucket.head_dim) &&
-        fits(instance->value_dim, bucket.value_dim) && (instance->path == staged || takes_direct))
+        fits(instance->value_dim, bucket.value_dim) && (instance->path != direct || takes_direct))
       return instance;
   return nullptr;
 }
@@ -100,7 +100,7 @@ const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool ta
   for (const Tuning& row : kTuning)
     if (row.kind == kind && row.family <= problem.family && row.dtype == problem.dtype &&
         fits(row.head_dim, bucket.head_dim) && fits(row.value_dim, bucket.value_dim) &&
-        (row.path == staged || takes_direct))
+        (row.path != direct || takes_direct))
       return find_instance(row);
   return nullptr;
 }

@@ -15,7 +15,9 @@ from torch import Tensor
 from .._arguments import Backward, Decode, Dense, Paged, Varlen
 from .sizes import equal, holds
 
-LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = 512
+LARGEST_TRAINED_HEAD_DIM = 256  # that kernels have a backward pass, or a cache, for
+LATENT_DIMS = (576, 512)  # D and Dv of MLA, whose values are a part of its keys
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METAL_DTYPES = DTYPES[:3]
 # Fake tensors have the device that they stand for; "meta" computes shapes.
@@ -131,12 +133,24 @@ def check_heads_and_dims(query: Tensor, key_name: str, key: Tensor, value_name: 
     heads, key_heads = query.shape[1], key.shape[1]
     if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
         raise ValueError(f"query has {heads} heads; it must have a multiple of those of {key_name}, {key_heads}")
-    for name, size in (("query", query.shape[3]), (value_name, value.shape[3])):
+    sizes = query.shape[3], value.shape[3]
+    for name, size in zip(("query", value_name), sizes, strict=True):
         if size == 0:
             raise ValueError(f"{name} has head dimension 0; it must be within 1 ... {LARGEST_HEAD_DIM}")
-        if size > LARGEST_HEAD_DIM:
+        if size > LARGEST_HEAD_DIM and sizes != LATENT_DIMS:
             raise NotImplementedError(
                 f"{name} has head dimension {size}; it must be within 1 ... {LARGEST_HEAD_DIM}: use "
+                "torch.nn.functional.scaled_dot_product_attention"
+            )
+
+
+def check_trained_head_dims(arguments: Dense | Varlen) -> None:
+    """Those that kernels have a backward pass for."""
+    for name, size in (("query", arguments.query.shape[-1]), ("value", arguments.value.shape[-1])):
+        if size > LARGEST_TRAINED_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name} has head dimension {size}, and the call requires grad; it must be within 1 ... "
+                f"{LARGEST_TRAINED_HEAD_DIM} there: call under torch.no_grad(), or use "
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 
