@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cache.h"
-#include "forward_rows.h"
+#include "team.h"
 
 namespace mfa {
 
@@ -28,6 +28,13 @@ struct PackedRows {
     return {base + row % group * head_stride + row / group * row_stride, 0, rows - row, dim};
   }
 };
+
+template <typename T>
+inline PackedRows<T> sliced(PackedRows<T> rows, int first_dim) {
+  rows.base += first_dim;
+  rows.dim -= first_dim;
+  return rows;
+}
 
 #define DECODE_ARGUMENTS                                                                                     \
   const device T *query [[buffer(kQuery)]], const device uchar *key [[buffer(kKey)]],                        \
@@ -132,11 +139,11 @@ inline MaskClass classify(constant AttentionParams& params, Scores<T> scores, De
   return simd_all(hides) ? kHidden : simd_all(sees) ? kOpen : kMixed;
 }
 
-// O / l and m + log l.
+// O / l and m + log l. `first_dim` is that of a slice of Dv, of which this is one.
 template <int kValueDim, typename T, typename Rows>
 inline void store_packed(constant AttentionParams& params, thread Rows& rows, DecodeTile tile, device T* out,
-                         device float* lse, device float* partial_out, device float* partial_lse) {
-  const int value_dim = is_exact_head ? kValueDim : params.value_dim;
+                         device float* lse, device float* partial_out, device float* partial_lse, int first_dim = 0) {
+  const int dim = is_exact_head ? kValueDim : params.value_dim - first_dim;
   const bool is_whole = tile.is_whole(params);
   const int sequences = is_varlen ? params.sequences : params.batch;
   MFA_UNROLL
@@ -150,17 +157,18 @@ inline void store_packed(constant AttentionParams& params, thread Rows& rows, De
       const long part_head = (long(tile.part) * sequences + tile.sequence.index) * params.query_heads + query_head;
       const long partial_index = part_head * params.split_queries + query;
       device T* target = out + (tile.sequence.index * params.out_strides[0] + query_head * params.out_strides[1] +
-                                (tile.sequence.first_query + query) * params.out_strides[2]);
+                                (tile.sequence.first_query + query) * params.out_strides[2] + first_dim);
       MFA_UNROLL
       for (short s = 0; s < sets_of(kValueDim); ++s) {
         thread Fragment<float>* set = &rows.out[r][s * kSetFragments];
         if (is_whole) {
-          store_set<kValueDim>(target, value_dim, set, s, inverse, rows.lane);
+          store_set<kValueDim>(target, dim, set, s, inverse, rows.lane);
         } else {
-          store_set<kValueDim>(partial_out + partial_index * value_dim, value_dim, set, s, inverse, rows.lane);
+          store_set<kValueDim>(partial_out + partial_index * params.value_dim + first_dim, dim, set, s, inverse,
+                               rows.lane);
         }
       }
-      if (rows.lane.column == 0) {
+      if (first_dim == 0 && rows.lane.column == 0) {
         const float natural = log_sum_exp(rows.row[r].maximum, sum);
         if (!is_whole) {
           partial_lse[partial_index] = natural;
@@ -225,7 +233,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, true> Rows;
   typedef StagedRows<T, kHeadDim, quads> Keys;
   typedef StagedRows<T, kValueDim, octets> Values;
-  threadgroup uint4 memory[decode_threadgroup_bytes(staged, kHeadDim, kValueDim, kBlockKeys, sizeof(T)) / 16];
+  threadgroup uint4
+      memory[decode_threadgroup_bytes(staged, kHeadDim, kValueDim, kSimdgroups * kRows, kBlockKeys, sizeof(T)) / 16];
   threadgroup T* keys = (threadgroup T*)memory;
   threadgroup T* values = keys + kBlockKeys * Keys::kStride;
   threadgroup float* scales = (threadgroup float*)(values + kBlockKeys * Values::kStride);  // of keys, then of values
@@ -283,6 +292,100 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     }
   }
   store_packed<kValueDim>(params, rows, tile, out, lse, partial_out, partial_lse);
+}
+
+// As staged; a team shares each row tile. K and V take turns in threadgroup memory.
+template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void decode_team(DECODE_ARGUMENTS,
+                                                                                 ushort simdgroup
+                                                                                 [[simdgroup_index_in_threadgroup]],
+                                                                                 ushort thread_index
+                                                                                 [[thread_index_in_threadgroup]]) {
+  static_assert(kRowTiles == 1 && kSimdgroups % kTeam == 0, "members have one tile, and teams are whole");
+  constexpr int kRows = kSimdgroups / kTeam * kFragment;
+  constexpr int kThreads = kSimdgroups * 32;
+  constexpr int kSlice = kHeadDim / kTeam;
+  constexpr int kValueSlice = kValueDim / kTeam;
+  typedef Forward<T, kSlice, kValueSlice, 1, kBlockKeys, true> Rows;
+  typedef StagedRows<T, kHeadDim, quads> Keys;
+  typedef StagedRows<T, kValueDim, octets> Values;
+  typedef PartialScores<Rows::kKeyTiles> Partial;
+  threadgroup uint4 memory[decode_threadgroup_bytes(team, kHeadDim, kValueDim, kRows, kBlockKeys, sizeof(T)) / 16];
+  threadgroup T* staged_rows = (threadgroup T*)memory;
+  threadgroup float2* scores = (threadgroup float2*)(staged_rows + kBlockKeys * larger(Keys::kStride, Values::kStride));
+  threadgroup float* scales =
+      (threadgroup float*)(scores + kSimdgroups / kTeam * kTeam * (Partial::kFloats / 2));  // of keys, then of values
+
+  const DecodeTile tile(params, Layout{tile_map, query_starts, key_starts, key_lengths}, position, kRows);
+  if (tile.is_whole(params) && tile.part > 0) {
+    return;
+  }
+  const short member = simdgroup % kTeam;
+  const short own = simdgroup / kTeam;
+  Rows rows(params, tile.sequence, tile.first_row + own * kFragment, sinks, alibi_slopes, tile.head, tile.part == 0,
+            lane_index);
+  HeldRows<T, 1, kSlice> queries;
+  queries.load(
+      sliced(tile.queries(params, query, rows.first_row, is_exact_head ? kHeadDim : params.head_dim), member * kSlice),
+      rows.lane);
+  const Partial partial = {scores + own * kTeam * (Partial::kFloats / 2), lane_index};
+  const Rules<T> rules(params, tile.sequence, bias, nullptr, alibi_slopes, nullptr, tile.head);
+  const Caches<T> cache(params, key, value, block_table, key_scale, value_scale, tile.sequence, tile.key_head,
+                        is_exact_head ? kHeadDim : params.head_dim, is_exact_head ? kValueDim : params.value_dim);
+
+  const View view = view_of_queries(params, tile.sequence, rows.query_of(tile.first_row),
+                                    rows.query_of(tile.first_row + kRows - 1) + 1);
+  const Range blocks = tile.blocks(params, view, kBlockKeys);
+  bool is_first = true;
+  for (int block = blocks.first; block <= blocks.last; ++block) {
+    const int first_key = block * kBlockKeys;
+    // All SIMD-groups look at the same elements: what they find must not differ, since barriers follow.
+    MaskClass mask_class =
+        classify<T, kRows, kBlockKeys>(params, rules.scores, tile, tile.first_row, first_key, lane_index);
+    if (mask_class == kHidden) {
+      continue;
+    }
+    if (bias_is_of_last_keys) {
+      mask_class =
+          classify<T, kFragment, kBlockKeys>(params, rules.scores, tile, rows.first_row, first_key, lane_index);
+    }
+    if (!is_first) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    is_first = false;
+    stage_cache<T, kBlockKeys, kHeadDim, quads, kThreads>(staged_rows, cache.keys, first_key, thread_index);
+    if (key_is_quantized && thread_index < kBlockKeys) {
+      scales[thread_index] = cache.keys.scale(first_key + thread_index);
+    }
+    if (value_is_quantized && thread_index >= kBlockKeys && thread_index < 2 * kBlockKeys) {
+      scales[thread_index] = cache.values.scale(first_key + thread_index - kBlockKeys);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const bool sees = rows.view.sees(first_key, kBlockKeys);
+    if (sees) {
+      rows.multiply_keys(queries, Keys{staged_rows + member * kSlice});
+      partial.write(rows.score, member);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (!value_is_key || kHeadDim == kValueDim) {
+      stage_cache<T, kBlockKeys, kValueDim, octets, kThreads>(staged_rows, cache.values, first_key, thread_index);
+    }
+    if (sees) {
+      partial.sum(rows.score);
+      if (key_is_quantized) {
+        scale_columns(rows, scales[lane_index % kBlockKeys]);
+      }
+      rows.softmax(params, rules.in_block(mask_class), first_key);
+      if (value_is_quantized) {
+        scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (sees) {
+      add_team_values<T, kHeadDim, kValueDim>(rows, staged_rows, member * kValueSlice);
+    }
+  }
+  store_packed<kValueSlice>(params, rows, tile, out, lse, partial_out, partial_lse, member * kValueSlice);
 }
 
 #define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \

@@ -181,14 +181,16 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       partial.write(rows.score, member);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(staged_rows, tile.values.from(first_key), thread_index);
+    if (!value_is_key || kHeadDim == kValueDim) {
+      stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(staged_rows, tile.values.from(first_key), thread_index);
+    }
     if (sees) {
       partial.sum(rows.score);
       rows.softmax(params, rules.in_block(mask_class), first_key);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sees) {
-      rows.add_values(Values{staged_rows + member * kValueSlice});
+      add_team_values<T, kHeadDim, kValueDim>(rows, staged_rows, member * kValueSlice);
     }
   }
   rows.store(params, out, lse, correction, tile.head, member * kValueSlice);

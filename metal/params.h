@@ -93,6 +93,7 @@ enum FunctionConstant : unsigned {
   kRotaryInterleaved = 32,  // ... in pairs of neighbours
   kRotaryFloat = 33,        // ... by tables of float32
   kHasKeyStarts = 34,       // the list of key starts is bound: keys are packed too, or there is a leftpad
+  kValueIsKey = 35,         // MLA: V is the first columns of K, which are read once
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.

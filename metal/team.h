@@ -39,7 +39,17 @@ struct PartialScores {
   }
 };
 
-// From a slice on.
+// O += P V of a member's slice of the V that a team has staged, or of the K.
+template <typename T, int kHeadDim, int kValueDim, typename Rows>
+inline void add_team_values(thread Rows& rows, const threadgroup T* staged_rows, int first_dim) {
+  if (value_is_key && kHeadDim != kValueDim) {
+    rows.add_values(StagedRows<T, kHeadDim, quads>{staged_rows + first_dim});
+  } else {
+    rows.add_values(StagedRows<T, kValueDim, octets>{staged_rows + first_dim});
+  }
+}
+
+// Rows from a slice on.
 template <typename T>
 inline GuardedRows<T> sliced(GuardedRows<T> rows, int first_dim) {
   return {rows.base + first_dim, rows.stride, rows.valid, rows.dim - first_dim};

@@ -8,6 +8,8 @@ import torch
 from conftest import Device
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from serving import FORMATS, Cached
+from test_kv_cache import check
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -127,3 +129,94 @@ def test_kernels_have_no_backward_pass_yet_and_say_so(device: Device) -> None:
             mfa.attention(query, key, value)
         with torch.no_grad():
             mfa.attention(query, key, value)
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def cached(draw: st.DrawFn) -> Cached:
+    lengths = draw(st.lists(st.sampled_from((0, 1, 7, 9, 17, 33, 65)), min_size=1, max_size=2))
+    page = draw(st.sampled_from((None, 8, 16)))
+    return Cached(
+        dtype=draw(st.sampled_from(DTYPES)),
+        formats=draw(st.just((None, None)) | st.tuples(*[st.sampled_from(FORMATS)] * 2)),
+        key_heads=draw(st.sampled_from((1, 2))),
+        group=draw(st.sampled_from((1, 3, 16))),
+        lengths=tuple(lengths),
+        query_length=draw(st.sampled_from((1, 2, 5))),
+        new=draw(st.sampled_from((None, 1, 2))),
+        page=page,
+        dims=draw(DIMS),
+        window=draw(st.just((None, None)) | st.tuples(BOUNDS, BOUNDS)),
+        softcap=draw(st.sampled_from((0.0, 5.0))),
+        has_sinks=draw(st.booleans()),
+        num_splits=draw(st.sampled_from((0, 1, 3))),
+        leftpad=None if page else draw(st.none() | st.tuples(*[st.integers(0, length) for length in lengths])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.parametrize("shard", range(3))
+def test_random_caches(device: Device, shard: int) -> None:
+    @seed(shard)
+    @settings(max_examples=20)
+    @given(cached())
+    def holds(problem: Cached) -> None:
+        check(problem, device)
+
+    holds()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kept", [None, torch.int8])
+def test_latents_of_mla(device: Device, dtype: torch.dtype, kept: torch.dtype | None) -> None:
+    """The value is the key's first 512 columns."""
+    generator = torch.Generator().manual_seed(0)
+    query, latents = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 16, 1, 576), (2, 1, 700, 576))
+    )
+    scales: dict[str, Any] = {}
+    wide = latents
+    if kept is not None:
+        latents, scale = mfa.quantize_kv(latents, kept)
+        wide = latents.double() * scale.double()[..., None]
+        scales = {"key_scale": scale.to(device.type), "value_scale": scale.to(device.type)}
+    lengths = torch.tensor([700, 600], dtype=torch.int32)
+    there = latents.to(device.type)
+    with device.active():
+        out = mfa.attention_with_kv_cache(
+            query.to(device.type), there, there[..., :512], cache_seqlens=lengths.to(device.type), **scales
+        ).cpu()
+    for entry, length in enumerate(lengths.tolist()):
+        live = wide[entry, None, :, :length]
+        expected = oracle.attention(query[entry, None], live, live[..., :512])[0]
+        plain = oracle.composition(query[entry, None], live.to(dtype), live[..., :512].to(dtype))[0]
+        assert oracle.largest_error(out[entry, None], expected) <= oracle.tolerance(plain, expected)
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("kept", [None, torch.int8])
+def test_each_latent_is_read_once(kept: torch.dtype | None) -> None:
+    query, latents = (torch.randn(*shape, dtype=torch.float16) for shape in ((1, 16, 1, 576), (1, 1, 2048, 576)))
+    scales: dict[str, Any] = {}
+    if kept is not None:
+        latents, scale = mfa.quantize_kv(latents, kept)
+        scales = {"key_scale": scale, "value_scale": scale}
+    with mfa.simulate() as sim:
+        mfa.attention_with_kv_cache(query, latents, latents[..., :512], cache_seqlens=2048, num_splits=1, **scales)
+    (launch,) = sim.launches
+    assert launch.constants["value_is_key"]
+    assert launch.counters.device_read_bytes <= 1.1 * latents.numel() * latents.element_size()
+
+
+@pytest.mark.simulator
+def test_prefill_of_latents_reads_them_once_per_tile() -> None:
+    query, latents = (torch.randn(*shape, dtype=torch.float16) for shape in ((1, 4, 64, 576), (1, 1, 256, 576)))
+    value = latents[..., :512]
+    with mfa.simulate() as sim:
+        out = mfa.attention(query, latents, value, enable_gqa=True)
+    expected, plain = (f(query, latents, value)[0] for f in (oracle.attention, oracle.composition))
+    assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
+    tiles = 4 * 64 // 16
+    assert sim.counters.device_read_bytes <= 1.05 * (tiles * latents.numel() + query.numel()) * 2

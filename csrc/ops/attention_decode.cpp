@@ -101,6 +101,8 @@ Operands operands_of(const Qkv& qkv, const Terms& terms, const Cache& cache, std
   operands.read_contiguous(kKeyLengths, terms.cache_lengths);
   if (terms.key_scale) operands.read(kKeyScale, *terms.key_scale);
   if (terms.value_scale) operands.read(kValueScale, *terms.value_scale);
+  problem.value_is_key = problem.value_is_key &&
+                         (!terms.key_scale || terms.key_scale->const_data_ptr() == terms.value_scale->const_data_ptr());
   if (terms.cache_leftpad) operands.read_contiguous(kKeyStarts, *terms.cache_leftpad);
   if (terms.attn_mask) {
     operands.read_bias(*terms.attn_mask);

@@ -15,8 +15,8 @@ void check_tensor(const char* name, const Tensor& cache, const Tensor& query, co
   refuse_unless(cache.device() == query.device(), name, " is on another device than query; they must be on the same");
   for (int i = 0; i < 3; ++i)
     refuse_unless(cache.size(i) == key.size(i), name, " must have the sizes of key_cache but for the last one");
-  refuse_unless(cache.size(3) >= 1 && cache.size(3) <= kLargestHeadDim, name, " has head dimension ", cache.size(3),
-                "; it must be within 1 ... ", kLargestHeadDim);
+  refuse_unless(cache.size(3) >= 1 && cache.size(3) <= kLatentHeadDim, name, " has head dimension ", cache.size(3),
+                "; it must be within 1 ... ", kLatentHeadDim);
   refuse_unless(cache.size(3) == 1 || cache.stride(3) == 1, name, " must have a contiguous last dimension");
 }
 

@@ -64,6 +64,10 @@ Operands::Operands(const Qkv& qkv, const Features& features, std::int64_t sequen
   problem.query_strides = read_rows(kQuery, qkv.query);
   problem.key_strides = read_rows(kKey, qkv.key);
   problem.value_strides = read_rows(kValue, qkv.value);
+  const Buffer &key = arguments_[kKey], &value = arguments_[kValue];
+  problem.value_is_key = qkv.key.scalar_type() == qkv.value.scalar_type() && key.storage == value.storage &&
+                         key.offset == value.offset && problem.key_strides == problem.value_strides &&
+                         problem.value_dim <= problem.head_dim;
   problem.scale = features.scale;
   problem.window_left = features.window_left;
   problem.window_right = features.window_right;

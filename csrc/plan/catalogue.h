@@ -111,16 +111,17 @@ inline constexpr Instance kInstances[] = {
   {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
 #define MASK_BLOCKS(dtype, simdgroups) \
   {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
-#define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                             \
-  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys, \
-   Kind::decode,                                                                                                \
-   DType::dtype,                                                                                                \
-   head_dim,                                                                                                    \
-   value_dim,                                                                                                   \
-   simdgroups,                                                                                                  \
-   8 * row_tiles * simdgroups,                                                                                  \
-   block_keys,                                                                                                  \
-   decode_threadgroup_bytes(Path::path, head_dim, value_dim, block_keys, element_size(DType::dtype)),           \
+#define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                                  \
+  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,      \
+   Kind::decode,                                                                                                     \
+   DType::dtype,                                                                                                     \
+   head_dim,                                                                                                         \
+   value_dim,                                                                                                        \
+   simdgroups,                                                                                                       \
+   rows_of(Path::path, simdgroups, row_tiles),                                                                       \
+   block_keys,                                                                                                       \
+   decode_threadgroup_bytes(Path::path, head_dim, value_dim, rows_of(Path::path, simdgroups, row_tiles), block_keys, \
+                            element_size(DType::dtype)),                                                             \
    Path::path},
 #define APPEND(dtype, simdgroups) \
   {"append_" #dtype "_s" #simdgroups, Kind::append, DType::dtype, 0, 0, simdgroups, simdgroups, 0, 0},

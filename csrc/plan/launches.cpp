@@ -51,6 +51,7 @@ constexpr NamedConstant kConstants[] = {
     {kRotaryInterleaved, "is_rotary_interleaved"},
     {kRotaryFloat, "is_rotary_float"},
     {kHasKeyStarts, "has_key_starts"},
+    {kValueIsKey, "value_is_key"},
 };
 
 constexpr bool in_order_of_index() {
@@ -89,6 +90,7 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
       {kHasAlibi, problem.alibi != Alibi::none},
       {kHasDropout, canonical.params.dropout_threshold > 0},
       {kIsVarlen, problem.sequences > 0},
+      {kValueIsKey, problem.value_is_key && instance.path == team},
       {kHasKeyStarts, problem.has_key_starts()},
       {kHasKeyLengths, problem.has_key_lengths},
   });

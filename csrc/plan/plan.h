@@ -69,6 +69,7 @@ struct Problem {
   double softcap = 0;                                     // 0 = off
   Bias bias;
   bool has_sinks = false;
+  bool value_is_key = false;  // value is the first columns of key, in memory as well
   Alibi alibi = Alibi::none;
   double dropout_p = 0;
   bool wants_lse = true;        // forward only

@@ -16,7 +16,7 @@ from .._arguments import Backward, Decode, Dense, Paged, Varlen
 from .sizes import equal, holds
 
 LARGEST_HEAD_DIM = 512
-LARGEST_TRAINED_HEAD_DIM = 256  # that kernels have a backward pass, or a cache, for
+LARGEST_TRAINED_HEAD_DIM = 256  # that kernels have a backward pass for
 LATENT_DIMS = (576, 512)  # D and Dv of MLA, whose values are a part of its keys
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METAL_DTYPES = DTYPES[:3]
