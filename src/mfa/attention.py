@@ -91,9 +91,10 @@ def attention(
     dimensions broadcast as there. Scores, softmax and sums are float32 (float64 for float64).
 
     Args:
-        query: [B,Hq,Lq,D] or [Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
+        query: [B,Hq,Lq,D] or [Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides. D <= 512, or
+            576 with Dv 512 (MLA); where kernels run with a gradient, D and Dv <= 256.
         key: [B,Hkv,Lk,D] or [Hkv,Lk,D], of the same dtype and device.
-        value: [B,Hkv,Lk,Dv] or [Hkv,Lk,Dv], of the same dtype and device; Dv <= 256.
+        value: [B,Hkv,Lk,Dv] or [Hkv,Lk,Dv], of the same dtype and device; Dv <= 512.
         attn_mask: broadcasts to [B,Hq,Lq,Lk] and is never expanded. bool (True = attend), or float32 or the query's
             dtype, added to the scaled scores; -inf, or at most -1e38, masks a key. is_causal may be given as well.
         dropout_p: within [0, 1), rounded to a multiple of 1/65536: the share of probabilities that become 0, while the

@@ -117,10 +117,11 @@ def attention_with_kv_cache(
     are quantized as `mfa.quantize_kv` does it. Keys and values may be held in different ways.
 
     Args:
-        query: [B,Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
+        query: [B,Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides. D <= 512, or
+            576 with Dv 512 (MLA).
         key_cache: dense [B,Hkv,Lmax,D] or paged [pages,Hkv,page,D], page a multiple of 8; of the query's dtype, int8,
             float8_e4m3fn or float8_e5m2. Any strides. Modified if `key` is given.
-        value_cache: as key_cache, with Dv <= 256 for D, and a dtype of its own. Modified if `value` is given.
+        value_cache: as key_cache, with Dv <= 512 for D, and a dtype of its own. Modified if `value` is given.
         key, value: [B,Hkv,Lnew,D] and [B,Hkv,Lnew,Dv], of the query's dtype, appended at cache_seqlens; both or none.
         cache_seqlens: int32 [B], or one integer for all: tokens in the cache before the call. Not modified.
         block_table: int32 [B,pages per sequence], of a paged cache.

@@ -104,11 +104,12 @@ def attention_varlen(
     There are no gradients then, and no dropout.
 
     Args:
-        query: [Tq,Hq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides; D <= 256.
+        query: [Tq,Hq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides. D <= 512, or
+            576 with Dv 512 (MLA); where kernels run with a gradient, D and Dv <= 256.
         key: [Tk,Hkv,D], of the same dtype and device; Hq is a multiple of Hkv, query head h uses key head h//(Hq/Hkv).
             With block_table: pages [pages,Hkv,page,D], page a multiple of 8; of the query's dtype, int8 or
             float8_e4m3fn. Any strides.
-        value: [Tk,Hkv,Dv], of the same dtype and device; Dv <= 256. With block_table: as key.
+        value: [Tk,Hkv,Dv], of the same dtype and device; Dv <= 512. With block_table: as key.
         cu_seqlens_q, cu_seqlens_k: int32 [N+1], on the same device: 0, then where each sequence ends. Beside DTensors,
             plain tensors are those of every process. With block_table, cu_seqlens_k is None.
         max_seqlen_q, max_seqlen_k: no sequence is longer. Integers, or tensors without dimensions, which are read.

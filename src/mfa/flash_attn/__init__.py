@@ -5,7 +5,7 @@
     mfa.flash_attn.install()                          # or: for code that imports flash_attn, where there is no other
 
 Layout [B,L,H,D]. Causal and windows are aligned to the lower right, -1 is open. What flash-attn has and this hasn't
-raises NotImplementedError. This has, beyond it, float32, any D up to 256, Dv other than D, gradients through the lse,
+raises NotImplementedError. This has, beyond it, float32, any D up to 512, Dv other than D, gradients through the lse,
 and results that are always deterministic. The lse of a row that sees no key is -inf, where flash-attn has inf.
 
 Its modules: `flash_attn_interface`, which also has the functions below autograd that other libraries import;
