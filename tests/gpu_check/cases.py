@@ -83,6 +83,9 @@ FEATURES: tuple[dict[str, object], ...] = (
 )
 
 
+WIDE = ((320, 320), (500, 400), (512, 512), (576, 512))  # of teams, which have no backward pass
+
+
 def small() -> Iterator[Case]:
     """Every kind of kernel at a size that sanitizers can bear."""
     base = Case("small", query_length=77, key_length=131, backward="seven_gemm")
@@ -95,6 +98,13 @@ def small() -> Iterator[Case]:
     for dtype, dim in product(DTYPES, (64, 128)):
         yield replace(base, dtype=dtype, head_dim=dim, direct=True, window_right=0, backward="")
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
+    for dtype, (dim, value_dim) in product(DTYPES, WIDE):
+        wide = replace(base, dtype=dtype, head_dim=dim, value_dim=value_dim, window_right=0, backward="")
+        yield wide
+        yield replace(wide, query_length=5, key_length=700)
+    for cache in ("same_dtype", "int8"):
+        yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, head_dim=512,
+                   cache=cache, page_size=16, splits=3, window_right=0)  # fmt: skip
     for feature in FEATURES[:7]:  # few queries
         yield replace(base, query_length=5, key_length=700, backward="", **feature)  # type: ignore[arg-type]
     caches = (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("e4m3", 0), ("e5m2", 16))
@@ -143,6 +153,8 @@ def full() -> Iterator[Case]:
     for dtype, dim in product(DTYPES, (64, 128, 256)):
         yield Case("full", dtype, 1, 1, 1, 131072, 131072, dim, window_right=0)
     yield Case("full", "f16", 1, 2, 1, 131072, 131072, 128, direct=True)
+    for dtype, (dim, value_dim) in product(DTYPES, WIDE):
+        yield Case("full", dtype, 1, 1, 1, 16384, 16384, dim, value_dim=value_dim)
 
 
 def huge() -> Iterator[Case]:
@@ -175,6 +187,7 @@ def caches() -> Iterator[Case]:
     yield replace(base, batch=1, key_length=131072, page_size=16)
     yield from appended(replace(base, query_length=4, new_tokens=4))
     yield from appended(replace(base, batch=4, query_length=2000, key_length=4096, new_tokens=2000))
+    yield replace(base, batch=4, query_heads=16, key_heads=1, key_length=131072, head_dim=576, value_dim=512)
     ragged = replace(base, batch=1, sequences=48, query_length=3000, key_length=16384, page_size=16)
     for cache, dim in product(("same_dtype", "int8"), (64, 128, 256)):
         yield replace(ragged, cache=cache, head_dim=dim, splits=5)
