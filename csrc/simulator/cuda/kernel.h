@@ -29,25 +29,21 @@ namespace builtin {
   struct name {                                                                   \
     MFA_SIM_INLINE static uint3 of() { return uint3{uint(x), uint(y), uint(z)}; } \
   };
-#define MFA_SIM_AXIS(prefix, axis) __nvvm_read_ptx_sreg_##prefix##_##axis()
-#define MFA_SIM_XYZ(prefix) MFA_SIM_AXIS(prefix, x), MFA_SIM_AXIS(prefix, y), MFA_SIM_AXIS(prefix, z)
+#define MFA_SIM_XYZ(of) of(x), of(y), of(z)
 #define MFA_SIM_POSITIONS(name, ...) MFA_SIM_POSITION(name, __VA_ARGS__)
-MFA_SIM_POSITIONS(thread_position_in_threadgroup, MFA_SIM_XYZ(tid))
-MFA_SIM_POSITIONS(threads_per_threadgroup, MFA_SIM_XYZ(ntid))
-MFA_SIM_POSITIONS(threadgroup_position_in_grid, MFA_SIM_XYZ(ctaid))
-MFA_SIM_POSITIONS(threadgroups_per_grid, MFA_SIM_XYZ(nctaid))
+MFA_SIM_POSITIONS(thread_position_in_threadgroup, MFA_SIM_XYZ(MFA_SIM_THREAD))
+MFA_SIM_POSITIONS(threads_per_threadgroup, MFA_SIM_XYZ(MFA_SIM_THREADS))
+MFA_SIM_POSITIONS(threadgroup_position_in_grid, MFA_SIM_XYZ(MFA_SIM_THREADGROUP))
+MFA_SIM_POSITIONS(threadgroups_per_grid, MFA_SIM_XYZ(MFA_SIM_THREADGROUPS))
 // Threadgroups are launched one-dimensional.
-MFA_SIM_POSITION(thread_position_in_grid, MFA_SIM_AXIS(ctaid, x) * MFA_SIM_AXIS(ntid, x) + MFA_SIM_AXIS(tid, x), 0, 0)
-MFA_SIM_POSITION(thread_index_in_threadgroup, MFA_SIM_AXIS(tid, x), 0, 0)
-MFA_SIM_POSITION(thread_index_in_simdgroup, MFA_SIM_AXIS(tid, x) % 32, 0, 0)
-// Through a shuffle, so that the assembler knows it to be the same in all lanes: where it can't tell that a branch is
-// taken by whole warps, it spills all registers around each shuffle.
-MFA_SIM_POSITION(simdgroup_index_in_threadgroup, __nvvm_shfl_sync_idx_i32(~0u, MFA_SIM_AXIS(tid, x) / 32, 0, 31), 0, 0)
-MFA_SIM_POSITION(simdgroups_per_threadgroup, MFA_SIM_AXIS(ntid, x) / 32, 0, 0)
+MFA_SIM_POSITION(thread_position_in_grid, MFA_SIM_THREADGROUP(x) * MFA_SIM_THREADS(x) + MFA_SIM_THREAD(x), 0, 0)
+MFA_SIM_POSITION(thread_index_in_threadgroup, MFA_SIM_THREAD(x), 0, 0)
+MFA_SIM_POSITION(thread_index_in_simdgroup, hardware::lane(), 0, 0)
+MFA_SIM_POSITION(simdgroup_index_in_threadgroup, hardware::simdgroup(), 0, 0)
+MFA_SIM_POSITION(simdgroups_per_threadgroup, MFA_SIM_THREADS(x) / 32, 0, 0)
 MFA_SIM_POSITION(threads_per_simdgroup, 32, 0, 0)
 #undef MFA_SIM_POSITION
 #undef MFA_SIM_POSITIONS
-#undef MFA_SIM_AXIS
 #undef MFA_SIM_XYZ
 }  // namespace builtin
 

@@ -14,7 +14,7 @@ MFA_SIM_INLINE constexpr int lane_of(int row, int column) {
 }
 
 MFA_SIM_COLLECTIVE float from_lane(float x, int lane) {
-  return __builtin_bit_cast(float, __nvvm_shfl_sync_idx_i32(~0u, __builtin_bit_cast(int, x), lane, 31));
+  return __builtin_bit_cast(float, hardware::shuffle(__builtin_bit_cast(int, x), lane));
 }
 
 // A B on the tensor core, whose A has 16 rows: the lower 8 are zero. C is the caller's to add: the tensor core

@@ -4,22 +4,7 @@
 #pragma once
 #pragma GCC system_header
 
-// What the compiler makes of these on this target: global, shared, and global again. `constant` is a space of its own,
-// since kernels overload on it; CUDA's constant memory is bound to symbols, not to addresses.
-#define device __attribute__((opencl_global))
-#define threadgroup __attribute__((opencl_local))
-#define constant const __attribute__((opencl_global_device))
-#define thread
-#define METAL_FUNC inline __attribute__((always_inline))
-#define MFA_SIM_UNCHECKED
-#define MFA_SIM_INLINE inline __attribute__((always_inline))
-#define MFA_SIM_COLLECTIVE inline __attribute__((always_inline, convergent))
-#define MFA_SIM_COUNT_EXP(n) ((void)0)
-#define mfa_sim_count_fragment_load() ((void)0)
-#define mfa_sim_count_conversion(n) ((void)0)
-
-#include "../msl/freestanding/stddef.h"
-#include "../msl/freestanding/stdint.h"
+#include "language.h"
 
 namespace mfa_sim {
 // The hardware's own approximations, as Metal's fast:: functions are; the rest from them.
@@ -54,6 +39,7 @@ MFA_SIM_INLINE float tanh_of(float x) {
 #include "../msl/limits.h"
 #include "../msl/math.h"
 #include "../msl/relational.h"
+#include "lanes.h"
 #include "simd.h"
 #include "matrix.h"
 #include "kernel.h"

@@ -7,13 +7,13 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) {
   return static_cast<mem_flags>(static_cast<uint>(a) | static_cast<uint>(b));
 }
 
-MFA_SIM_COLLECTIVE void threadgroup_barrier(mem_flags) { __syncthreads(); }
-MFA_SIM_COLLECTIVE void simdgroup_barrier(mem_flags) { __nvvm_bar_warp_sync(~0u); }
+MFA_SIM_COLLECTIVE void threadgroup_barrier(mem_flags) { ::mfa_sim::hardware::threadgroup_barrier(); }
+MFA_SIM_COLLECTIVE void simdgroup_barrier(mem_flags) { ::mfa_sim::hardware::simdgroup_barrier(); }
 }  // namespace metal
 
 namespace mfa_sim {
 
-MFA_SIM_INLINE int lane_index() { return __nvvm_read_ptx_sreg_tid_x() % 32; }
+MFA_SIM_INLINE int lane_index() { return hardware::lane(); }
 
 // Any value of up to four bytes, or of several words.
 template <typename T, typename Word>
@@ -39,19 +39,19 @@ namespace metal {
 
 template <typename T>
 MFA_SIM_COLLECTIVE T simd_shuffle(T value, ushort lane) {
-  return ::mfa_sim::by_words(value, [=](int x) { return __nvvm_shfl_sync_idx_i32(~0u, x, lane, 31); });
+  return ::mfa_sim::by_words(value, [=](int x) { return ::mfa_sim::hardware::shuffle(x, lane); });
 }
 template <typename T>
 MFA_SIM_COLLECTIVE T simd_shuffle_xor(T value, ushort mask) {
-  return ::mfa_sim::by_words(value, [=](int x) { return __nvvm_shfl_sync_bfly_i32(~0u, x, mask, 31); });
+  return ::mfa_sim::by_words(value, [=](int x) { return ::mfa_sim::hardware::shuffle_xor(x, mask); });
 }
 template <typename T>
 MFA_SIM_COLLECTIVE T simd_shuffle_up(T value, ushort delta) {
-  return ::mfa_sim::by_words(value, [=](int x) { return __nvvm_shfl_sync_up_i32(~0u, x, delta, 0); });
+  return ::mfa_sim::by_words(value, [=](int x) { return ::mfa_sim::hardware::shuffle_up(x, delta); });
 }
 template <typename T>
 MFA_SIM_COLLECTIVE T simd_shuffle_down(T value, ushort delta) {
-  return ::mfa_sim::by_words(value, [=](int x) { return __nvvm_shfl_sync_down_i32(~0u, x, delta, 31); });
+  return ::mfa_sim::by_words(value, [=](int x) { return ::mfa_sim::hardware::shuffle_down(x, delta); });
 }
 template <typename T>
 MFA_SIM_COLLECTIVE T simd_shuffle_and_fill_up(T value, T filling, ushort delta) {
@@ -65,8 +65,8 @@ MFA_SIM_COLLECTIVE T simd_shuffle_and_fill_down(T value, T filling, ushort delta
           filled = simd_shuffle(filling, (::mfa_sim::lane_index() + delta) & 31);
   return ::mfa_sim::lane_index() + delta > 31 ? filled : shifted;
 }
-MFA_SIM_COLLECTIVE bool simd_any(bool value) { return __nvvm_vote_any_sync(~0u, value); }
-MFA_SIM_COLLECTIVE bool simd_all(bool value) { return __nvvm_vote_all_sync(~0u, value); }
+MFA_SIM_COLLECTIVE bool simd_any(bool value) { return ::mfa_sim::hardware::any(value); }
+MFA_SIM_COLLECTIVE bool simd_all(bool value) { return ::mfa_sim::hardware::all(value); }
 
 template <typename T>
 MFA_SIM_COLLECTIVE T simd_sum(T value) {

@@ -19,7 +19,7 @@ import translate
 from rewrite import rewrite
 
 SHIM = Path(__file__).parent / "shim.h"
-FLAGS = [
+LANGUAGE = [  # also of tests/agx_check
     "--target=nvptx64-nvidia-cuda",
     "-x",
     "c++",
@@ -38,9 +38,12 @@ FLAGS = [
     "-fconvergent-functions",
     "-Xclang",
     "-cl-single-precision-constant",
+    "-Wno-everything",
+]
+FLAGS = [
+    *LANGUAGE,
     "-mllvm",
     "-inline-all-viable-calls",  # as Apple's compiler does
-    "-Wno-everything",
 ]
 REGISTRATION = re.compile(
     r"static const ::mfa_sim::Registration<&(?P<entry>.*)> mfa_sim_kernel_\d+\((?P<name>(?:\s*\"[^\"]*\")+), \{.*\}, "
@@ -88,24 +91,29 @@ def _name(registration: re.Match[str]) -> str:
     return "".join(re.findall(r"\"([^\"]*)\"", registration["name"]))
 
 
+def with_entry(source: Source, kernel: str) -> str:
+    """C++ in which the kernel, and no other, has an entry point."""
+
+    def entry(found: re.Match[str]) -> str:
+        if _name(found) != kernel:
+            return ""
+        return (
+            f'extern "C" __attribute__((nvptx_kernel)) void {kernel}(mfa_sim_arguments arguments) '
+            f"{{ ::mfa_sim::Entry<&{found['entry']}>::run(arguments); }}"
+        )
+
+    return REGISTRATION.sub(entry, source.text)
+
+
 def compile_ptx(source: Source, pipeline: Pipeline, *, tensor_core: bool = True) -> str:
     """The PTX of one pipeline, for any GPU from sm_80 on. Raises translate.CompileError.
 
     `tensor_core`: whether matrices of half or bfloat are multiplied there (cuda/matrix.h).
     """
-
-    def entry(found: re.Match[str]) -> str:
-        if _name(found) != pipeline.kernel:
-            return ""
-        return (
-            f'extern "C" __attribute__((nvptx_kernel)) void {pipeline.kernel}(mfa_sim_arguments arguments) '
-            f"{{ ::mfa_sim::Entry<&{found['entry']}>::run(arguments); }}"
-        )
-
     constants = "".join(f",{index}" for index in pipeline.constants)
     with tempfile.TemporaryDirectory() as directory:
         file, output = Path(directory) / "translated.cc", Path(directory) / "kernel.ptx"
-        file.write_text(REGISTRATION.sub(entry, source.text))
+        file.write_text(with_entry(source, pipeline.kernel))
         compiler = [part for part in translate.compiler() if not part.startswith("--target")]
         # Within 2 ulp, since the exact division is a call, around which registers spill; but append promises bits.
         division = 2 if pipeline.kernel.startswith("append_") else 1

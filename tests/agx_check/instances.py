@@ -1,0 +1,87 @@
+"""What is measured: every instance of metal/instances.def with the function constants of a plain problem."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from gpu_check.plans import enumerators
+
+from mfa import _native
+
+from .emit import ROOT, Pipeline
+
+METAL = ROOT / "metal"
+HERE = Path(__file__).parent
+CONSTANTS = enumerators("FunctionConstant")
+PLAIN = ("aligned", "exact_head")
+# Each pipeline of a kind that a plain problem may launch. backward_dkdv: of five GEMMs writes dS; above D + Dv 256 dK and
+# dV come from launches of their own.
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "forward": {"": ("writes_lse",)},
+    "decode": {"": ("writes_lse",), "split": ("is_split",)},
+    "combine": {"": ("writes_lse",)},
+    "backward_dkdv": {
+        "": ("wants_grad_key", "wants_grad_value"),
+        "ds": ("wants_grad_key", "wants_grad_value", "writes_score_gradient"),
+    },
+}
+APART = {"dk": ("wants_grad_key", "writes_score_gradient"), "dv": ("wants_grad_value",)}
+
+
+def family_of(kind: str) -> str:
+    """The name of the header in metal/ that has the kernel."""
+    return "tile_map" if kind.startswith("tile_map") else kind
+
+
+def pipelines() -> list[Pipeline]:
+    found = []
+    for instance in _native.catalogue():
+        variants = VARIANTS.get(instance.kind, {"": ()})
+        if instance.kind == "backward_dkdv" and instance.head_dim + instance.value_dim > 256:
+            variants = APART
+        for variant, names in variants.items():
+            name = f"{instance.name}/{variant}" if variant else instance.name
+            indices = sorted(CONSTANTS[constant] for constant in (*PLAIN, *names))
+            found.append(Pipeline(name, instance.threads, tuple(indices)))
+    return found
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _code(path: Path) -> str:
+    """Without comments and layout, which change nothing."""
+    return " ".join(re.sub(r"//.*", "", path.read_text(encoding="utf-8")).split())
+
+
+def _included(path: Path, found: set[Path]) -> set[Path]:
+    """A header and what it includes."""
+    if path not in found:
+        found.add(path)
+        for name in re.findall(r'^#include "(\w+\.h)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            _included(path.parent / name, found)
+    return found
+
+
+def sources() -> dict[str, str]:
+    """By family, a digest of the Metal code that its instances are compiled from."""
+    rows = (METAL / "instances.def").read_text(encoding="utf-8")
+    families = sorted({family_of(instance.kind) for instance in _native.catalogue()})
+    return {
+        family: _digest(
+            [_code(path) for path in sorted(_included(METAL / f"{family}.h", set()))]
+            + re.findall(rf"^{family.upper()}\(.*\)$", rows, re.MULTILINE)
+        )
+        for family in families
+    }
+
+
+def tool() -> str:
+    """A digest of what makes numbers of it: this folder's code, and the translation that it shares."""
+    folders = [HERE, HERE / "shim", HERE / "translator", ROOT / "csrc/simulator/cuda", ROOT / "csrc/simulator/msl"]
+    files = [path for folder in folders for path in folder.glob("*.*") if path.suffix in (".c", ".h", ".patch")]
+    files += [HERE / name for name in ("emit.py", "instances.py", "measure.py", "toolchain.py")]
+    return _digest([path.read_text(encoding="utf-8") for path in sorted(files)])
