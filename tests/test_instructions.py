@@ -66,7 +66,75 @@ def test_an_exception_is_not_counted(step: instructions.Step) -> None:
 
 def test_registers_are_the_data_alive_at_once(step: instructions.Step) -> None:
     """The two floats of the loop, and those two halves of the load that are used, in one register."""
-    assert step.registers == 2 + 1 + instructions.ADDRESS_REGISTERS
+    assert step.registers == 2 + 1
+
+
+def looped(*lines: str, load: str = "<4 x half>") -> str:
+    """A loop that runs these lines, with two vectors loaded in it, %5 and %6, and the accumulator's elements, %8 and %9."""
+    body = "\n".join(f"      {line}" for line in lines)
+    return textwrap.dedent(f"""
+        define void @kernel(ptr %0, i32 %1) {{
+          br label %3
+
+        3:                                                ; preds = %3, %2
+          %4 = phi <2 x float> [ zeroinitializer, %2 ], [ %90, %3 ]
+          %5 = load {load}, ptr %0, align 8
+          %6 = load {load}, ptr %0, align 8
+          %8 = extractelement <2 x float> %4, i64 0
+          %9 = extractelement <2 x float> %4, i64 1
+        """) + body + textwrap.dedent("""
+          %90 = insertelement <2 x float> poison, float %8, i64 0
+          %91 = icmp eq i32 %1, 0
+          br i1 %91, label %92, label %3
+
+        92:                                               ; preds = %3
+          ret void
+        }
+        """)  # fmt: skip
+
+
+@pytest.mark.parametrize("scalar", ["half", "bfloat", "float"])
+def test_elements_of_two_vectors_in_one_operand_are_moved(scalar: str) -> None:
+    """As columns of what lies in rows: three moves for two operands, however many products take them."""
+    elements = [
+        f"%{10 + 4 * vector + i} = extractelement <4 x {scalar}> %{5 + vector}, i64 {i}"
+        for vector in (0, 1)
+        for i in range(4)
+    ]
+
+    def mma(result: int, first: int, second: int) -> str:
+        left = f"{scalar} %10, {scalar} %11"  # as they were loaded
+        return (
+            f"%{result} = tail call {{ float, float }} {MMA}({left}, {scalar} %{first}, {scalar} %{second}, "
+            "float %8, float %9) #8"
+        )
+
+    def moves(*operands: tuple[int, int]) -> int:
+        lines = [mma(30 + i, *operand) for i, operand in enumerate(operands)]
+        step = instructions.step_of(instructions.kernel_of(looped(*elements, *lines, load=f"<4 x {scalar}>")))
+        assert sum(step.counts[kind] for kind in instructions.PRODUCTS) == len(operands)
+        return step.counts["move"]
+
+    assert moves((10, 14), (11, 15)) == 3
+    assert moves((10, 14), (11, 15), (10, 14), (11, 15)) == 3
+    assert moves((12, 13), (16, 17)) == 0  # neighbours
+    assert moves((11, 12)) == 2  # neighbours, but of two registers of halves
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("insertelement <4 x bfloat> <bfloat poison, bfloat 0xR0000, bfloat poison, bfloat poison>, bfloat %10, i64 0",
+         ["5.0", None, None, None]),
+        ("shufflevector <4 x bfloat> %5, <4 x bfloat> <bfloat poison, bfloat 0xR0000, bfloat poison, bfloat poison>, "
+         "<4 x i32> <i32 0, i32 poison, i32 5, i32 3>", ["5.0", None, None, "5.3"]),
+        ("shufflevector <4 x bfloat> %5, <4 x bfloat> poison, <2 x i32> zeroinitializer", ["5.0", "5.0"]),
+    ],
+)  # fmt: skip
+def test_parts_of_vectors_that_are_constant_in_part(line: str, parts: list[str | None]) -> None:
+    text = looped("%10 = extractelement <4 x bfloat> %5, i64 0", f"%11 = {line}", load="<4 x bfloat>")
+    function = instructions.Function(text.strip().splitlines())
+    assert instructions.Atoms(function).of["11"] == parts
 
 
 def test_the_cheaper_arm_counts() -> None:

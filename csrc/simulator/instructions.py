@@ -4,13 +4,13 @@ The kernel is compiled with its function constants fixed, everything inlined and
 MMA, a shuffle or a reduction is one opaque instruction. Counted are the blocks that every step runs, the cheaper arm of
 an `if` with an `else`, and what moves data: what is left out are the exceptions, masks and rescales.
 
-Registers are the most data that is alive at once in the loop, in 32 bits (two halves share one), and a round number for
-addresses and counters, which compilers for x86 and for a GPU treat differently. Apple's compiler schedules and spills
-as it likes, so this is an estimate.
+Registers are the most data that is alive at once in the loop, in 32 bits (two halves share one). What addresses and
+counters take besides differs between compilers for x86 and for a GPU: `make agx-check` compiles for one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import tempfile
@@ -30,10 +30,13 @@ OPTIONS = (
     "-mllvm -indvars-widen-indvars=false"
 )
 HALF_REGISTERS = {"half": 1, "bfloat": 1, "float": 2, "double": 4}  # of data
-ADDRESS_REGISTERS = 14
 # Instructions that name a part of a value, or none at all.
 FREE = {"phi", "ret", "extractelement", "insertelement", "shufflevector", "extractvalue", "insertvalue", "bitcast"}
 CONVERSIONS = {"fptrunc", "fpext", "sitofp", "uitofp", "fptosi", "fptoui"}
+VALUE = r"(<[^<>]*>|[^\s,]+)"  # an operand: of a vector's constant, all of it
+# What it takes to bring one of two elements from elsewhere beside the other, in one of two operands that come from the
+# same two vectors: three instructions swap two elements. Listings of Mesa's AGX backend have as many.
+MOVES_PER_OPERAND = 1.5
 PRODUCTS = ("mma", "mixed_mma", "wide_mma")
 FLOATS = {"fadd", "fsub", "fmul", "fdiv", "fneg", "fcmp"}
 
@@ -215,11 +218,10 @@ def is_offset(instruction: Instruction) -> bool:
 class Step:
     """One step of the main loop, per SIMD-group."""
 
-    counts: Mapping[
-        str, int
-    ]  # mma, mixed_mma, wide_mma, shuffle, reduce, exp, arithmetic, integer, conversion, load, ...
+    # mma, mixed_mma, wide_mma, shuffle, reduce, exp, arithmetic, integer, conversion, move, load, ...
+    counts: Mapping[str, int]
     exceptions: int  # instructions that were left out
-    registers: int  # 32-bit, per lane
+    registers: int  # 32-bit, per lane, of data
 
 
 def main_loop(function: Function) -> tuple[str, set[str]]:
@@ -235,6 +237,8 @@ def step_of(function: Function) -> Step:
     multiplying = [name for name in body if any(map(is_product, function.blocks[name]))]
     counts: Counter[str] = Counter()
     exceptions = 0
+    atoms = Atoms(function)
+    counted = []
     usual = usual_arms(function, kinds)
     for name in body:
         # Between two products, or between a product and the ends of the loop, there is no way round it.
@@ -247,10 +251,12 @@ def step_of(function: Function) -> Step:
             for kind, width in kinds[name]:
                 counts[kind] += width
             counts["load"] -= merged_loads(function.blocks[name])
+            counted += function.blocks[name]
         else:
             exceptions += sum(width for _, width in kinds[name])
+    counts["move"] = math.ceil(MOVES_PER_OPERAND * len(assembled_operands(counted, atoms)))
     del counts["free"]
-    return Step(counts, exceptions, -(-most_alive(function, body) // 2) + ADDRESS_REGISTERS)
+    return Step(counts, exceptions, -(-most_alive(function, body, atoms) // 2))
 
 
 def usual_arms(function: Function, kinds: Mapping[str, list[tuple[str, int]]]) -> set[str]:
@@ -297,9 +303,28 @@ def merged_loads(block: Sequence[Instruction]) -> int:
     return merged
 
 
-def most_alive(function: Function, body: set[str]) -> int:
+def assembled_operands(block: Iterable[Instruction], atoms: Atoms) -> set[tuple[str, str]]:
+    """Pairs of elements that a product takes from one register, or from two in a row, and that no load put there."""
+    found = set()
+    for instruction in block:
+        if not is_product(instruction):
+            continue
+        inputs = re.findall(r"(?:half|bfloat|float) %(\d+)", instruction.text.rsplit("(", 1)[1])
+        elements = [atoms.of[name][0] for name in inputs[:4]]  # of A and of B
+        for first, second in zip(elements[::2], elements[1::2], strict=True):
+            if first in atoms.loaded and second in atoms.loaded and not are_neighbours(first, second):
+                found.add((first, second))
+    return found
+
+
+def are_neighbours(first: str, second: str) -> bool:
+    """Whether they are halves of a word, or an even element of a vector and the next one."""
+    (vector, index), (other, next_index) = first.split("."), second.split(".")
+    return first == second or (vector == other and int(index) % 2 == 0 and int(next_index) == int(index) + 1)
+
+
+def most_alive(function: Function, body: set[str], atoms: Atoms) -> int:
     """In half-registers, of any point of the loop."""
-    atoms = Atoms(function)
     live_in: dict[str, set[str]] = {name: set() for name in function.blocks}
     most = 0
     changed = True
@@ -325,6 +350,7 @@ class Atoms:
 
     def __init__(self, function: Function) -> None:
         self.size: dict[str, int] = {}
+        self.loaded: set[str | None] = set()  # those that a load of a vector yields
         self.of: dict[str, list[str | None]] = {}  # value -> its scalars; None for a constant
         self.phi_uses: dict[tuple[str, str], set[str]] = {}
         for argument in function.arguments:
@@ -352,6 +378,8 @@ class Atoms:
         for name, kind in zip(names, result_type(instruction), strict=True):
             self.size[name] = HALF_REGISTERS.get(kind, 0)
         self.of[result] = list(names)
+        if instruction.opcode == "load" and len(names) > 1:
+            self.loaded.update(names)
         return self.of[result]
 
     def _scalars(self, instruction: Instruction) -> list[str | None]:
@@ -362,19 +390,22 @@ class Atoms:
             return operands[0][index : index + 1]
         if opcode == "insertelement" and re.search(r" \d+$", text):
             width, index = len(result_type(instruction)), int(text.rsplit(" ", 1)[1])
-            vector, scalar = re.match(r"insertelement <[^>]+> (\S+), \S+ (\S+),", text).groups()  # type: ignore[union-attr]
+            vector, scalar = re.match(rf"insertelement <[^>]+> {VALUE}, \S+ {VALUE},", text).groups()  # type: ignore[union-attr]
             result: list[str | None] = list(self.of[vector[1:]]) if vector.startswith("%") else [None] * width
             result[index] = self.of[scalar[1:]][0] if scalar.startswith("%") else None
             return result
         if opcode == "shufflevector":
-            sources = re.match(r"shufflevector <(\d+) x [^>]+> (\S+), <\d+ x [^>]+> (\S+), <(\d+) x i32> (.*)", text)
+            vectors = rf"shufflevector <(\d+) x [^>]+> {VALUE}, <\d+ x [^>]+> {VALUE}, <(\d+) x i32> (.*)"
+            sources = re.match(vectors, text)
             assert sources is not None
             width = int(sources[1])
             pool: list[str | None] = []
             for value in (sources[2], sources[3]):
                 pool += self.of[value[1:]] if value.startswith("%") else [None] * width
-            mask = [0] * int(sources[4]) if "zeroinit" in sources[5] else map(int, re.findall(r"i32 (\d+)", sources[5]))
-            return [pool[i] for i in mask]
+            if "zeroinit" in sources[5]:
+                return [pool[0]] * int(sources[4])
+            mask = re.findall(r"i32 (\d+|poison|undef)", sources[5])
+            return [pool[int(i)] if i.isdigit() else None for i in mask]
         if (opcode == "bitcast" or is_offset(instruction)) and operands:
             source = operands[0]
             width = len(result_type(instruction))
