@@ -28,7 +28,7 @@ TORCH_TESTS := $(patsubst %,tests/test_%.py,append append_ops checkpointing deco
 	training transformers transformers_kinds varlen_ops)
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 
-.PHONY: demo test test-main test-mps test-slow test-torch host-cost lint format build wheel mac mac-check gpu-check clean help
+.PHONY: demo test test-main test-mps test-slow test-torch host-cost lint format build wheel mac mac-check gpu-check agx-check clean help
 
 help:
 	@echo "make demo            attention on the best device there is, compared with float64"
@@ -43,6 +43,7 @@ help:
 	@echo "make wheel           a wheel in dist/"
 	@echo "make mac-check       on Linux: compile and link for macOS against real torch libraries"
 	@echo "make gpu-check       on Linux with an NVIDIA GPU: the kernels in true parallel and at full size"
+	@echo "make agx-check       on Linux: registers of every kernel, by Mesa's compiler for Apple's GPUs"
 	@echo "make mac             on a Mac: all tests, validation layers and timings, into mac-report.json"
 	@echo "make clean           forget .venv, builds and caches"
 
@@ -109,6 +110,12 @@ else
 	@echo "skipped: no NVIDIA GPU here; tests/gpu_check/REPORT.md says what ran on one"
 endif
 
+# Mesa goes into build/agx: about ten minutes of two cores, once.
+agx-check: build $(STAMP)/test $(STAMP)/agx-check
+	PYTHONPATH=tests $(BIN)/python -m agx_check build
+	PYTHONPATH=tests $(BIN)/python -m agx_check run
+	$(BIN)/python tests/generated.py
+
 mac: build $(STAMP)/test
 	$(BIN)/python tests/mac_report.py $(ARGS)
 
@@ -135,6 +142,6 @@ $(STAMP)/build: $(STAMP)/requirements $(NATIVE)
 	$(PIP) install $(BUILD) --editable .
 	touch $@
 
-$(STAMP)/test $(STAMP)/dev $(STAMP)/mac-check: $(STAMP)/%: $(STAMP)/torch pyproject.toml
+$(STAMP)/test $(STAMP)/dev $(STAMP)/mac-check $(STAMP)/agx-check: $(STAMP)/%: $(STAMP)/torch pyproject.toml
 	$(PIP) install --group $*
 	touch $@

@@ -1,7 +1,7 @@
 """Counts what kernels do per step: `python tests/count_kernels.py` rewrites the cost model's src/mfa/bench/kernels.csv.
 
-Our kernels and MLX's, alike: instructions and registers from optimised IR (csrc/simulator/instructions.py), bytes from
-the simulator. Inputs are zeros, so that no maximum moves and every step is like the next.
+Our kernels and MLX's, alike: instructions and registers of data from optimised IR (csrc/simulator/instructions.py),
+bytes from the simulator. Inputs are zeros, so that no maximum moves and every step is like the next.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from test_fidelity_mlx import build, steel_params, unpack
 
 import mfa
 from mfa import _library, _native
+from mfa.bench.kernels import COUNTED as COLUMNS
 from mfa.bench.kernels import PATH, Kernel
 
 sys.path.insert(0, str(ROOT / "csrc" / "simulator"))
@@ -35,6 +36,7 @@ HEADERS = {
     "backward_dq_from_ds": "backward_dq_from_ds.h",
 }
 LENGTHS = (128, 256)
+TORCH_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 COUNTED = (
     "mma",
     "mixed_mma",
@@ -42,6 +44,7 @@ COUNTED = (
     "arithmetic",
     "integer",
     "conversion",
+    "move",
     "load",
     "store",
     "exp",
@@ -56,15 +59,15 @@ STEEL_DTYPES = {64: ("f16",), 72: ("bf16",), 80: ("f16",), 96: ("f16",), 128: ("
 CONFLICTS = {64: 6.2, 72: 6.2, 80: 6.2, 96: 6.2, 128: 8.0, 256: 8.0}
 # Ours: rows that are read both as quads and as octets are padded for quads; then an octet takes two clocks for one
 # (test_cost_model.py has the trace). Octets are half of what backward_dkdv reads, and a third for backward_dq. On an
-# NVIDIA GPU 30% and 24% of all wavefronts are such conflicts.
+# NVIDIA GPU 30% and 24% of all wavefronts are such conflicts. Of 16 bits; float32's are not traced.
 LOAD_CONFLICTS = {"backward_dkdv": 3 / 2, "backward_dq": 4 / 3}
 
 
 def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
-    """A row of instances.def, and the catalogue's; those of f16 that the model knows."""
+    """A row of instances.def, and the catalogue's; those of kinds that the model knows."""
     text = (ROOT / "metal" / "instances.def").read_text()
     catalogue = {instance.name: instance for instance in _native.catalogue()}
-    for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(f16, .*\)$", text, re.MULTILINE):
+    for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(.*\)$", text, re.MULTILINE):
         name = host_name(row)
         if name in catalogue and catalogue[name].kind in HEADERS:
             instance = catalogue[name]
@@ -101,7 +104,7 @@ def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
     if instance.kind == "decode":
         return decode_counters(instance, length)
     query, key, value = (
-        torch.zeros(1, 1, length, dim, dtype=torch.float16, requires_grad=instance.kind != "forward")
+        torch.zeros(1, 1, length, dim, dtype=TORCH_DTYPES[instance.dtype], requires_grad=instance.kind != "forward")
         for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
     )
     with mfa.simulate("apple9" if instance.path == "direct" else "apple7") as sim:
@@ -116,8 +119,9 @@ def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
 
 def decode_counters(instance: _native.Instance, length: int) -> dict[str, int]:
     """One token of as many heads as the kernel has rows, over `length` keys of one head, not split."""
-    query = torch.zeros(1, instance.rows, 1, instance.head_dim, dtype=torch.float16)
-    caches = (torch.zeros(1, 1, length, dim, dtype=torch.float16) for dim in (instance.head_dim, instance.value_dim))
+    dtype = TORCH_DTYPES[instance.dtype]
+    query = torch.zeros(1, instance.rows, 1, instance.head_dim, dtype=dtype)
+    caches = (torch.zeros(1, 1, length, dim, dtype=dtype) for dim in (instance.head_dim, instance.value_dim))
     with mfa.simulate("apple7") as sim:
         mfa.attention_with_kv_cache(query, *caches, cache_seqlens=length, num_splits=1)
     (launch,) = sim.launches
@@ -162,7 +166,7 @@ def kernel_of(
         rows=rows,
         block=block,
         threadgroup_memory=memory,
-        registers=step.registers,
+        data_registers=step.registers,
         exceptions=step.exceptions,
         **{kind: step.counts.get(kind, 0) for kind in COUNTED},
         barrier=line("threadgroup_barriers")[0] // simdgroups,
@@ -173,7 +177,7 @@ def kernel_of(
         device_write=device_write[0],
         tile_device_read=device_read[1],
         tile_device_write=device_write[1],
-        load_conflict=LOAD_CONFLICTS.get(kind, 1.0),
+        load_conflict=1.0 if dtype == "f32" else LOAD_CONFLICTS.get(kind, 1.0),
         store_conflict=conflict,
     )
 
@@ -185,7 +189,7 @@ def ours() -> Iterator[Kernel]:
         yield kernel_of(
             instance.name,
             instance.kind,
-            "f16",
+            instance.dtype,
             instance.head_dim,
             instance.path,
             (instance.rows, instance.block, instance.simdgroups),
@@ -249,8 +253,8 @@ def count() -> list[Kernel]:
 def write(kernels: list[Kernel]) -> None:
     with PATH.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Kernel._fields)
-        writer.writerows(kernels)
+        writer.writerow(COLUMNS)
+        writer.writerows(kernel[: len(COLUMNS)] for kernel in kernels)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from agx_check import table as registers_table
 
 import mfa
 from mfa import support
@@ -15,7 +16,7 @@ from mfa.bench import kernels, model, model_decode, model_varlen, report
 from mfa.bench.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "drop-ins.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("performance", "drop-ins", "registers")))
 SECTION = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
 
 OPERATIONS = {
@@ -91,7 +92,7 @@ def libraries() -> str:
 
 def predictions() -> str:
     """The cost model's, beside what it says of MLX's kernels."""
-    table = kernels.load()
+    table = kernels.of_float16()
     chips = [CHIPS[name] for name in ("m1", "m1-max", "m2-max", "m3-max", "m4-max")]
     lines = ["| | " + " | ".join(chip.name for chip in chips) + " |", "| --- |" + " ---: |" * len(chips)]
     for dim in report.HEAD_DIMS:
@@ -136,6 +137,8 @@ GENERATED = {
     "operations": operations,
     "libraries": libraries,
     "predictions": predictions,
+    "spills": registers_table.summary,
+    "registers": registers_table.markdown,
 }
 
 

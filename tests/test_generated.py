@@ -47,7 +47,7 @@ def test_libraries_are_those_that_run(library: str) -> None:
 
 
 def test_the_seeds_problem_is_predicted_as_written() -> None:
-    table, chip = kernels.load(), CHIPS["m1-max"]
+    table, chip = kernels.of_float16(), CHIPS["m1-max"]
     page = (generated.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     forward = model.seconds(model.forward(table, report.SEED, chip))
     training = forward + model.seconds(model.backward(table, report.SEED, chip))

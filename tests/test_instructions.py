@@ -70,7 +70,7 @@ def test_registers_are_the_data_alive_at_once(step: instructions.Step) -> None:
 
 
 def looped(*lines: str, load: str = "<4 x half>") -> str:
-    """A loop that runs these lines, with two vectors loaded in it, %5 and %6, and the accumulator's elements, %8 and %9."""
+    """A loop that runs these lines, with two loaded vectors, %5 and %6, and an accumulator's elements, %8 and %9."""
     body = "\n".join(f"      {line}" for line in lines)
     return textwrap.dedent(f"""
         define void @kernel(ptr %0, i32 %1) {{

@@ -16,8 +16,8 @@ METAL = ROOT / "metal"
 HERE = Path(__file__).parent
 CONSTANTS = enumerators("FunctionConstant")
 PLAIN = ("aligned", "exact_head")
-# Each pipeline of a kind that a plain problem may launch. backward_dkdv: of five GEMMs writes dS; above D + Dv 256 dK and
-# dV come from launches of their own.
+# Pipelines of a kind that a plain problem may launch. backward_dkdv of five GEMMs writes dS too; above D + Dv 256 dK
+# and dV come from launches of their own.
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "forward": {"": ("writes_lse",)},
     "decode": {"": ("writes_lse",), "split": ("is_split",)},

@@ -32,6 +32,7 @@ KINDS = (*dict.fromkeys(NAMED.values()), "arithmetic", "slow", "shuffle", "barri
 class Measured:
     registers: int  # 32-bit, before anything is spilled
     stack: int  # loads and stores, in the main loop
+    stack_bytes: int  # that those move, per lane
     loop: Mapping[str, int]  # instructions of the main loop by kind, both arms of every branch
 
 
@@ -73,6 +74,7 @@ def loops(successors: Mapping[int, list[int]]) -> dict[int, set[int]]:
 
 def parse(listing: str) -> Measured:
     kinds: dict[int, list[str]] = {}
+    stack_words: Counter[int] = Counter()
     successors: dict[int, list[int]] = {}
     demand = registers = block = 0
     for line in listing.splitlines():
@@ -85,16 +87,21 @@ def parse(listing: str) -> Measured:
             registers = int(line.split()[2])
         elif line.startswith("   "):
             kinds[block].append(kind_of(line.strip()))
+            if mask := re.search(r"stack_(?:load|store) .*, ([xyzw]+),", line):
+                stack_words[block] += len(mask[1])
     multiplying = {block for block, found in kinds.items() if "mma" in found}
     candidates = list(loops(successors).values())
     candidates = [body for body in candidates if body & multiplying] or candidates
     body = min(candidates, key=len, default=set())
     counts = Counter(kind for block in body for kind in kinds[block])
     needed = max(demand, registers if demand <= 2 * MOST_REGISTERS else 0)
-    return Measured(-(-needed // 2), counts["stack"], {kind: counts[kind] for kind in KINDS})
+    stack_bytes = 4 * sum(stack_words[block] for block in body)
+    return Measured(-(-needed // 2), counts["stack"], stack_bytes, {kind: counts[kind] for kind in KINDS})
 
 
-def measure(translator: Path, ir: Path, threads: int, params_index: int, environment: Mapping[str, str]) -> list[Measured]:
+def measure(
+    translator: Path, ir: Path, threads: int, params_index: int, environment: Mapping[str, str]
+) -> list[Measured]:
     """As compiled, and with 64-bit uniforms moved to registers at each use. Raises subprocess.CalledProcessError."""
     command = [str(translator), str(ir), str(threads), str(params_index)]
     return [

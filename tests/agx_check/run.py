@@ -41,9 +41,7 @@ def _row(toolchain: Toolchain, source: translate_cuda.Source, pipeline: Pipeline
         file = Path(directory) / "kernel.ll"
         file.write_text(ir(source, pipeline, toolchain.clang, toolchain.environment))
         try:
-            measured, least = measure(
-                toolchain.translator, file, pipeline.threads, PARAMS, toolchain.environment
-            )
+            measured, least = measure(toolchain.translator, file, pipeline.threads, PARAMS, toolchain.environment)
         except subprocess.CalledProcessError as error:
             sys.exit(f"{pipeline.name}: {error.stderr[-2000:] or error}")
     row = asdict(measured)

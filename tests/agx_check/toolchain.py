@@ -1,8 +1,8 @@
 """Mesa's AGX backend with `translator/`, and the clang and LLVM that it reads, in a directory, without root.
 
 Everything comes from Debian's archive through apt, with lists and a cache of its own, from the mirror that the machine
-has set up: Mesa's source at a pinned hash, and LLVM as Debian 12 builds it, so that neither the machine's release nor its
-installed packages matter. Wanted of the machine: apt, a C and a C++ compiler, patch, pkg-config and the archive's key.
+has set up: Mesa's source at a pinned hash, and LLVM as Debian 12 builds it, so that neither the machine's release nor
+its installed packages matter. Wanted of the machine: apt, compilers of C and C++, patch, pkg-config, the archive's key.
 """
 
 from __future__ import annotations
@@ -22,12 +22,33 @@ MESA = "25.0.7"
 MESA_SHA256 = "592272df3cf01e85e7db300c449df5061092574d099da275d19e97ef0510f8a6"
 LLVM = "19"
 LIBRARIES = [f"libclang-cpp{LLVM}", f"libllvm{LLVM}"]
-LIBRARIES += ["libbsd0", "libedit2", "libffi8", "libicu72", "libmd0", "libtinfo6", "libxml2", "libz3-4"]  # that they need
+LIBRARIES += [
+    "libbsd0",
+    "libedit2",
+    "libffi8",
+    "libicu72",
+    "libmd0",
+    "libtinfo6",
+    "libxml2",
+    "libz3-4",
+]  # that those need
 # Mesa without any driver: what is left are NIR, the backend, and our program.
 OPTIONS = ["-Dbuildtype=debugoptimized", "-Dgallium-drivers=", "-Dvulkan-drivers=", "-Dplatforms=", "-Dopengl=false"]
 OPTIONS += [
     f"-D{part}=disabled"
-    for part in "egl expat gbm glx libunwind llvm shader-cache valgrind xmlconfig zlib zstd".split()
+    for part in [
+        "egl",
+        "expat",
+        "gbm",
+        "glx",
+        "libunwind",
+        "llvm",
+        "shader-cache",
+        "valgrind",
+        "xmlconfig",
+        "zlib",
+        "zstd",
+    ]
 ]
 
 

@@ -1,5 +1,5 @@
-// What NVIDIA's hardware offers to lanes, under the names that simd.h, matrix.h and kernel.h use. tests/agx_check/shim has
-// the same for another compiler.
+// What NVIDIA's hardware offers to lanes, under the names that simd.h, matrix.h and kernel.h use. tests/agx_check/shim
+// has the same for another compiler.
 #pragma once
 
 #define MFA_SIM_THREAD(axis) __nvvm_read_ptx_sreg_tid_##axis()

@@ -28,7 +28,7 @@ _COLOURS = {"mfa": "#d1495b", "MLX": "#8d96a3", "PyTorch's math backend": "#8d96
 
 def share_of_peak() -> Data:
     """Predicted, float16, dense, N 4096: what the matrix products have of the GPU's float32 peak, in percent."""
-    table = kernels.load()
+    table = kernels.of_float16()
     data: Data = {}
     for chip in (CHIPS[name] for name in _CHIPS):
         for dim in report.HEAD_DIMS:

@@ -1,11 +1,15 @@
-"""What kernels do per step of their main loop: the table that the cost model works from.
+"""What kernels do per step of their main loop: the tables that the cost model works from.
 
-Counted, not estimated: see tests/count_kernels.py, which writes it, and test_cost_model.py, which counts anew.
+Counted, not estimated: see tests/count_kernels.py, which writes kernels.csv, and test_cost_model.py, which counts anew.
+Registers and what goes to the stack are a compiler's (registers.py); of kernels that it has not seen, an estimate.
 """
 
 import csv
+import statistics
 from pathlib import Path
 from typing import NamedTuple
+
+from . import registers
 
 PATH = Path(__file__).with_name("kernels.csv")
 
@@ -22,7 +26,7 @@ class Kernel(NamedTuple):
     rows: int  # that a threadgroup owns
     block: int  # rows of the other side per step
     threadgroup_memory: int  # bytes
-    registers: int  # 32-bit, per lane; an estimate
+    data_registers: int  # 32-bit, per lane: the most data that is alive at once
     exceptions: int  # instructions of a step that only some steps run: masks, rescales
     # Instructions per SIMD-group and step.
     mma: int  # both operands of 16 bits
@@ -31,6 +35,7 @@ class Kernel(NamedTuple):
     arithmetic: int  # of floats, comparisons and selections too
     integer: int
     conversion: int
+    move: int  # of elements that an operand takes from two places
     load: int
     store: int
     exp: int
@@ -50,16 +55,47 @@ class Kernel(NamedTuple):
     load_conflict: float
     store_conflict: float
 
+    # Of the compiler; not in kernels.csv.
+    registers: int = 0  # 32-bit, per lane, before anything is spilled
+    stack: int = 0  # loads and stores per SIMD-group and step
+    stack_bytes: int = 0  # that those move, per lane
+
     @property
     def products(self) -> int:
         """8x8x8 MMAs per SIMD-group and step."""
         return self.mma + self.mixed_mma + self.wide_mma
 
 
-def load(path: Path = PATH) -> dict[str, Kernel]:
-    """Kernels by name."""
+COUNTED = tuple(field for field in Kernel._fields if field not in Kernel._field_defaults)
+
+
+def counted(path: Path = PATH) -> dict[str, Kernel]:
+    """By name, as counted: without registers."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [
             Kernel(*(Kernel.__annotations__[name](text) for name, text in row.items())) for row in csv.DictReader(file)
         ]
     return {kernel.name: kernel for kernel in rows}
+
+
+def load(path: Path = PATH) -> dict[str, Kernel]:
+    """By name: ours of every dtype, and MLX's."""
+    kernels, compiled = counted(path), registers.of_kernels()
+    besides: dict[tuple[str, str], list[int]] = {}  # what addresses and counters take
+    for name in kernels.keys() & compiled.keys():
+        kernel = kernels[name]
+        more = compiled[name].registers - kernel.data_registers
+        besides.setdefault((kernel.kind, kernel.path), []).append(more)
+
+    def complete(kernel: Kernel) -> Kernel:
+        if own := compiled.get(kernel.name):
+            return kernel._replace(registers=own.registers, stack=own.stack, stack_bytes=own.stack_bytes)
+        estimate = kernel.data_registers + statistics.median_low(besides[kernel.kind, kernel.path])
+        return kernel._replace(registers=min(registers.MOST, estimate))
+
+    return {name: complete(kernel) for name, kernel in kernels.items()}
+
+
+def of_float16(path: Path = PATH) -> dict[str, Kernel]:
+    """Those that the model's problems run, and MLX's of every dtype, whose timings are published."""
+    return {name: kernel for name, kernel in load(path).items() if kernel.dtype == "f16" or name.startswith("steel")}

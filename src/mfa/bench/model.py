@@ -19,6 +19,7 @@ from typing import NamedTuple
 from .. import _native
 from .chips import Chip
 from .kernels import Kernel
+from .registers import MOST as MOST_REGISTERS
 
 SCHEDULERS = 4  # of a core; each issues one instruction of 32 lanes per clock
 MMA, WIDE_MMA, SHUFFLE, REDUCE, EXP = 17, 18, 2, 14.5, 4  # slots
@@ -66,14 +67,19 @@ def slots(kernel: Kernel, chip: Chip, mixed_mma: float = MMA) -> tuple[float, fl
     wide = WIDE_MMA if not chip.has_side_pipe else MMA
     main = MMA * kernel.mma + mixed_mma * kernel.mixed_mma + wide * kernel.wide_mma
     main += kernel.arithmetic + kernel.exp + SHUFFLE * kernel.shuffle + REDUCE * kernel.reduce
-    side = kernel.integer + kernel.conversion + kernel.load + kernel.store + kernel.barrier
+    side = kernel.integer + kernel.conversion + kernel.move + kernel.barrier
+    side += kernel.load + kernel.store + kernel.stack
     return (main, side) if chip.has_side_pipe else (main + side, 0)
+
+
+def threads_per_core(registers: int) -> int:
+    """That a core holds at a time; what takes more registers than a thread has keeps the rest on the stack."""
+    return min(MOST_THREADS, REGISTER_BYTES // (4 * min(MOST_REGISTERS, registers)) // 64 * 64)
 
 
 def resident_groups(kernel: Kernel) -> int:
     """Threadgroups that a core holds at a time, by registers and by threadgroup memory."""
-    threads = min(MOST_THREADS, REGISTER_BYTES // (4 * kernel.registers) // 64 * 64)
-    by_registers = threads // (32 * kernel.simdgroups)
+    by_registers = threads_per_core(kernel.registers) // (32 * kernel.simdgroups)
     by_memory = CORE_THREADGROUP_BYTES // kernel.threadgroup_memory if kernel.threadgroup_memory else by_registers
     return max(1, min(by_registers, by_memory))
 
@@ -86,6 +92,7 @@ def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int
     # SIMD-groups of a direct kernel read the same rows, at about the same time: L1 serves them. (metal-flash-attention
     # reaches 91% at D 128 on M3 that way, which L2 alone could not feed.)
     from_l2 = moved / kernel.simdgroups if kernel.path == "direct" else moved
+    spilled = 32 * kernel.simdgroups * kernel.stack_bytes  # of all threads of a core, more than L1 holds
     per_scheduler = kernel.simdgroups / SCHEDULERS
     exposed = BARRIER_LATENCY * kernel.barrier + MMA_LATENCY * (2 + kernel.fence) + DEVICE_LATENCY
     return {
@@ -93,8 +100,8 @@ def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int
         "side": side * per_scheduler,
         "exp": EXP * kernel.exp * per_scheduler,
         "threadgroup": (kernel.threadgroup_read * load + kernel.threadgroup_write * store) / THREADGROUP_BYTES,
-        "l1": moved / L1_BYTES,
-        "l2": from_l2 / L2_BYTES,
+        "l1": (moved + spilled) / L1_BYTES,
+        "l2": (from_l2 + spilled) / L2_BYTES,
         "latency": (main + exposed) / (resident or resident_groups(kernel)),
     }
 

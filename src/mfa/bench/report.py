@@ -175,7 +175,7 @@ def seed_row(table: dict[str, kernels.Kernel], chip: Chip) -> str:
 
 def lines(chip: Chip, tiles: bool = False) -> Iterator[str]:
     """The report. The last line is about the seed's problem."""
-    table = kernels.load()
+    table = kernels.of_float16()
     peak = f"{chip.peak / 1e12:.1f} TFLOP/s float32"
     yield f"{chip.name}: {chip.cores} cores at {chip.ghz} GHz, {peak}, {chip.bandwidth} GB/s."
     yield "A model, fitted to others' timings on M3 and not checked on M1 or M2; nothing here was measured on a Mac."

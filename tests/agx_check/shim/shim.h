@@ -1,5 +1,5 @@
-// Force-included before a translated kernel that is compiled for Mesa's AGX backend: the shim of csrc/simulator/cuda with
-// other lanes and matrices. exp2 and the like stay LLVM's intrinsics.
+// Force-included before a translated kernel that is compiled for Mesa's AGX backend: the shim of csrc/simulator/cuda
+// with other lanes and matrices. exp2 and the like stay LLVM's intrinsics.
 #pragma once
 #pragma GCC system_header
 

@@ -1,6 +1,7 @@
-// Addresses as root + sum of (index * size) + constant. What is not constant is computed once, where it first appears in a
-// dominating block: all accesses with the same sum share its register, and the constant stays with the access, as an
-// immediate offset. Of device pointers only constants are split off: sharing sums keeps more registers alive than it saves.
+// Addresses as root + sum of (index * size) + constant. What is not constant is computed once, where it first appears
+// in a dominating block: all accesses with the same sum share its register, and the constant stays with the access, as
+// an immediate offset. Of device pointers only constants are split off: sharing sums keeps more registers alive than it
+// saves.
 #include "translator.h"
 
 enum { kMaxTerms = 12, kMaxAddresses = 20000 };
@@ -31,8 +32,8 @@ bool is_of_argument(LLVMValueRef pointer) {
   return pointer == argument || (is_get_element_pointer(pointer) && LLVMGetOperand(pointer, 0) == argument);
 }
 
-// The size that index `i` counts, and through `type` the type of what it selects. A struct's fields are constants: their
-// offset goes to `offset`, and 0 is returned.
+// The size that index `i` counts, and through `type` the type of what it selects. A struct's fields are constants:
+// their offset goes to `offset`, and 0 is returned.
 static int64_t step(LLVMValueRef pointer, unsigned i, LLVMTypeRef* type, int64_t* offset) {
   if (i > 1 && LLVMGetTypeKind(*type) == LLVMStructTypeKind) {
     const unsigned field = LLVMConstIntGetZExtValue(LLVMGetOperand(pointer, i));

@@ -144,7 +144,7 @@ static void find_loops(void) {
   }
 }
 
-// ---- emission: phis are registers until Mesa makes SSA of them --------------------------------------------------------
+// ---- emission: phis are registers until Mesa makes SSA of them ------------------------------------------------------
 
 static nir_def* register_of(LLVMValueRef phi) { return _mesa_hash_table_search(phi_registers, phi)->data; }
 
@@ -203,8 +203,7 @@ static int join_of(int index, int header, bool* both_leave) {
   *both_leave = false;
   if (header == kNone) return join;
   bool leaves[2];
-  for (int j = 0; j < 2; ++j)
-    leaves[j] = block->successors[j] == header || block->successors[j] == blocks[header].exit;
+  for (int j = 0; j < 2; ++j) leaves[j] = block->successors[j] == header || block->successors[j] == blocks[header].exit;
   *both_leave = leaves[0] && leaves[1];
   const bool is_outside = join == block_count || !BITSET_TEST(blocks[header].loop, join);
   if (!is_outside && join != header) return join;

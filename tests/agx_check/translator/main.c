@@ -1,17 +1,17 @@
 // translator KERNEL.ll THREADS PARAMS_INDEX [rematerialise]: compiles a kernel for G13 with Mesa's AGX backend.
 //
-// Prints each block with its successors and instructions, and then a line of numbers: `demand`, the most 16-bit registers
-// alive before anything is spilled; `registers`, of the machine code; bytes of the stack and of threadgroup memory.
+// Prints each block with its successors and instructions, and then a line of numbers: `demand`, the most 16-bit
+// registers alive before anything is spilled; `registers`, of the machine code; bytes of the stack and of threadgroup
+// memory.
 #include <llvm-c/IRReader.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "translator.h"
-
 #include "asahi/compiler/agx_compile.h"
 #include "asahi/compiler/agx_nir.h"
 #include "compiler/glsl_types.h"
+#include "translator.h"
 
 static nir_builder builder;
 nir_builder* b = &builder;
@@ -95,13 +95,14 @@ int main(int argc, char** argv) {
       .libagx = library.shader,
       .promote_constants = true,
       .has_scratch = true,
-      .dev.soft_fault = true,                  // loads may run where nothing needs them: parameters hoist to the preamble
-      .reserved_preamble = kBuffers * 4 + 6,   // 16-bit uniforms: addresses, and threadgroups per grid
+      .dev.soft_fault = true,  // loads may run where nothing needs them: parameters hoist to the preamble
+      .reserved_preamble = kBuffers * 4 + 6,  // 16-bit uniforms: addresses, and threadgroups per grid
       .rematerialise_uniforms = argc > 4,
       .statistics = stdout,
   };
   struct agx_shader_part part;
   agx_compile_shader_nir(nir, (struct agx_shader_key*)&key, NULL, &part);
-  printf("RESULT registers %u stack %u threadgroup %u\n", part.info.nr_gprs, part.info.scratch_size, part.info.local_size);
+  printf("RESULT registers %u stack %u threadgroup %u\n", part.info.nr_gprs, part.info.scratch_size,
+         part.info.local_size);
   return 0;
 }
