@@ -84,19 +84,27 @@ BLOCK 3 4
 BLOCK 4 1 5
    wait slot 0
    r5 = simd_shuffle_xor r5, #1
-BLOCK 5
+BLOCK 5 5 6
+   r7 = fadd r7, r7
+BLOCK 6
    stop
 RESULT registers 40 stack 24 threadgroup 64
 """
 
 
 def test_the_main_loop_of_a_listing() -> None:
+    """That multiplies: block 5 is a smaller one."""
     found = measure.parse(LISTING)
     assert (found.registers, found.stack, found.stack_bytes) == (21, 2, 12)
     assert {kind: count for kind, count in found.loop.items() if count} == {
         **{"mma": 1, "threadgroup_load": 1, "stack": 2, "move": 1, "arithmetic": 1, "slow": 1, "shuffle": 1},
         **{"wait": 1, "branch": 1},
     }
+
+
+def test_a_loop_may_be_one_block() -> None:
+    alone = LISTING.replace("BLOCK 4 1 5", "BLOCK 4 5").replace("fadd r7, r7", "simd_matrix_fmadd r8, r9, r7")
+    assert {kind for kind, count in measure.parse(alone).loop.items() if count} == {"mma"}
 
 
 def test_registers_count_what_spills() -> None:
