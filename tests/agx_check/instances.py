@@ -27,7 +27,11 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "ds": ("wants_grad_key", "wants_grad_value", "writes_score_gradient"),
     },
 }
-APART = {"dk": ("wants_grad_key", "writes_score_gradient"), "dv": ("wants_grad_value",)}
+APART: dict[str, tuple[str, ...]] = {
+    "dk": ("wants_grad_key",),
+    "dk/ds": ("wants_grad_key", "writes_score_gradient"),
+    "dv": ("wants_grad_value",),
+}
 
 
 def family_of(kind: str) -> str:
