@@ -119,9 +119,11 @@ class Problem:
         case = self.case
         batch, rows = case["sequences"] or case["batch"], case["page_size"] or case["key_length"]
         pages = batch * (case["key_length"] // rows)
-        self.inputs["query"] = self._rows(case["query_heads"], case["query_length"], case["head_dim"])
+        heads, length, dim = case["query_heads"], case["query_length"], case["head_dim"]
         if case["sequences"]:
-            self.inputs["query_starts"] = self._starts(case["query_length"])
+            self.inputs |= {"query": self._rows(heads, length, dim), "query_starts": self._starts(length)}
+        else:
+            self.inputs["query"] = self._normal(batch, heads, length, dim, dtype=self.dtype)
         for side, dim in (("key", case["head_dim"]), ("value", self.value_dim)):
             shape = (pages, case["key_heads"], rows, dim)
             if case["cache"] == "same_dtype":
