@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import mfa
+from mfa import sdpa
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIMS = st.tuples(st.integers(257, 512), st.integers(1, 512)) | st.sampled_from(
@@ -112,7 +113,7 @@ def test_a_vaes_attention_is_routed_and_makes_no_matrix() -> None:
     """One head of 512 over the pixels of a latent."""
     query, key, value = (torch.randn(1, 1, 144, 512, dtype=torch.float16) for _ in range(3))
     expected = oracle.attention(query, key, value)[0]
-    with mfa.sdpa.enabled(), mfa.simulate() as sim:
+    with sdpa.enabled(), mfa.simulate() as sim:
         out = scaled_dot_product_attention(query, key, value)
     assert oracle.largest_error(out, expected) <= oracle.tolerance(oracle.composition(query, key, value)[0], expected)
     assert [launch.kernel.split("_")[0] for launch in sim.launches] == ["forward"]
