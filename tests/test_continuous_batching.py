@@ -82,14 +82,15 @@ def test_generate_batch_equals_generate(name: str, device: Device) -> None:
 
 @pytest.mark.simulator
 def test_steps_of_full_attention_read_the_pages() -> None:
-    """A step of all requests is one launch per layer, on the pages that transformers keeps."""
+    """A step of all requests is two launches per layer, on the pages that transformers keeps."""
     model = model_of("Llama")
     model.set_attn_implementation("mfa")
     prompts = [torch.randint(3, 60, (length,)).tolist() for length in LENGTHS]
     with mfa.simulate() as sim:
         together(model, prompts)
-    steps = sim.launches[-2 * (NEW - 3) :]
-    assert all(launch.kernel.startswith("decode") and launch.constants["is_paged"] for launch in steps)
+    steps = sim.launches[-4 * (NEW - 3) :]
+    assert [launch.kernel.split("_")[0] for launch in steps] == ["append", "decode"] * (len(steps) // 2)
+    assert all(launch.constants["is_paged"] for launch in steps)
     assert max(launch.grid[2] for launch in steps) == len(prompts)
 
 
