@@ -151,6 +151,21 @@ def test_nan_in_a_query_stays_in_its_row(device: Device, dtype: torch.dtype, is_
     assert torch.equal(lse.cpu()[others], clean[1].cpu()[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 15])
+def test_nan_in_a_query_of_few_keys(device: Device, dtype: torch.dtype, is_causal: bool, length: int) -> None:
+    """As of many: ATen's own kernel for the CPU gives 0 there."""
+    query, key, value = (torch.randn(1, 2, length, 16).to(dtype).to(device.type) for _ in range(3))
+    query[0, 1, -1, 3] = math.nan
+    with device.active():
+        out, lse = mfa.attention(query, key, value, is_causal=is_causal, return_lse=True)
+    lost = torch.zeros(1, 2, length, dtype=torch.bool)
+    lost[0, 1, -1] = True
+    assert torch.equal(out.cpu().isnan(), lost[..., None].expand(out.shape))
+    assert torch.equal(lse.cpu().isnan(), lost)
+
+
 @pytest.mark.parametrize(
     ("window", "unseen"),
     [

@@ -26,6 +26,9 @@ from .layout import empty_correction, empty_outputs, heads_are_batches, is_trans
 # The largest error of few numbers may be small by chance in the SDPA that the rule compares with.
 _MANY = 4096
 
+# Keys that ATen's kernel takes at a time.
+_VECTOR = 16
+
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -246,6 +249,14 @@ def _fused_block(
     out, lse = _fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:  # ATen reports 0 for a row that sees nothing
         lse = lse.masked_fill(mask.amax(-1) == HIDDEN, HIDDEN)
+    if key.shape[2] < _VECTOR and not lse.all():  # ... and for one whose scores are all NaN, if there are so few
+        scores = torch.einsum("bhid,bhjd->bhij", query, key.repeat_interleave(query.shape[1] // key.shape[1], 1))
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), 0)
+        if mask is not None:
+            scores = scores.masked_fill(mask == HIDDEN, 0)
+        lost = scores.isnan().any(-1)
+        out, lse = out.masked_fill(lost.unsqueeze(-1), math.nan), lse.masked_fill(lost, math.nan)
     return out, lse
 
 
