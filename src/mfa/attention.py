@@ -123,15 +123,15 @@ def attention(
     """
     plain = (
         not torch.compiler.is_dynamo_compiling()  # sizes may be symbols
-        and attn_mask is alibi_slopes is sinks is None
+        and alibi_slopes is sinks is None
         and (window is _OPEN or (type(window) is tuple and len(window) == 2 and window[0] is window[1] is None))
         and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
         and (scale is None or (type(scale) is float and scale == scale))
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
-        and _is_plain(query, key, value)
+        and is_plain(query, key, value, attn_mask, enable_gqa)
     )
     if plain:
-        arguments: tuple[Any, ...] = _plain_arguments(query, key, value, is_causal, scale)
+        arguments: tuple[Any, ...] = plain_arguments(query, key, value, attn_mask, is_causal, scale)
         has_batch = True
     else:  # which takes longer than the rest of a decoding step
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -175,7 +175,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> bool:
     """Whether there is nothing to refuse or to broadcast. (The op below has its own autocast.)"""
     return (
         type(query) is type(key) is type(value) is Tensor
@@ -184,12 +184,26 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.dtype is key.dtype is value.dtype
         and query.dtype in METAL_DTYPES
         and (query.is_mps or not (query.is_nested or key.is_nested or value.is_nested))
-        and _have_plain_shapes(query, key, value)
+        and _have_plain_shapes(query, key, value, enable_gqa)
+        and (attn_mask is None or (not torch.compiler.is_compiling() and _is_plain_mask(attn_mask, query, key)))
     )
 
 
-def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the op takes the shapes as they are, with as many key heads as query heads."""
+def _is_plain_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    if type(mask) is not Tensor or mask.dim() != 4 or mask.layout is not torch.strided or mask.is_nested:
+        return False
+    batch, heads, rows, columns = mask.shape
+    full_batch, full_heads, full_rows, _ = query.shape
+    return (
+        (mask.dtype is torch.bool or mask.dtype is query.dtype or mask.dtype is torch.float32)
+        and mask.device == query.device
+        and (columns in (1, key.shape[2]) and rows in (1, full_rows))
+        and (heads in (1, full_heads) and batch in (1, full_batch))
+    )
+
+
+def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = False) -> bool:
+    """Whether the op takes the shapes as they are."""
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
         return False
@@ -197,20 +211,21 @@ def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     key_batch, key_heads, length, key_dim = key_shape
     value_batch, value_heads, value_length, value_dim = value_shape
     return (
-        (batch == key_batch == value_batch and heads == key_heads == value_heads)
+        (batch == key_batch == value_batch and key_heads == value_heads)
+        and (heads == key_heads or (enable_gqa and key_heads != 0 and heads % key_heads == 0))
         and (length == value_length and dim == key_dim)
         and (0 < dim <= LARGEST_HEAD_DIM and 0 < value_dim <= LARGEST_HEAD_DIM)
     )
 
 
-def _plain_arguments(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+def plain_arguments(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Any, ...]:
-    """Those of the op, of tensors with plain shapes and nothing else; in a bare tuple, since making a Dense is felt."""
+    """Those of the op, of what `is_plain` takes; in a bare tuple, since making a Dense is felt."""
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     right = query.shape[2] - key.shape[2] if is_causal else None
-    return query, key, value, None, None, None, scale, None, right, 0.0, 0.0, None
+    return query, key, value, attn_mask, None, None, scale, None, right, 0.0, 0.0, None
 
 
 _attention_or_runtime_error = as_runtime_errors(attention)
@@ -232,7 +247,7 @@ def _composite(
         and (type(query) is type(key) is type(value) is Tensor and query.is_mps)
         and (dropout_p == 0 and _have_plain_shapes(query, key, value))
     ):
-        out: Tensor = _forward_untraced(*_plain_arguments(query, key, value, is_causal, scale))[0]
+        out: Tensor = _forward_untraced(*plain_arguments(query, key, value, None, is_causal, scale))[0]
         return out
     return _attention_or_runtime_error(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -27,7 +27,7 @@ from .. import _log, _simulation, _torch, device
 from .._arguments import Dense
 from .._checks.dense import checked
 from .._ops import sharding
-from ..attention import attention
+from ..attention import attention, is_plain
 from . import nested, policy, varlen
 
 NAME = "MFA"
@@ -178,7 +178,15 @@ def _route(
         if options.repeat_heads and query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3]:
             grouped = True
         arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, grouped)
-        reasons = not_supported_reasons(*arguments)
+        if (
+            dropout_p == 0
+            and not torch.compiler.is_compiling()
+            and (attn_mask is None or not is_causal)
+            and is_plain(query, key, value, attn_mask, grouped)
+        ):  # as most calls are: a decoding step would feel the rest
+            reasons = _reasons_of_place(query)
+        else:
+            reasons = not_supported_reasons(*arguments)
         if query.dim() > 1 and query.shape[-2] < options.min_query_length:
             reasons.append(f"query is shorter than {options.min_query_length}")
         if not reasons and options.prefer == "faster":
@@ -212,7 +220,7 @@ def not_supported_reasons(
 
     Whether it is routed at all (see `enable`) isn't asked. Contexts count: `sdpa_kernel`, forward-mode differentiation.
     """
-    reasons = _reasons_of_context()
+    reasons = _reasons_of_place(query)
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     for tensor in tensors:
         if type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__") and not sharding.is_dtensor(tensor):
@@ -220,13 +228,19 @@ def not_supported_reasons(
             return reasons
     if attn_mask is not None and is_causal:
         reasons.append("attn_mask and is_causal are both given, which scaled_dot_product_attention refuses")
-    if query.device.type == "mps" and (why_not := _mps_why_not()) is not None:
-        reasons.append(why_not)
     try:
         scale = 1.0 if scale is None else scale
         checked(Dense(query, key, value, attn_mask, None, None, scale, dropout_p=dropout_p), enable_gqa)
     except (NotImplementedError, TypeError, ValueError) as error:
         reasons.append(str(error))
+    return reasons
+
+
+def _reasons_of_place(query: Tensor) -> list[str]:
+    """Of the context, and of the device."""
+    reasons = _reasons_of_context()
+    if query.is_mps and (why_not := _mps_why_not()) is not None:
+        reasons.append(why_not)
     return reasons
 
 
