@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from ._arguments import Dense
-from ._checks.dense import checked
+from ._checks.dense import checked, have_plain_shapes, is_plain
 from ._checks.numbers import as_number, as_window, check_flag
 from ._checks.tensors import (
-    LARGEST_HEAD_DIM,
-    METAL_DTYPES,
     as_runtime_errors,
     check_is_tensor,
     scale_of,
@@ -131,7 +129,7 @@ def attention(
         and is_plain(query, key, value, attn_mask, enable_gqa)
     )
     if plain:
-        arguments: tuple[Any, ...] = plain_arguments(query, key, value, attn_mask, is_causal, scale)
+        arguments: tuple[Any, ...] = _plain_arguments(query, key, value, attn_mask, is_causal, scale)
         has_batch = True
     else:  # which takes longer than the rest of a decoding step
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -175,50 +173,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def is_plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> bool:
-    """Whether there is nothing to refuse or to broadcast. (The op below has its own autocast.)"""
-    return (
-        type(query) is type(key) is type(value) is Tensor
-        and ((query.is_mps and key.is_mps and value.is_mps) or (query.is_cpu and key.is_cpu and value.is_cpu))
-        and query.layout is key.layout is value.layout is torch.strided
-        and query.dtype is key.dtype is value.dtype
-        and query.dtype in METAL_DTYPES
-        and (query.is_mps or not (query.is_nested or key.is_nested or value.is_nested))
-        and _have_plain_shapes(query, key, value, enable_gqa)
-        and (attn_mask is None or (not torch.compiler.is_compiling() and _is_plain_mask(attn_mask, query, key)))
-    )
-
-
-def _is_plain_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    if type(mask) is not Tensor or mask.dim() != 4 or mask.layout is not torch.strided or mask.is_nested:
-        return False
-    batch, heads, rows, columns = mask.shape
-    full_batch, full_heads, full_rows, _ = query.shape
-    return (
-        (mask.dtype is torch.bool or mask.dtype is query.dtype or mask.dtype is torch.float32)
-        and mask.device == query.device
-        and (columns in (1, key.shape[2]) and rows in (1, full_rows))
-        and (heads in (1, full_heads) and batch in (1, full_batch))
-    )
-
-
-def _have_plain_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = False) -> bool:
-    """Whether the op takes the shapes as they are."""
-    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
-        return False
-    batch, heads, _, dim = query_shape
-    key_batch, key_heads, length, key_dim = key_shape
-    value_batch, value_heads, value_length, value_dim = value_shape
-    return (
-        (batch == key_batch == value_batch and key_heads == value_heads)
-        and (heads == key_heads or (enable_gqa and key_heads != 0 and heads % key_heads == 0))
-        and (length == value_length and dim == key_dim)
-        and (0 < dim <= LARGEST_HEAD_DIM and 0 < value_dim <= LARGEST_HEAD_DIM)
-    )
-
-
-def plain_arguments(
+def _plain_arguments(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Any, ...]:
     """Those of the op, of what `is_plain` takes; in a bare tuple, since making a Dense is felt."""
@@ -245,9 +200,9 @@ def _composite(
     if (
         attn_mask is None
         and (type(query) is type(key) is type(value) is Tensor and query.is_mps)
-        and (dropout_p == 0 and _have_plain_shapes(query, key, value))
+        and (dropout_p == 0 and have_plain_shapes(query, key, value))
     ):
-        out: Tensor = _forward_untraced(*plain_arguments(query, key, value, None, is_causal, scale))[0]
+        out: Tensor = _forward_untraced(*_plain_arguments(query, key, value, None, is_causal, scale))[0]
         return out
     return _attention_or_runtime_error(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -7,6 +7,8 @@ from .. import _simulation
 from .._arguments import Dense
 from .sizes import holds, is_known
 from .tensors import (
+    LARGEST_HEAD_DIM,
+    METAL_DTYPES,
     check_dropout,
     check_features,
     check_is_tensor,
@@ -19,6 +21,49 @@ from .tensors import (
     shape_of,
     widened,
 )
+
+
+def is_plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> bool:
+    """Whether there is nothing to refuse or to broadcast. (The op below has its own autocast.)"""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and ((query.is_mps and key.is_mps and value.is_mps) or (query.is_cpu and key.is_cpu and value.is_cpu))
+        and query.layout is key.layout is value.layout is torch.strided
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype in METAL_DTYPES
+        and (query.is_mps or not (query.is_nested or key.is_nested or value.is_nested))
+        and have_plain_shapes(query, key, value, enable_gqa)
+        and (attn_mask is None or (not torch.compiler.is_compiling() and _is_plain_mask(attn_mask, query, key)))
+    )
+
+
+def _is_plain_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    if type(mask) is not Tensor or mask.dim() != 4 or mask.layout is not torch.strided or mask.is_nested:
+        return False
+    batch, heads, rows, columns = mask.shape
+    full_batch, full_heads, full_rows, _ = query.shape
+    return (
+        (mask.dtype is torch.bool or mask.dtype is query.dtype or mask.dtype is torch.float32)
+        and mask.device == query.device
+        and (columns in (1, key.shape[2]) and rows in (1, full_rows))
+        and (heads in (1, full_heads) and batch in (1, full_batch))
+    )
+
+
+def have_plain_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = False) -> bool:
+    """Whether the op takes the shapes as they are."""
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
+        return False
+    batch, heads, _, dim = query_shape
+    key_batch, key_heads, length, key_dim = key_shape
+    value_batch, value_heads, value_length, value_dim = value_shape
+    return (
+        (batch == key_batch == value_batch and key_heads == value_heads)
+        and (heads == key_heads or (enable_gqa and key_heads != 0 and heads % key_heads == 0))
+        and (length == value_length and dim == key_dim)
+        and (0 < dim <= LARGEST_HEAD_DIM and 0 < value_dim <= LARGEST_HEAD_DIM)
+    )
 
 
 def check_forward(arguments: Dense, *, metal: bool, drawn: bool = False) -> None:

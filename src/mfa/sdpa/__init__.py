@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend
 
 from .. import _log, _simulation, _torch, device
 from .._arguments import Dense
-from .._checks.dense import checked
+from .._checks.dense import checked, is_plain
 from .._ops import sharding
-from ..attention import attention, is_plain
+from ..attention import attention
 from . import nested, policy, varlen
 
 NAME = "MFA"
