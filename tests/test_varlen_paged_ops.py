@@ -86,15 +86,15 @@ def test_vmap() -> None:
     torch.testing.assert_close(list(torch.vmap(f)(queries, lengths)), expected)
 
 
-@pytest.mark.parametrize("kind", [None, torch.int8])
-def test_autocast(kind: torch.dtype | None) -> None:
+@pytest.mark.parametrize("formats", [(None, None), (torch.int8, None), (torch.int8, torch.int8)])
+def test_autocast(formats: tuple[torch.dtype | None, torch.dtype | None]) -> None:
     """Pages aren't cast: what meets them is."""
-    named = ragged(QUERIES, LENGTHS, dtype=torch.float16, formats=(kind, kind)).arguments()
-    arguments = op_arguments(dtype=torch.float16, formats=(kind, kind))
+    named = ragged(QUERIES, LENGTHS, dtype=torch.float16, formats=formats).arguments()
+    arguments = op_arguments(dtype=torch.float16, formats=formats)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = mfa.attention_varlen(**named | {"query": named["query"].float()})
         raw = torch.ops.mfa.attention_varlen_paged(*arguments._replace(query=arguments.query.float()))[0]
-    assert out.dtype == raw.dtype == (torch.float16 if kind is None else torch.bfloat16)
+    assert out.dtype == raw.dtype == (torch.float16 if None in formats else torch.bfloat16)
 
 
 def test_flops_are_those_of_the_live_keys() -> None:

@@ -13,7 +13,7 @@ from ._checks.numbers import as_integer, as_number, as_window, check_flag
 from ._checks.sizes import is_known
 from ._checks.tensors import check_is_tensor, scale_of, widened
 from ._ops import ops, sharding
-from ._ops.decode import autocast
+from ._ops.inference import autocast
 
 _Bound = int | None
 

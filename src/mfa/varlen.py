@@ -13,7 +13,7 @@ from ._checks.paged import check_paged, check_paged_contents
 from ._checks.tensors import check_is_tensor, scale_of, widened
 from ._checks.varlen import check_forward, check_starts
 from ._cpu import dropout
-from ._ops import decode, ops, sharding
+from ._ops import inference, ops, sharding
 from ._ops.autocast import autocast
 
 _Bound = int | None
@@ -201,7 +201,7 @@ def _over_pages(arguments: Paged, dropout_p: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"dropout_p is {dropout_p}, and block_table is given; attention over pages has none")
     device = query.device.type
     if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
-        query = decode.autocast(device, query, arguments.key)
+        query = inference.autocast(device, query, arguments.key, arguments.value)
     arguments = arguments._replace(query=query, sinks=widened(arguments.sinks, query))
     check_paged(arguments, metal=_simulation.runs_kernels(query))
     check_paged_contents(arguments)
