@@ -98,6 +98,29 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
   return all;
 }
 
+std::vector<Constant> with_cache(std::vector<Constant> all, const Cache& cache) {
+  using Format = Cache::Format;
+  const Constant own[] = {
+      {kIsPaged, cache.page_size > 0},
+      {kKeyIsQuantized, cache.key_format != Format::same_dtype},
+      {kKeyIsInt8, cache.key_format == Format::int8},
+      {kKeyIsE5m2, cache.key_format == Format::e5m2},
+      {kValueIsQuantized, cache.value_format != Format::same_dtype},
+      {kValueIsInt8, cache.value_format == Format::int8},
+      {kValueIsE5m2, cache.value_format == Format::e5m2},
+  };
+  for (const Constant& constant : own) all[constant.index].value = constant.value;
+  return all;
+}
+
+void set_cache(AttentionParams& params, const Cache& cache) {
+  params.page_size = static_cast<int>(cache.page_size);
+  params.pages = static_cast<int>(cache.pages);
+  params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
+  std::ranges::copy(cache.key_scale_strides, params.key_scale_strides);
+  std::ranges::copy(cache.value_scale_strides, params.value_scale_strides);
+}
+
 bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canonical) {
   if (!classifies_mask(problem)) return false;
   const Instance& instance = *choose(Kind::mask_blocks, problem, canonical.bucket);

@@ -17,6 +17,10 @@ std::vector<Constant> constants(std::initializer_list<Constant> used);
 std::vector<Constant> score_constants(const Problem& problem, const Canonical& canonical, const Instance& instance,
                                       std::initializer_list<Constant> more);
 
+// Where keys and values lie in a cache, and how: the constants beside `all`, and the parameters.
+std::vector<Constant> with_cache(std::vector<Constant> all, const Cache& cache);
+void set_cache(AttentionParams& params, const Cache& cache);
+
 // The launch of mask_blocks, where tuning.def has it run. Returns whether.
 bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canonical);
 

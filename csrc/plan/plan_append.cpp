@@ -17,16 +17,12 @@ Plan plan_append(const Problem& problem, const Append& append) {
 
   Plan plan{.launches = {}, .params = start.params};
   AttentionParams& params = plan.params;
-  params.page_size = static_cast<int>(cache.page_size);
-  params.pages = static_cast<int>(cache.pages);
-  params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
+  set_cache(params, cache);
   params.cache_length = static_cast<int>(append.length);
   params.new_tokens = static_cast<int>(append.tokens);
   params.rotary_pairs = static_cast<int>(rotary.pairs);
   params.rotary_positions = static_cast<int>(rotary.positions);
   params.queries_advance = rotary.queries_advance ? 1 : 0;
-  std::ranges::copy(cache.key_scale_strides, params.key_scale_strides);
-  std::ranges::copy(cache.value_scale_strides, params.value_scale_strides);
   std::ranges::copy(append.key_strides, params.new_key_strides);
   std::ranges::copy(append.value_strides, params.new_value_strides);
 
@@ -36,19 +32,13 @@ Plan plan_append(const Problem& problem, const Append& append) {
   const std::int64_t rows = queries + 2 * problem.key_heads * append.tokens;
   // One at least, which writes the new lengths.
   add_launch(plan, instance,
-             constants({{kAligned, aligned},
-                        {kHasKeyLengths, append.has_lengths},
-                        {kIsPaged, cache.page_size > 0},
-                        {kKeyIsQuantized, cache.key_format != Cache::Format::same_dtype},
-                        {kKeyIsInt8, cache.key_format == Cache::Format::int8},
-                        {kKeyIsE5m2, cache.key_format == Cache::Format::e5m2},
-                        {kValueIsQuantized, cache.value_format != Cache::Format::same_dtype},
-                        {kValueIsInt8, cache.value_format == Cache::Format::int8},
-                        {kValueIsE5m2, cache.value_format == Cache::Format::e5m2},
-                        {kHasRotary, append.rotary.has_value()},
-                        {kHasRotarySeqlens, rotary.has_starts},
-                        {kRotaryInterleaved, rotary.interleaved},
-                        {kRotaryFloat, rotary.is_float}}),
+             with_cache(constants({{kAligned, aligned},
+                                   {kHasKeyLengths, append.has_lengths},
+                                   {kHasRotary, append.rotary.has_value()},
+                                   {kHasRotarySeqlens, rotary.has_starts},
+                                   {kRotaryInterleaved, rotary.interleaved},
+                                   {kRotaryFloat, rotary.is_float}}),
+                        cache),
              {std::max<std::int64_t>(1, tiles(rows, instance.rows)), problem.batch, 1});
   return plan;
 }

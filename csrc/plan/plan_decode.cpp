@@ -110,11 +110,7 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
   params.splits = static_cast<int>(packing.splits);
   params.split_keys = static_cast<int>(packing.split_keys);
   params.split_queries = static_cast<int>(packing.split_queries);
-  params.page_size = static_cast<int>(cache.page_size);
-  params.pages = static_cast<int>(cache.pages);
-  params.pages_per_sequence = static_cast<int>(cache.pages_per_sequence);
-  std::ranges::copy(cache.key_scale_strides, params.key_scale_strides);
-  std::ranges::copy(cache.value_scale_strides, params.value_scale_strides);
+  set_cache(params, cache);
 
   const bool is_split = packing.splits > 1, is_packed = problem.sequences > 0;
   if (is_packed && packing.row_tiles > 0)
@@ -123,18 +119,12 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
         constants(
             {{kIsVarlen, true}, {kHasKeyStarts, problem.has_key_starts()}, {kHasKeyLengths, problem.has_key_lengths}}));
   add_launch(plan, decode,
-             score_constants(problem, start, decode,
-                             {{kWritesLse, problem.wants_lse && (is_packed || !is_split)},
-                              {kHasSinks, problem.has_sinks},
-                              {kIsPaged, cache.page_size > 0},
-                              {kHasLeftpad, cache.has_leftpad},
-                              {kKeyIsQuantized, cache.key_format != Cache::Format::same_dtype},
-                              {kKeyIsInt8, cache.key_format == Cache::Format::int8},
-                              {kKeyIsE5m2, cache.key_format == Cache::Format::e5m2},
-                              {kValueIsQuantized, cache.value_format != Cache::Format::same_dtype},
-                              {kValueIsInt8, cache.value_format == Cache::Format::int8},
-                              {kValueIsE5m2, cache.value_format == Cache::Format::e5m2},
-                              {kIsSplit, is_split}}),
+             with_cache(score_constants(problem, start, decode,
+                                        {{kWritesLse, problem.wants_lse && (is_packed || !is_split)},
+                                         {kHasSinks, problem.has_sinks},
+                                         {kHasLeftpad, cache.has_leftpad},
+                                         {kIsSplit, is_split}}),
+                        cache),
              {problem.key_heads * packing.row_tiles, packing.splits, problem.batch});
   if (is_split) {
     const Instance& combine = the_instance(Kind::combine, problem.dtype);
