@@ -44,7 +44,7 @@ help:
 	@echo "make mac-check       on Linux: compile and link for macOS against real torch libraries"
 	@echo "make gpu-check       on Linux with an NVIDIA GPU: the kernels in true parallel and at full size"
 	@echo "make agx-check       on Linux: registers of every kernel, by Mesa's compiler for Apple's GPUs"
-	@echo "make mac             on a Mac: all tests, validation layers and timings, into mac-report.json"
+	@echo "make mac             on a Mac: all tests, validation layers, timings and registers, into mac-report.json"
 	@echo "make clean           forget .venv, builds and caches"
 
 build: $(STAMP)/build
@@ -99,7 +99,7 @@ wheel: build
 
 mac-check: build $(STAMP)/mac-check
 	PYTHONPATH=tests $(BIN)/python -m mac_check $(ARGS)
-	$(BIN)/python -m pytest -q tests/test_mac_check.py
+	$(BIN)/python -m pytest -q tests/test_mac_check.py tests/test_mac_registers.py
 
 # torch's CUDA build must be the one in .venv, as it is where TORCH_ARGS is empty.
 gpu-check: build
@@ -116,7 +116,7 @@ agx-check: build $(STAMP)/test $(STAMP)/agx-check
 	PYTHONPATH=tests $(BIN)/python -m agx_check run
 	$(BIN)/python tests/generated.py
 
-mac: build $(STAMP)/test
+mac: build $(STAMP)/mac-check
 	$(BIN)/python tests/mac_report.py $(ARGS)
 
 clean:

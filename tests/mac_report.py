@@ -175,6 +175,18 @@ def benchmark() -> list[dict[str, Any]]:
     return [timings(*shape) for shape in SHAPES]
 
 
+def registers() -> dict[str, Any]:
+    """Of every pipeline, by Apple's own compiler: {chip: {pipeline: [registers, spill bytes, code bytes]}}."""
+    import mac_registers
+
+    from mfa import _metal
+
+    found = [file for file in _metal.info()["metallib"].split(", ") if Path(file).name == "mfa.metallib"]
+    if not found:
+        raise ValueError("this build has no metallib: it needs Xcode's Metal toolchain")
+    return mac_registers.report(Path(found[0]))
+
+
 def pytest(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Counts, and the text of every failure.
 
@@ -205,6 +217,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "backend": backend,
     "first-calls": first_calls,
     "benchmark": benchmark,
+    "registers": registers,
     "tests": lambda: pytest(["-m", "not mps", "-n", "auto"], {}),
     "mps-tests": lambda: pytest(["-m", "mps"], {}),
     "mps-tests-api-validation": lambda: pytest(["-m", "mps and not slow"], API_VALIDATION),
