@@ -66,6 +66,25 @@ def vae() -> Any:
     return diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, latent_channels=4).eval()
 
 
+# As published but for the widths of the outer blocks and their number of layers: the attention is that of the whole
+# model, one head of 512 over the pixels of a latent.
+VAES: dict[str, dict[str, Any]] = {
+    "sd": {"latent_channels": 4, "scaling_factor": 0.18215},
+    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True},
+    "flux": {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159},
+}
+
+
+def image_vae(name: str) -> Any:
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (32, 32, 32, 512),
+    }
+    return diffusers.AutoencoderKL(**blocks, **VAES[name]).eval()
+
+
 def wan() -> Any:
     """Its attention blocks have no processors."""
     torch.manual_seed(0)
@@ -279,6 +298,32 @@ def test_refuses_what_has_no_attention() -> None:
         mfa.diffusers.enable("unet")
     with pytest.raises(ValueError, match="model is a Linear without attention layers"):
         mfa.diffusers.enable(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_a_vae_of_images(name: str, calls: list[Tensor]) -> None:
+    """Encodes 512 x 512 pixels, and decodes 64 x 64 latents."""
+    model = image_vae(name)
+    pixels, latents = torch.randn(1, 3, 512, 512), torch.randn(1, model.config.latent_channels, 64, 64)
+    expected = model.encode(pixels).latent_dist.mean, model.decode(latents).sample
+    assert mfa.diffusers.enable(model) == 2
+    assert_close((model.encode(pixels).latent_dist.mean, model.decode(latents).sample), expected)
+    assert [query.shape for query in calls] == [(1, 1, 64 * 64, 512)] * 2
+    assert _log.said == set()
+
+
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_a_vae_of_images_on_kernels(name: str, device: Device) -> None:
+    model = image_vae(name)
+    latents = torch.randn(1, model.config.latent_channels, 9, 7)
+    expected = model.decode(latents).sample
+    model.to(device.type)
+    mfa.diffusers.enable(model)
+    with device.active():
+        assert_close(model.decode(latents.to(device.type)).sample.cpu(), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
