@@ -16,7 +16,7 @@ from test_backward import check as check_gradients
 from torch import Tensor
 
 import mfa
-from mfa._cpu import blocks
+from mfa._cpu import backward, blocks, forward
 
 ALL_DTYPES = (*DTYPES, torch.float64)
 
@@ -53,6 +53,42 @@ def test_any_cut_gives_the_same(scratch: int, monkeypatch: pytest.MonkeyPatch) -
         check_gradients(problem, Device("cpu"))
 
     holds()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_takes_few_calls(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has all threads start and wait for each other, which takes long where other processes have the cores."""
+    calls: list[str] = []
+    for module in (forward, backward):
+        original = module._fused
+
+        def counting(*args: Any, _name: str = module.__name__, _original: Any = original, **options: Any) -> Any:
+            calls.append(_name)
+            return _original(*args, **options)
+
+        monkeypatch.setattr(module, "_fused", counting)
+    query, key, value = (normal(1, 8, 8192, 64).to(dtype).requires_grad_() for _ in range(3))
+    out = mfa.attention(query, key, value, window=(255, 0))
+    torch.autograd.grad(out.sum(), (query, key, value))
+    edges, bands = 4, 2  # of 128 blocks per chunk of heads
+    assert calls.count(forward.__name__) <= 8 * (edges + bands)
+    assert calls.count(backward.__name__) <= 8 * (edges + bands)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 30), st.integers(1, 6))
+def test_a_band_adds_every_block(rows: int, keys: int, count: int, batch: int) -> None:
+    band = blocks.Band(slice(2, 2 + rows), slice(3, 3 + keys), count)
+    batch = batch if count == 1 else 1
+    assert band.apart * rows >= keys or count == 1  # those that are added at once share no key
+    target = normal(batch, 2, 3 + keys + rows * count, 4)
+    summand = normal(count if count > 1 else batch, 2, keys, 4)
+    expected = target.clone()
+    for block in range(count):
+        span = slice(3 + block * rows, 3 + block * rows + keys)
+        expected[:, :, span] += summand[block : block + 1] if count > 1 else summand
+    assert torch.equal(band.of_keys(expected)[-1], expected[-1:, :, 3 + rows * (count - 1) :][:, :, :keys][0])
+    band.add_to_keys(target, summand)
+    torch.testing.assert_close(target, expected)
 
 
 bounds = st.none() | st.integers(-60, 60)

@@ -1,4 +1,4 @@
-"""tests/mac_registers.py over stand-ins for Apple's tools, and for what its compiler writes; part of `make mac-check`."""
+"""tests/mac_registers.py over stand-ins for Apple's tools and for what its compiler writes; in `make mac-check`."""
 
 import json
 import struct

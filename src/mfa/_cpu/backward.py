@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import DENSE_GRADIENTS, Backward, Dense, Varlen
-from .blocks import HIDDEN, Cut, Terms, Window, part
+from .blocks import HIDDEN, Band, Cut, Terms, Window, part
 from .dropout import COPIES, Dropout
 from .forward import exactly_scaled, is_copied, operand, overflows, raw_scores, slopes_of
 from .layout import heads_are_batches
@@ -134,32 +134,33 @@ def _add_fused(grads: dict[str, Tensor], arguments: Dense, given: Backward, term
     operand_bytes = 4 * width * (group * block_rows + key.shape[2]) * dtype.itemsize
     least = torch.get_num_threads()  # heads; each is one thread's
     cut = Cut.of(terms, len(query), key.shape[1], group, operand_bytes, 0, least)
+    alike = 1
+    if not whole and terms.bias is None:
+        cut, alike = cut.banded(4 * width * (group * block_rows + window.block_keys(block_rows)) * dtype.itemsize)
     for batches, heads, q_heads in cut.chunks():
         k, v = (operand(tensor[batches, heads], dtype, width) for tensor in (key, value))
+        given_rows = [tensor[batches, q_heads] for tensor in (given.grad_out, query, given.out)]
         if not at_once:
             dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys in [(visible, window.keys(visible))] if whole else cut.blocks():
-            part_of_query = batches, q_heads, rows
-            d_out, q, o = (
-                operand(tensor[part_of_query], dtype, width) for tensor in (given.grad_out, query, given.out)
-            )
-            block_lse = given.lse[part_of_query]
+        for band in [Band(visible, window.keys(visible))] if whole else cut.bands(alike):
+            d_out, q, o = (operand(band.of_rows(tensor), dtype, width) for tensor in given_rows)
+            block_lse = band.of_rows(given.lse[batches, q_heads])
             if given.correction is not None:  # then the operand is a copy
-                o[..., :value_dim] += given.correction[part_of_query]
+                o[..., :value_dim] += band.of_rows(given.correction[batches, q_heads])
             if "sinks" in grads and sinks is not None:
                 share = torch.exp(sinks[q_heads, None] - block_lse).masked_fill_(block_lse == HIDDEN, 0)
                 grads["sinks"][q_heads] -= (share * (d_out * o).sum(-1)).sum((0, 2))
             block_lse = block_lse.masked_fill(block_lse == HIDDEN, torch.finfo(dtype).max)  # such a row's P is 0
-            mask = None if whole else terms.mask(batches, q_heads, rows, keys)
-            block = d_out, q, k[:, :, keys], v[:, :, keys], o, block_lse
+            mask = None if whole else terms.mask(batches, q_heads, band.rows, band.keys)
+            block = d_out, q, band.of_keys(k), band.of_keys(v), o, block_lse
             d_q, d_k, d_v = _fused_as_laid_out(*block, mask, scale, causal)
             if at_once:
                 dk, dv = d_k, d_v
             else:
-                dk[:, :, keys] += d_k
-                dv[:, :, keys] += d_v
+                band.add_to_keys(dk, d_k)
+                band.add_to_keys(dv, d_v)
             if "query" in grads:
-                grads["query"][part_of_query] = d_q[..., :dim]
+                band.of_rows(grads["query"][batches, q_heads]).copy_(d_q[..., :dim])
         if "key" in grads:
             grads["key"][batches, heads] = dk[..., :dim]
         if "value" in grads:

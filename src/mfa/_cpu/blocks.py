@@ -5,7 +5,7 @@ Ranges are half-open. Scratch memory is bounded by a budget, not by the lengths,
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 HIDDEN = -math.inf
 LARGEST_HIDING_BIAS = float(torch.tensor(-1e38))  # a bias of at most this, the float32 next to -1e38, hides its key
 SCRATCH_BYTES = 16 << 20
+BAND_BYTES = 64 << 20  # of a call with many alike blocks: every call has all threads start, and wait for each other
 BLOCK_ROWS = 256
 
 
@@ -145,6 +146,50 @@ def part(tensor: Tensor, *ranges: slice) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Blocks of as many rows each, one after the other, that see as many keys each: the next one's begin as much later.
+
+    They are as many batches of one problem: what a band hides from each is the same.
+    """
+
+    rows: slice  # of the first block
+    keys: slice  # that it sees
+    count: int = 1
+
+    @property
+    def step(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """[B,H,L,...] of queries -> a view [count,H,rows,...]; of more than one block, B is 1."""
+        return _strided(tensor, self.rows, self.step, self.count)
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        """The same of [B,H,L,...] of keys; blocks overlap."""
+        return _strided(tensor, self.keys, self.step, self.count)
+
+    @property
+    def apart(self) -> int:
+        """So many blocks apart, two see no key in common."""
+        return 1 if self.count == 1 else -(-int(self.keys.stop - self.keys.start) // self.step)
+
+    def add_to_keys(self, target: Tensor, summand: Tensor) -> None:
+        """target[B,H,L,D] += summand [count,H,keys,D], block after block: those at once that don't overlap."""
+        for first in range(min(self.apart, self.count)):
+            some = summand if self.count == 1 else summand[first :: self.apart]
+            keys = slice(self.keys.start + first * self.step, self.keys.stop + first * self.step)
+            view = _strided(target, keys, self.apart * self.step, 1 if self.count == 1 else len(some))
+            view += some
+
+
+def _strided(tensor: Tensor, span: slice, step: int, count: int) -> Tensor:
+    first = tensor[:, :, span]
+    if count == 1:
+        return first
+    return first.as_strided((count, *first.shape[1:]), (step * tensor.stride(2), *first.stride()[1:]))
+
+
+@dataclass(frozen=True)
 class Cut:
     """A problem's chunks of heads, and their blocks of rows; what a block needs in scratch memory fits the budget."""
 
@@ -202,3 +247,36 @@ class Cut:
         for first in range(visible.start, visible.stop, self.rows):
             rows = slice(first, min(first + self.rows, visible.stop))
             yield rows, self.window.keys(rows)
+
+    def banded(self, block_bytes: int) -> tuple["Cut", int]:
+        """The cut with batches of alike blocks instead of batches of the problem, if those are more; and how many.
+
+        Args:
+            block_bytes: scratch for a block of one key head.
+        """
+        most = BAND_BYTES // max(1, block_bytes * self.heads)
+        visible = self.window.rows()
+        if min(most, (visible.stop - visible.start) // self.rows) <= min(self.batches, self.batch):
+            return self, 1
+        return replace(self, batches=1), most
+
+    def bands(self, most: int) -> Iterator[Band]:
+        """The blocks, alike ones that follow each other together: at most `most` of them."""
+        band: Band | None = None
+        for rows, keys in self.blocks():
+            if band is not None and band.count < most and _continues(band, rows, keys):
+                band = replace(band, count=band.count + 1)
+                continue
+            if band is not None:
+                yield band
+            band = Band(rows, keys)
+        if band is not None:
+            yield band
+
+
+def _continues(band: Band, rows: slice, keys: slice) -> bool:
+    later = band.count * band.step
+    return all(
+        (span.start - later, span.stop - later) == (first.start, first.stop)
+        for span, first in ((rows, band.rows), (keys, band.keys))
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _log
 from .._arguments import Dense
-from .blocks import HIDDEN, Cut, Terms, Window
+from .blocks import HIDDEN, Band, Cut, Terms, Window
 from .dropout import COPIES, Dropout
 from .layout import empty_correction, empty_outputs, heads_are_batches, is_transposed, laid_out, lost_to_rounding
 
@@ -84,21 +84,26 @@ def attention_forward(
 
     # Copies are made of a chunk's tensors, or, where a block sees but a small part of them, of that part.
     group, block_rows = query_heads // key_heads, window.block_rows()
-    local = copied and not whole and 2 * window.block_keys(block_rows) <= key.shape[2]
+    banded = fused and not whole and terms.bias is None
+    local = copied and not whole and not banded and 2 * window.block_keys(block_rows) <= key.shape[2]
     lengths = (block_rows, window.block_keys(block_rows)) if local else (query_length, key.shape[2])
     operand_bytes = (width + value_width) * (group * lengths[0] + lengths[1]) * dtype.itemsize if copied else 0
     cut = Cut.of(terms, batch, key_heads, group, operand_bytes, (not fused) + (0 if dropout is None else COPIES))
+    alike = 1
+    if banded:
+        cut, alike = cut.banded(2 * group * block_rows * width * dtype.itemsize)
 
     for batches, heads, q_heads in cut.chunks():
         chunk = query[batches, q_heads], key[batches, heads], value[batches, heads]
+        targets = out[batches, q_heads], lse[batches, q_heads]
         if not local:
             chunk = _operands(*chunk, dtype, width, value_width)
-        for rows, columns in [(visible, keys)] if whole else cut.blocks():
-            mask = None if whole else terms.mask(batches, q_heads, rows, columns)
-            block = chunk[0][:, :, rows], chunk[1][:, :, columns], chunk[2][:, :, columns]
+        for band in [Band(visible, keys)] if whole else cut.bands(alike):
+            mask = None if whole else terms.mask(batches, q_heads, band.rows, band.keys)
+            block = band.of_rows(chunk[0]), band.of_keys(chunk[1]), band.of_keys(chunk[2])
             if local:
                 block = _operands(*block, dtype, width, value_width)
-            factors = None if dropout is None else dropout.factors(batches, q_heads, rows, columns)
+            factors = None if dropout is None else dropout.factors(batches, q_heads, band.rows, band.keys)
             q, k, v = block
             q, _, block_scale = exactly_scaled(q, scale) if fused and trains else (q, 1.0, scale)
             if fused and mask is None:
@@ -108,10 +113,10 @@ def attention_forward(
             if sinks is not None:
                 block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
             block_out = block_out[..., :value_dim]
-            out[batches, q_heads, rows] = block_out
+            rounded = band.of_rows(targets[0]).copy_(block_out)
             if correction is not None and correction.numel():
-                correction[batches, q_heads, rows] = lost_to_rounding(block_out, out[batches, q_heads, rows])
-            lse[batches, q_heads, rows] = block_lse
+                band.of_rows(correction[batches, q_heads]).copy_(lost_to_rounding(block_out, rounded))
+            band.of_rows(targets[1]).copy_(block_lse)
     return out, lse
 
 
