@@ -1,5 +1,6 @@
 """Attention for PyTorch on Apple GPUs: exact, memory-efficient, from hand-written Metal kernels."""
 
+from . import masks
 from .attention import attention
 from .checkpointing import ops_to_save
 from .context_parallel import context_parallel
@@ -24,6 +25,7 @@ __all__ = [
     "context_parallel",
     "device_info",
     "is_available",
+    "masks",
     "merge_attention",
     "ops_to_save",
     "precompile",
