@@ -68,7 +68,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
                                                                                     [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kBlockQueries = kSimdgroups * kRowTiles * kFragment;
-  typedef StagedRows<T, kHeadDim, quads> Keys;
+  typedef StagedRows<T, kHeadDim, pairs> Keys;
   typedef StagedRows<T, kValueDim, octets> Values;
   threadgroup uint4
       memory[forward_threadgroup_bytes(staged, kMemory, kHeadDim, kValueDim, kBlockQueries, kBlockKeys, sizeof(T)) /
@@ -106,7 +106,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, tile.keys.from(first_key), thread_index);
+    stage_pairs<T, kBlockKeys, kHeadDim, kThreads>(keys, tile.keys.from(first_key), thread_index);
     if (kMemory == split) {
       stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(values, next_values, thread_index);
     }

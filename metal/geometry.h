@@ -20,15 +20,29 @@ enum Memory { split, shared };
 enum Own { held, reread };
 
 // What is loaded from rows in threadgroup memory: quads of neighbouring rows (K in Q K'), octets (V in P V), or both.
-enum Loads { quads, octets, both };
+// Or pairs, instead of quads: rows 2i and 2i + 1 are interleaved, element by element, as fragments have them (fragment.h):
+// half of the loads, and nothing to move.
+enum Loads { quads, octets, both, pairs };
 
 // Padding makes a row an odd number of four or of eight of 32 banks of 4 bytes. Then no load conflicts if the banks
 // serve a whole SIMD-group at once; and, for one kind of loads and 16-bit quads and octets or 32-bit quads, none if
 // they serve 128 bytes of neighbouring lanes at a time, as NVIDIA's do.
 constexpr int padded_row_bytes(int dim, int element_size, Loads loads) {
   const int bytes = dim * element_size;  // a multiple of 32
+  if (loads == pairs) {
+    return bytes;
+  }
   const bool eight = (element_size == 2 && loads == octets) || (element_size == 4 && loads == quads);
   return bytes + (!eight ? 16 : bytes % 64 == 0 ? 32 : 0);
+}
+
+// Pairs are swizzled instead: chunk c of 16 bytes of a set lies where chunk c ^ swizzle_of_pair() would. No padding would
+// do for banks that serve 64 bytes of neighbouring lanes at a time as well as for those that serve 128. whole: a set of 32
+// values of the head dimension, not of the 16 that may be left at the end.
+constexpr int swizzle_of_pair(int dim, int element_size, int pair, bool whole) {
+  return element_size == 4 ? pair % 2 * (whole ? 1 : 6)
+         : whole           ? pair % 2 * (dim % 32 == 0 ? 6 : 2)
+                           : (pair ^ pair / 2) % 2 * 2;
 }
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -40,10 +54,10 @@ constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, 
          : path == team    ? block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
                                                  padded_row_bytes(value_dim, element_size, octets)) +
                                  kTeamMembers * block_queries * block_keys * int(sizeof(float))
-         : memory == split ? block_keys * (padded_row_bytes(head_dim, element_size, quads) +
+         : memory == split ? block_keys * (padded_row_bytes(head_dim, element_size, pairs) +
                                            padded_row_bytes(value_dim, element_size, octets))
                            : block_queries * padded_row_bytes(head_dim, element_size, octets) +
-                                 block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
+                                 block_keys * larger(padded_row_bytes(head_dim, element_size, pairs),
                                                      padded_row_bytes(value_dim, element_size, octets));
 }
 

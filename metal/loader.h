@@ -28,6 +28,29 @@ struct StagedRows {
   }
 };
 
+template <typename T, int kDim>
+struct StagedRows<T, kDim, pairs> {
+  static constant constexpr int kStride = padded_row_bytes(kDim, sizeof(T), pairs) / sizeof(T);  // half of a pair's
+
+  const threadgroup T* base;
+
+  // What a lane needs of a set, interleaved: J elements of two rows.
+  Octet<T> whole_set(short tile, short set, Lane lane) const {
+    const threadgroup T* at = set_of_pair(tile, set, lane);
+    return load_swizzled(at, 8 * lane.row, swizzle(lane, true));
+  }
+  vec<T, 4> half_set(short tile, short set, Lane lane) const {
+    return load_quad(set_of_pair(tile, set, lane) + ((4 * lane.row) ^ swizzle(lane, false)));
+  }
+
+  const threadgroup T* set_of_pair(short tile, short set, Lane lane) const {
+    return base + (tile * kFragment + lane.column) * kStride + set * 2 * kSetWidth;
+  }
+  static int swizzle(Lane lane, bool whole) {
+    return swizzle_of_pair(kDim, sizeof(T), lane.column / 2, whole) * (16 / sizeof(T));
+  }
+};
+
 // Rows in device memory, all aligned and of the instance's head dimension. Rows from `valid` on read as zeros: they may
 // hold NaN, and 0 * NaN would reach the output.
 template <typename T>
@@ -67,6 +90,21 @@ struct GuardedRows {
   int valid, dim;
 
   vec<T, 2> pair(short tile, short row, short d) const { return pair_of_quad(quad(tile, row, d & ~3), d); }
+
+  // kWidth elements, of 8 bytes.
+  template <int kWidth>
+  vec<T, kWidth> chunk(int row, int d) const {
+    const device T* source = base + row * stride + d;
+    if (is_aligned && row < valid && d + kWidth <= dim) {
+      return *(const device vec<T, kWidth>*)source;
+    }
+    vec<T, kWidth> x;
+    MFA_UNROLL
+    for (short e = 0; e < kWidth; ++e) {
+      x[e] = row < valid && d + e < dim ? source[e] : T(0);
+    }
+    return x;
+  }
 
   vec<T, 4> quad(short tile, short row_in_tile, short d) const {
     const int row = tile * kFragment + row_in_tile;
@@ -118,6 +156,16 @@ inline void load_right_transposed(thread Fragment<T>* fragments, Rows rows, shor
   } else {
     const short d = set * kSetWidth + 2 * lane.row;
     fill_right_transposed(fragments, rows.pair(tile, lane.column, d), rows.pair(tile, lane.column + 1, d));
+  }
+}
+
+template <int kDim, typename T>
+inline void load_right_transposed(thread Fragment<T>* fragments, StagedRows<T, kDim, pairs> rows, short tile, short set,
+                                  Lane lane) {
+  if (is_whole<kDim>(set)) {
+    fill_right(fragments, rows.whole_set(tile, set, lane));
+  } else {
+    fill_right(fragments, rows.half_set(tile, set, lane));
   }
 }
 
@@ -221,6 +269,21 @@ inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_i
     for (short e = 0; e < kChunk; ++e) {
       target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);
     }
+  }
+}
+
+// As stage_rows, in pairs.
+template <typename T, int kRows, int kDim, int kThreads>
+inline void stage_pairs(threadgroup T* tile, GuardedRows<T> rows, ushort thread_index) {
+  constexpr int kChunk = 8 / sizeof(T);  // of each of two rows
+  constexpr int kChunksPerPair = kDim / kChunk;
+  for (int i = thread_index; i < kRows / 2 * kChunksPerPair; i += kThreads) {
+    const int pair = i / kChunksPerPair;
+    const int chunk = i % kChunksPerPair;
+    const int swizzle = swizzle_of_pair(kDim, sizeof(T), pair, is_whole<kDim>(chunk * kChunk / kSetWidth));
+    threadgroup uint4* target = (threadgroup uint4*)(tile + pair * (2 * StagedRows<T, kDim, pairs>::kStride));
+    target[chunk ^ swizzle] = interleaved(rows.template chunk<kChunk>(2 * pair, chunk * kChunk),
+                                          rows.template chunk<kChunk>(2 * pair + 1, chunk * kChunk));
   }
 }
 
