@@ -129,12 +129,16 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
-  typedef StagedRows<T, kHeadDim, both> Queries;
-  typedef StagedRows<T, kValueDim, both> GradOuts;
+  typedef StagedTwice<T, kHeadDim> Queries;
+  typedef StagedTwice<T, kValueDim> GradOuts;
   threadgroup uint4 memory[backward_dkdv_threadgroup_bytes(kHeadDim, kValueDim, kBlockQueries, sizeof(T)) / 16];
   threadgroup float2* row_statistics = (threadgroup float2*)memory;
-  threadgroup T* queries = (threadgroup T*)(row_statistics + kBlockQueries);
-  threadgroup T* grad_outs = queries + kBlockQueries * Queries::kStride;
+  threadgroup T* paired_queries = (threadgroup T*)(row_statistics + kBlockQueries);
+  threadgroup T* paired_grad_outs = paired_queries + kBlockQueries * Queries::kPairedStride;
+  threadgroup T* queries = paired_grad_outs + kBlockQueries * GradOuts::kPairedStride;
+  threadgroup T* grad_outs = queries + (plain_copies_take_turns(kHeadDim, kValueDim, sizeof(T))
+                                            ? 0
+                                            : kBlockQueries * Queries::kPlainStride);
 
   const int unit = first_unit + position.x;  // (batch, key head)
   const int key_head = unit % params.key_heads;
@@ -170,9 +174,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       is_first = false;
-      stage_rows<T, kBlockQueries, kHeadDim, both, kThreads>(queries, head_queries.from(first_query), thread_index);
-      stage_rows<T, kBlockQueries, kValueDim, both, kThreads>(grad_outs, head_grad_outs.from(first_query),
-                                                              thread_index);
+      Queries::template stage<kBlockQueries, kThreads>(paired_queries, true, queries, wants_grad_key,
+                                                       head_queries.from(first_query), thread_index);
+      GradOuts::template stage<kBlockQueries, kThreads>(paired_grad_outs, wants_grad_key, grad_outs, wants_grad_value,
+                                                        head_grad_outs.from(first_query), thread_index);
       if (thread_index < kBlockQueries) {
         const int row = first_query + thread_index;
         row_statistics[thread_index] = row < sequence.query_length ? head_statistics[row] : float2(kUnseenLse, 0);
@@ -180,8 +185,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
       if (rows.view.sees(first_query, kBlockQueries) && mask_class != kHidden) {
-        rows.add_block(params, rules.in_block(mask_class), Queries{queries}, GradOuts{grad_outs}, row_statistics,
-                       first_query, blobs);
+        rows.add_block(params, rules.in_block(mask_class), Queries(paired_queries, queries),
+                       GradOuts(paired_grad_outs, grad_outs), row_statistics, first_query, blobs);
       }
     }
   }

@@ -93,11 +93,12 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
-  typedef StagedRows<T, kHeadDim, both> Keys;
-  typedef StagedRows<T, kValueDim, quads> Values;
+  typedef StagedTwice<T, kHeadDim> Keys;
+  typedef StagedRows<T, kValueDim, pairs> Values;
   threadgroup uint4 memory[backward_dq_threadgroup_bytes(kHeadDim, kValueDim, kBlockKeys, sizeof(T)) / 16];
-  threadgroup T* keys = (threadgroup T*)memory;
-  threadgroup T* values = keys + kBlockKeys * Keys::kStride;
+  threadgroup T* paired_keys = (threadgroup T*)memory;
+  threadgroup T* keys = paired_keys + kBlockKeys * Keys::kPairedStride;
+  threadgroup T* values = keys + kBlockKeys * Keys::kPlainStride;
 
   const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y);
   const Sequence sequence = tile.sequence;
@@ -131,12 +132,12 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, both, kThreads>(keys, head_keys.from(first_key), thread_index);
-    stage_rows<T, kBlockKeys, kValueDim, quads, kThreads>(values, head_values.from(first_key), thread_index);
+    Keys::template stage<kBlockKeys, kThreads>(paired_keys, true, keys, true, head_keys.from(first_key), thread_index);
+    stage_pairs<T, kBlockKeys, kValueDim, kThreads>(values, head_values.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
-      rows.add_block(params, rules.in_block(mask_class), Keys{keys}, Values{values}, first_key);
+      rows.add_block(params, rules.in_block(mask_class), Keys(paired_keys, keys), Values{values}, first_key);
     }
   }
 

@@ -20,8 +20,8 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
     ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kQueryTiles * kFragment;
-  typedef StagedRows<T, kHeadDim, quads> Keys;
-  threadgroup uint4 memory[kBlockKeys * padded_row_bytes(kHeadDim, sizeof(T), quads) / 16];
+  typedef StagedRows<T, kHeadDim, pairs> Keys;
+  threadgroup uint4 memory[backward_dq_from_ds_threadgroup_bytes(kHeadDim, kBlockKeys, sizeof(T)) / 16];
   threadgroup T* keys = (threadgroup T*)memory;
 
   const Lane lane(lane_index);
@@ -53,7 +53,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_rows<T, kBlockKeys, kHeadDim, quads, kThreads>(keys, head_keys.from(first_key), thread_index);
+    stage_pairs<T, kBlockKeys, kHeadDim, kThreads>(keys, head_keys.from(first_key), thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     MFA_UNROLL
     for (short k = 0; k < kBlockKeys / kFragment; ++k) {

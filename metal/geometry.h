@@ -45,6 +45,14 @@ constexpr int swizzle_of_pair(int dim, int element_size, int pair, bool whole) {
                            : (pair ^ pair / 2) % 2 * 2;
 }
 
+// Rows that are read in both ways: in 16 bits a copy for each, in 32, which would not fit, one.
+constexpr int paired_row_bytes(int dim, int element_size) {
+  return element_size == 2 ? padded_row_bytes(dim, element_size, pairs) : 0;
+}
+constexpr int plain_row_bytes(int dim, int element_size) {
+  return padded_row_bytes(dim, element_size, element_size == 2 ? octets : both);
+}
+
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, int value_dim, int block_queries,
@@ -75,14 +83,31 @@ constexpr int decode_threadgroup_bytes(Path path, int head_dim, int value_dim, i
 
 // K and V of a block of keys.
 constexpr int backward_dq_threadgroup_bytes(int head_dim, int value_dim, int block_keys, int element_size) {
-  return block_keys *
-         (padded_row_bytes(head_dim, element_size, both) + padded_row_bytes(value_dim, element_size, quads));
+  return block_keys * (paired_row_bytes(head_dim, element_size) + plain_row_bytes(head_dim, element_size) +
+                       padded_row_bytes(value_dim, element_size, pairs));
+}
+
+// Of D and Dv: above it, the accumulators of dK and dV don't fit in registers together, so each has a launch of its own.
+constexpr int kLargestPair = 256;
+
+// Plain copies of Q and dO, in one place: dK needs that of Q, dV that of dO.
+constexpr bool plain_copies_take_turns(int head_dim, int value_dim, int element_size) {
+  return element_size == 2 && head_dim + value_dim > kLargestPair;
 }
 
 // Q, dO and the statistics of a block of queries.
 constexpr int backward_dkdv_threadgroup_bytes(int head_dim, int value_dim, int block_queries, int element_size) {
-  return block_queries * (padded_row_bytes(head_dim, element_size, both) +
-                          padded_row_bytes(value_dim, element_size, both) + 2 * int(sizeof(float)));
+  const int queries = plain_row_bytes(head_dim, element_size);
+  const int grad_outs = plain_row_bytes(value_dim, element_size);
+  return block_queries * (paired_row_bytes(head_dim, element_size) + paired_row_bytes(value_dim, element_size) +
+                          (plain_copies_take_turns(head_dim, value_dim, element_size) ? larger(queries, grad_outs)
+                                                                                     : queries + grad_outs) +
+                          2 * int(sizeof(float)));
+}
+
+// K of a block of keys.
+constexpr int backward_dq_from_ds_threadgroup_bytes(int head_dim, int block_keys, int element_size) {
+  return block_keys * padded_row_bytes(head_dim, element_size, pairs);
 }
 
 }  // namespace mfa

@@ -272,19 +272,80 @@ inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_i
   }
 }
 
-// As stage_rows, in pairs.
-template <typename T, int kRows, int kDim, int kThreads>
-inline void stage_pairs(threadgroup T* tile, GuardedRows<T> rows, ushort thread_index) {
+// As stage_rows, in pairs (at `paired`), as they are (at `plain`), or both.
+template <typename T, int kRows, int kDim, Loads kPlain, int kThreads>
+inline void stage_copies(threadgroup T* paired, bool wants_paired, threadgroup T* plain, bool wants_plain,
+                         GuardedRows<T> rows, ushort thread_index) {
+  constexpr int kPairStride = 2 * StagedRows<T, kDim, pairs>::kStride;
+  constexpr int kPlainStride = StagedRows<T, kDim, kPlain>::kStride;
   constexpr int kChunk = 8 / sizeof(T);  // of each of two rows
   constexpr int kChunksPerPair = kDim / kChunk;
+  typedef vec<T, kChunk> Chunk;
   for (int i = thread_index; i < kRows / 2 * kChunksPerPair; i += kThreads) {
     const int pair = i / kChunksPerPair;
     const int chunk = i % kChunksPerPair;
-    const int swizzle = swizzle_of_pair(kDim, sizeof(T), pair, is_whole<kDim>(chunk * kChunk / kSetWidth));
-    threadgroup uint4* target = (threadgroup uint4*)(tile + pair * (2 * StagedRows<T, kDim, pairs>::kStride));
-    target[chunk ^ swizzle] = interleaved(rows.template chunk<kChunk>(2 * pair, chunk * kChunk),
-                                          rows.template chunk<kChunk>(2 * pair + 1, chunk * kChunk));
+    const Chunk x = rows.template chunk<kChunk>(2 * pair, chunk * kChunk);
+    const Chunk y = rows.template chunk<kChunk>(2 * pair + 1, chunk * kChunk);
+    if (wants_paired) {
+      const int swizzle = swizzle_of_pair(kDim, sizeof(T), pair, is_whole<kDim>(chunk * kChunk / kSetWidth));
+      ((threadgroup uint4*)(paired + pair * kPairStride))[chunk ^ swizzle] = interleaved(x, y);
+    }
+    if (wants_plain) {
+      threadgroup T* target = plain + 2 * pair * kPlainStride + chunk * kChunk;
+      *(threadgroup Chunk*)target = x;
+      *(threadgroup Chunk*)(target + kPlainStride) = y;
+    }
   }
+}
+
+template <typename T, int kRows, int kDim, int kThreads>
+inline void stage_pairs(threadgroup T* tile, GuardedRows<T> rows, ushort thread_index) {
+  stage_copies<T, kRows, kDim, octets, kThreads>(tile, true, tile, false, rows, thread_index);
+}
+
+// Rows that are read in both ways: a copy for each ...
+template <typename T, int kDim, bool kTwice = sizeof(T) == 2>
+struct StagedTwice {
+  static constant constexpr int kPairedStride = paired_row_bytes(kDim, sizeof(T)) / sizeof(T);
+  static constant constexpr int kPlainStride = plain_row_bytes(kDim, sizeof(T)) / sizeof(T);
+
+  StagedRows<T, kDim, pairs> paired;
+  StagedRows<T, kDim, octets> plain;
+
+  StagedTwice(const threadgroup T* paired_, const threadgroup T* plain_) : paired{paired_}, plain{plain_} {}
+
+  template <int kRows, int kThreads>
+  static void stage(threadgroup T* paired, bool wants_paired, threadgroup T* plain, bool wants_plain,
+                    GuardedRows<T> rows, ushort thread_index) {
+    stage_copies<T, kRows, kDim, octets, kThreads>(paired, wants_paired, plain, wants_plain, rows, thread_index);
+  }
+};
+
+// ... or, of 32 bits, the plain one for both.
+template <typename T, int kDim>
+struct StagedTwice<T, kDim, false> {
+  static constant constexpr int kPairedStride = 0;
+  static constant constexpr int kPlainStride = plain_row_bytes(kDim, sizeof(T)) / sizeof(T);
+
+  StagedRows<T, kDim, both> paired, plain;
+
+  StagedTwice(const threadgroup T*, const threadgroup T* plain_) : paired{plain_}, plain{plain_} {}
+
+  template <int kRows, int kThreads>
+  static void stage(threadgroup T*, bool, threadgroup T* plain, bool, GuardedRows<T> rows, ushort thread_index) {
+    stage_rows<T, kRows, kDim, both, kThreads>(plain, rows, thread_index);
+  }
+};
+
+template <int kDim, typename T>
+inline void load_right_transposed(thread Fragment<T>* fragments, StagedTwice<T, kDim> rows, short tile, short set,
+                                  Lane lane) {
+  load_right_transposed<kDim>(fragments, rows.paired, tile, set, lane);
+}
+
+template <int kDim, typename T>
+inline void load_right(thread Fragment<T>* fragments, StagedTwice<T, kDim> rows, short tile, short set, Lane lane) {
+  load_right<kDim>(fragments, rows.plain, tile, set, lane);
 }
 
 }  // namespace mfa

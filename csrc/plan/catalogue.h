@@ -96,7 +96,7 @@ inline constexpr Instance kInstances[] = {
    simdgroups,                                                                                       \
    8 * query_tiles * simdgroups,                                                                     \
    block_keys,                                                                                       \
-   block_keys * padded_row_bytes(head_dim, element_size(DType::dtype), quads)},
+   backward_dq_from_ds_threadgroup_bytes(head_dim, block_keys, element_size(DType::dtype))},
 #define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                    \
   {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys, \
    Kind::backward_dbias,                                                                      \

@@ -11,9 +11,6 @@
 namespace mfa {
 namespace {
 
-// Of head and value bucket: above it, the accumulators of dK and dV don't fit in registers together.
-constexpr int kLargestPair = 256;
-
 struct Backward {
   const Problem& problem;
   const Gradients& gradients;
