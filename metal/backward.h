@@ -26,4 +26,27 @@ inline float2 probability(constant AttentionParams& params, Rules<T> rules, floa
   return fast::exp2(float2(exponent.x > 0 ? 0 : exponent.x, exponent.y > 0 ? 0 : exponent.y));
 }
 
+// A SIMD-group's own rows, in device memory, for left operands. A row past the last reads as the last, without a
+// branch: what becomes of it stays in its row, which is not stored.
+template <typename T, int kRowTiles>
+struct OwnRows {
+  const device T* row[kRowTiles];  // of this lane
+  int dim;
+
+  OwnRows(HeadRows<T> rows, int first, Lane lane) : dim(rows.dim) {
+    MFA_UNROLL
+    for (short r = 0; r < kRowTiles; ++r) {
+      row[r] = rows.from(max(0, min(first + r * kFragment + lane.row, rows.length - 1))).base;
+    }
+  }
+
+  vec<T, 4> quad(short tile, short, short d) const {
+    return is_aligned && is_exact_head ? load_quad(row[tile] + d) : GuardedRows<T>{row[tile], 0, 1, dim}.quad(0, 0, d);
+  }
+  Octet<T> octet(short tile, short, short d) const {
+    return is_aligned && is_exact_head ? load_octet(row[tile] + d)
+                                       : GuardedRows<T>{row[tile], 0, 1, dim}.octet(0, 0, d);
+  }
+};
+
 }  // namespace mfa

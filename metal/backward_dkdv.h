@@ -22,18 +22,18 @@ struct BackwardKeys {
   Fragment<float> grad_key[kRowTiles][kHeadDim / kFragment];
   Fragment<float> grad_value[kRowTiles][kValueDim / kFragment];
   // Read again for every block: dK and dV need the registers.
-  ReadRows<T, kHeadDim, GuardedRows<T>> key;
-  ReadRows<T, kValueDim, GuardedRows<T>> value;
+  ReadRows<T, kHeadDim, OwnRows<T, kRowTiles>> key;
+  ReadRows<T, kValueDim, OwnRows<T, kRowTiles>> value;
   Lane lane;
   Sequence sequence;
   View view;
   int first_key;
 
-  BackwardKeys(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> keys, GuardedRows<T> values,
-               int first_key_, ushort lane_index)
-      : key{keys},
-        value{values},
-        lane(lane_index),
+  BackwardKeys(constant AttentionParams& params, Sequence sequence_, HeadRows<T> keys, HeadRows<T> values,
+               int first_key_, Lane lane_)
+      : key{{keys, first_key_, lane_}},
+        value{{values, first_key_, lane_}},
+        lane(lane_),
         sequence(sequence_),
         view(view_of_keys(params, sequence_, first_key_, first_key_ + kRows)),
         first_key(first_key_) {
@@ -43,26 +43,23 @@ struct BackwardKeys {
 
   template <typename Queries, typename GradOuts>
   void add_block(constant AttentionParams& params, Rules<T> rules, Queries queries, GradOuts grad_outs,
-                 const threadgroup float2* statistics, int first_query, ScoreGradient score_gradient) {
+                 const threadgroup float* lse, const threadgroup float* delta, int first_query,
+                 ScoreGradient score_gradient) {
     Fragment<float> p[kRowTiles][kQueryTiles];
     float2 derivative[kRowTiles][kQueryTiles];
     multiply_transposed<T, kHeadDim>(p, key, queries, lane);
-    const bool masked = !view.sees_all(first_query, kBlockQueries);
-    float2 delta[kQueryTiles];
+    const bool masked = !has_window || !view.sees_all(first_query, kBlockQueries);
     MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
-      // (lse, delta) of this lane's two queries.
-      const float4 pair = *(const threadgroup float4*)(statistics + n * kFragment + lane.column);
-      delta[n] = pair.yw;
+      const float2 column_lse = *(const threadgroup float2*)(lse + n * kFragment + lane.column);
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
         const int query = first_query + n * kFragment + lane.column;
         float2 x =
-            probability(params, rules, p[r][n], int2(query, query + 1), int2(key_row), pair.xz, derivative[r][n]);
+            probability(params, rules, p[r][n], int2(query, query + 1), int2(key_row), column_lse, derivative[r][n]);
         if (masked) {
-          const Range seen = key_row < sequence.key_length ? visible_queries(params, sequence, key_row) : Range{0, -1};
-          x = seen.keep(x, query);
+          x = visible_queries(params, sequence, key_row).keep(x, query);
         }
         p[r][n] = x;
       }
@@ -86,13 +83,14 @@ struct BackwardKeys {
       multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
       MFA_UNROLL
       for (short n = 0; n < kQueryTiles; ++n) {
+        const float2 column_delta = *(const threadgroup float2*)(delta + n * kFragment + lane.column);
         MFA_UNROLL
         for (short r = 0; r < kRowTiles; ++r) {
           float2 grad = dp[r][n];
           if (has_dropout) {
             grad *= kept_factor(rules.dropout, first_query, r, n);
           }
-          grad = p[r][n] * (grad - delta[n]);
+          grad = p[r][n] * (grad - column_delta);
           if (has_softcap) {
             grad *= derivative[r][n];
           }
@@ -104,7 +102,7 @@ struct BackwardKeys {
         for (short r = 0; r < kRowTiles; ++r) {
           MFA_UNROLL
           for (short n = 0; n < kQueryTiles; ++n) {
-            score_gradient.store(p[r][n], first_key / kFragment + r, first_query / kFragment + n);
+            score_gradient.store(p[r][n], r, first_query / kFragment + n);
           }
         }
       }
@@ -132,13 +130,13 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   typedef StagedTwice<T, kHeadDim> Queries;
   typedef StagedTwice<T, kValueDim> GradOuts;
   threadgroup uint4 memory[backward_dkdv_threadgroup_bytes(kHeadDim, kValueDim, kBlockQueries, sizeof(T)) / 16];
-  threadgroup float2* row_statistics = (threadgroup float2*)memory;
-  threadgroup T* paired_queries = (threadgroup T*)(row_statistics + kBlockQueries);
+  threadgroup float* lse = (threadgroup float*)memory;
+  threadgroup float* delta = lse + kBlockQueries;
+  threadgroup T* paired_queries = (threadgroup T*)(delta + kBlockQueries);
   threadgroup T* paired_grad_outs = paired_queries + kBlockQueries * Queries::kPairedStride;
   threadgroup T* queries = paired_grad_outs + kBlockQueries * GradOuts::kPairedStride;
-  threadgroup T* grad_outs = queries + (plain_copies_take_turns(kHeadDim, kValueDim, sizeof(T))
-                                            ? 0
-                                            : kBlockQueries * Queries::kPlainStride);
+  threadgroup T* grad_outs =
+      queries + (plain_copies_take_turns(kHeadDim, kValueDim, sizeof(T)) ? 0 : kBlockQueries * Queries::kPlainStride);
 
   const int unit = first_unit + position.x;  // (batch, key head)
   const int key_head = unit % params.key_heads;
@@ -150,23 +148,25 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   const int value_dim = is_exact_head ? kValueDim : params.value_dim;
   const HeadRows<T> keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
   const HeadRows<T> values = key_rows(value, params.value_strides, sequence, key_head, value_dim);
-  BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(params, sequence, keys.from(first_key),
-                                                                      values.from(first_key), first_key, lane_index);
+  BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(params, sequence, keys, values, first_key,
+                                                                      Lane(lane_index));
 
   const View view = view_of_keys(params, sequence, first_tile_key, first_tile_key + kSimdgroups * kRows);
-  const int begin = view.first_block(kBlockQueries);
-  const int end = view.end_block(kBlockQueries);
+  const int begin = view.first_block(kBlockQueries) * kBlockQueries;
+  const int end = view.end();
   bool is_first = true;
   for (int member = 0; member < params.group_size; ++member) {
     const int head = key_head * params.group_size + member;
-    const HeadRows<T> head_queries = query_rows(query, params.query_strides, sequence, head, head_dim);
-    const HeadRows<T> head_grad_outs = query_rows(grad_out, params.grad_out_strides, sequence, head, value_dim);
-    const device float2* head_statistics = statistics + first_row_index(params, sequence, head);
-    const ScoreGradient blobs(score_gradient, params, position.x * params.group_size + member, lane_index);
+    const Share<T, kBlockQueries, kHeadDim, Queries::kNeighbours, kThreads> query_share(
+        query_rows(query, params.query_strides, sequence, head, head_dim), thread_index);
+    const Share<T, kBlockQueries, kValueDim, GradOuts::kNeighbours, kThreads> grad_out_share(
+        query_rows(grad_out, params.grad_out_strides, sequence, head, value_dim), thread_index);
+    const uint head_row = first_row_index(params, sequence, head);
+    const ScoreGradient blobs(score_gradient, params, position.x * params.group_size + member, lane_index,
+                              first_key / kFragment);
     const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
     thread const MaskBlocks& blocks = rules.blocks;
-    for (int block = begin; block < end; ++block) {
-      const int first_query = block * kBlockQueries;
+    for (int first_query = begin; first_query < end; first_query += kBlockQueries) {
       if (blocks.classify<kBlockQueries, kSimdgroups * kRows>(first_query, first_tile_key) == kHidden) {
         continue;
       }
@@ -174,19 +174,19 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       is_first = false;
-      Queries::template stage<kBlockQueries, kThreads>(paired_queries, true, queries, wants_grad_key,
-                                                       head_queries.from(first_query), thread_index);
-      GradOuts::template stage<kBlockQueries, kThreads>(paired_grad_outs, wants_grad_key, grad_outs, wants_grad_value,
-                                                        head_grad_outs.from(first_query), thread_index);
+      Queries::stage(paired_queries, true, queries, wants_grad_key, query_share, first_query);
+      GradOuts::stage(paired_grad_outs, wants_grad_key, grad_outs, wants_grad_value, grad_out_share, first_query);
       if (thread_index < kBlockQueries) {
         const int row = first_query + thread_index;
-        row_statistics[thread_index] = row < sequence.query_length ? head_statistics[row] : float2(kUnseenLse, 0);
+        const float2 row_statistics = row < sequence.query_length ? statistics[head_row + row] : float2(kUnseenLse, 0);
+        lse[thread_index] = row_statistics.x;
+        delta[thread_index] = row_statistics.y;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
       if (rows.view.sees(first_query, kBlockQueries) && mask_class != kHidden) {
         rows.add_block(params, rules.in_block(mask_class), Queries(paired_queries, queries),
-                       GradOuts(paired_grad_outs, grad_outs), row_statistics, first_query, blobs);
+                       GradOuts(paired_grad_outs, grad_outs), lse, delta, first_query, blobs);
       }
     }
   }
@@ -197,18 +197,18 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     key_factor[r] = params.scale;
     value_factor[r] = 1;
   }
-  const int valid = sequence.key_length - first_key;
   if (wants_grad_key) {
     store_rows<T, kHeadDim>(
-        grad_key + (sequence.index * params.grad_key_strides[0] + key_head * params.grad_key_strides[1] +
-                    (sequence.first_key + first_key) * params.grad_key_strides[2]),
-        params.grad_key_strides[2], valid, head_dim, rows.grad_key, key_factor, rows.lane);
+        grad_key + (uint(sequence.index) * params.grad_key_strides[0] + uint(key_head) * params.grad_key_strides[1] +
+                    uint(sequence.first_key) * params.grad_key_strides[2]),
+        params.grad_key_strides[2], first_key, sequence.key_length, head_dim, rows.grad_key, key_factor, rows.lane);
   }
   if (wants_grad_value) {
-    store_rows<T, kValueDim>(
-        grad_value + (sequence.index * params.grad_value_strides[0] + key_head * params.grad_value_strides[1] +
-                      (sequence.first_key + first_key) * params.grad_value_strides[2]),
-        params.grad_value_strides[2], valid, value_dim, rows.grad_value, value_factor, rows.lane);
+    store_rows<T, kValueDim>(grad_value + (uint(sequence.index) * params.grad_value_strides[0] +
+                                           uint(key_head) * params.grad_value_strides[1] +
+                                           uint(sequence.first_key) * params.grad_value_strides[2]),
+                             params.grad_value_strides[2], first_key, sequence.key_length, value_dim, rows.grad_value,
+                             value_factor, rows.lane);
   }
 }
 

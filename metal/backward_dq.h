@@ -17,8 +17,8 @@ struct BackwardQueries {
   static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
 
   Fragment<float> grad_query[kRowTiles][kHeadDim / kFragment];
-  OwnOperand<T, kOwn, kRowTiles, kHeadDim, GuardedRows<T>> query;
-  OwnOperand<T, kOwn, kRowTiles, kValueDim, GuardedRows<T>> grad_out;
+  OwnOperand<T, kOwn, kRowTiles, kHeadDim, OwnRows<T, kRowTiles>> query;
+  OwnOperand<T, kOwn, kRowTiles, kValueDim, OwnRows<T, kRowTiles>> grad_out;
   float lse[kRowTiles], delta[kRowTiles];
   float alibi[kRowTiles];  // this lane's part of sum over keys of dS * d score / d slope
   Lane lane;
@@ -27,10 +27,10 @@ struct BackwardQueries {
   int first_row;
 
   // `statistics` starts at the sequence's first row.
-  BackwardQueries(constant AttentionParams& params, Sequence sequence_, GuardedRows<T> queries,
-                  GuardedRows<T> grad_outs, const device float2* statistics, int first_row_, Lane lane_)
-      : query(queries, lane_),
-        grad_out(grad_outs, lane_),
+  BackwardQueries(constant AttentionParams& params, Sequence sequence_, HeadRows<T> queries, HeadRows<T> grad_outs,
+                  const device float2* statistics, int first_row_, Lane lane_)
+      : query({queries, first_row_, lane_}, lane_),
+        grad_out({grad_outs, first_row_, lane_}, lane_),
         lane(lane_),
         view(view_of_queries(params, sequence_, first_row_, first_row_ + kRows)),
         sequence(sequence_),
@@ -52,7 +52,7 @@ struct BackwardQueries {
     Fragment<float> dp[kRowTiles][kKeyTiles];
     multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
     multiply_transposed<T, kValueDim>(dp, grad_out.operand, values, lane);
-    const bool masked = !view.sees_all(first_key, kBlockKeys);
+    const bool masked = !has_window || !view.sees_all(first_key, kBlockKeys);
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int query = first_row + r * kFragment + lane.row;
@@ -114,17 +114,17 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   const HeadRows<T> head_values = key_rows(value, params.value_strides, sequence, key_head, value_dim);
   const long first_index = first_row_index(params, sequence, head);
   BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
-      params, sequence, queries.from(first_row), grad_outs.from(first_row), statistics + first_index, first_row,
-      Lane(lane_index));
+      params, sequence, queries, grad_outs, statistics + first_index, first_row, Lane(lane_index));
   const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
   thread const MaskBlocks& blocks = rules.blocks;
 
   const View view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
-  const int begin = view.first_block(kBlockKeys);
-  const int end = view.end_block(kBlockKeys);
+  const int begin = view.first_block(kBlockKeys) * kBlockKeys;
+  const int end = view.end();
+  const Share<T, kBlockKeys, kHeadDim, Keys::kNeighbours, kThreads> key_share(head_keys, thread_index);
+  const Share<T, kBlockKeys, kValueDim, 2, kThreads> value_share(head_values, thread_index);
   bool is_first = true;
-  for (int block = begin; block < end; ++block) {
-    const int first_key = block * kBlockKeys;
+  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
     if (blocks.classify<kSimdgroups * kRows, kBlockKeys>(first_tile_row, first_key) == kHidden) {
       continue;
     }
@@ -132,8 +132,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    Keys::template stage<kBlockKeys, kThreads>(paired_keys, true, keys, true, head_keys.from(first_key), thread_index);
-    stage_pairs<T, kBlockKeys, kValueDim, kThreads>(values, head_values.from(first_key), thread_index);
+    Keys::stage(paired_keys, true, keys, true, key_share, first_key);
+    stage_pairs(values, value_share, first_key);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
@@ -154,9 +154,9 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     }
   }
   store_rows<T, kHeadDim>(
-      grad_query + (sequence.index * params.grad_query_strides[0] + head * params.grad_query_strides[1] +
-                    (sequence.first_query + first_row) * params.grad_query_strides[2]),
-      params.grad_query_strides[2], sequence.query_length - first_row, head_dim, rows.grad_query, factor, rows.lane);
+      grad_query + (uint(sequence.index) * params.grad_query_strides[0] + uint(head) * params.grad_query_strides[1] +
+                    uint(sequence.first_query) * params.grad_query_strides[2]),
+      params.grad_query_strides[2], first_row, sequence.query_length, head_dim, rows.grad_query, factor, rows.lane);
 }
 
 #define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \

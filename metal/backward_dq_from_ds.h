@@ -41,11 +41,11 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   Fragment<float> result[kQueryTiles][kHeadDim / kFragment];  // [q][4s + j]: fragment j of set s, transposed
   clear(result);
   const View tile_view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
-  const int begin = tile_view.first_block(kBlockKeys);
-  const int end = tile_view.end_block(kBlockKeys);
+  const int begin = tile_view.first_block(kBlockKeys) * kBlockKeys;
+  const int end = tile_view.end();
+  const Share<T, kBlockKeys, kHeadDim, 2, kThreads> share(head_keys, thread_index);
   bool is_first = true;
-  for (int block = begin; block < end; ++block) {
-    const int first_key = block * kBlockKeys;
+  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
     if (blocks.classify<kSimdgroups * kRows, kBlockKeys>(first_tile_row, first_key) == kHidden) {
       continue;
     }
@@ -53,7 +53,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_pairs<T, kBlockKeys, kHeadDim, kThreads>(keys, head_keys.from(first_key), thread_index);
+    stage_pairs(keys, share, first_key);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     MFA_UNROLL
     for (short k = 0; k < kBlockKeys / kFragment; ++k) {

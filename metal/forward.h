@@ -91,24 +91,24 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       simdgroup, rows.lane);
 
   const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kBlockQueries);
-  const int begin = view.first_block(kBlockKeys);
-  const int end = view.end_block(kBlockKeys);
+  const int begin = view.first_block(kBlockKeys) * kBlockKeys;
+  const int end = view.end();
+  const Share<T, kBlockKeys, kHeadDim, 2, kThreads> key_share(tile.keys, thread_index);
+  const Share<T, kBlockKeys, kValueDim, 1, kThreads> value_share(tile.values, thread_index);
   bool is_first = true;
-  for (int block = begin; block < end; ++block) {
-    const int first_key = block * kBlockKeys;
+  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
     if (blocks.classify<kBlockQueries, kBlockKeys>(tile.first_row, first_key) == kHidden) {
       continue;
     }
     const MaskClass mask_class = blocks.classify<Rows::kRows, kBlockKeys>(rows.first_row, first_key);
     const bool sees = rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden;
-    const GuardedRows<T> next_values = tile.values.from(first_key);
     if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     is_first = false;
-    stage_pairs<T, kBlockKeys, kHeadDim, kThreads>(keys, tile.keys.from(first_key), thread_index);
+    stage_pairs(keys, key_share, first_key);
     if (kMemory == split) {
-      stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(values, next_values, thread_index);
+      stage<octets>(values, value_share, first_key);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sees) {
@@ -117,7 +117,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     }
     if (kMemory == shared) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      stage_rows<T, kBlockKeys, kValueDim, octets, kThreads>(values, next_values, thread_index);
+      stage<octets>(values, value_share, first_key);
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (sees) {
@@ -159,11 +159,10 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   const Partial partial = {scores + own * kTeam * (Partial::kFloats / 2), lane_index};
 
   const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kBlockQueries);
-  const int begin = view.first_block(kBlockKeys);
-  const int end = view.end_block(kBlockKeys);
+  const int begin = view.first_block(kBlockKeys) * kBlockKeys;
+  const int end = view.end();
   bool is_first = true;
-  for (int block = begin; block < end; ++block) {
-    const int first_key = block * kBlockKeys;
+  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
     if (blocks.classify<kBlockQueries, kBlockKeys>(tile.first_row, first_key) == kHidden) {
       continue;
     }

@@ -144,24 +144,25 @@ struct Forward {
   // `first_dim` is that of a slice of Dv, of which this is one.
   void store(constant AttentionParams& params, device T* out_tensor, device float* lse, device half* correction,
              int head, int first_dim = 0) {
-    const int valid = sequence.query_length - first_row;
     float inverse[kRowTiles];
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const float sum = row_sum(row[r].sum);
       inverse[r] = sum == 0 ? 0 : 1 / sum;
-      const int i = r * kFragment + lane.row;
-      if (writes_lse && first_dim == 0 && lane.column == 0 && i < valid) {
-        lse[first_row_index(params, sequence, head) + first_row + i] = log_sum_exp(row[r].maximum, sum);
+      const int i = first_row + lane.row + r * kFragment;
+      if (writes_lse && first_dim == 0 && lane.column == 0 && i < sequence.query_length) {
+        lse[first_row_index(params, sequence, head) + i] = log_sum_exp(row[r].maximum, sum);
       }
     }
-    const long offset = sequence.index * params.out_strides[0] + head * params.out_strides[1] +
-                        (sequence.first_query + first_row) * params.out_strides[2] + first_dim;
+    const long offset = uint(sequence.index) * params.out_strides[0] + uint(head) * params.out_strides[1] +
+                        uint(sequence.first_query) * params.out_strides[2] + first_dim;
     const int dim = is_exact_head ? kValueDim : params.value_dim - first_dim;
-    store_rows<T, kValueDim>(out_tensor + offset, params.out_strides[2], valid, dim, out, inverse, lane);
+    store_rows<T, kValueDim>(out_tensor + offset, params.out_strides[2], first_row, sequence.query_length, dim, out,
+                             inverse, lane);
     if (has_correction) {
       keep_rounding<T>(out, inverse);
-      store_rows<half, kValueDim>(correction + offset, params.out_strides[2], valid, dim, out, inverse, lane);
+      store_rows<half, kValueDim>(correction + offset, params.out_strides[2], first_row, sequence.query_length, dim,
+                                  out, inverse, lane);
     }
   }
 };

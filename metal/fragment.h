@@ -118,16 +118,6 @@ inline vec<T, 2> load_pair(const threadgroup T* source) {
   return *(const threadgroup vec<T, 2>*)source;
 }
 
-// The octet at `at`, its 16-byte chunks where a swizzle of so many elements puts them.
-template <typename T>
-inline Octet<T> load_swizzled(const threadgroup T* source, int at, int swizzle) {
-  return load_octet(source + (at ^ swizzle));
-}
-
-inline Octet<float> load_swizzled(const threadgroup float* source, int at, int swizzle) {
-  return {load_quad(source + (at ^ swizzle)), load_quad(source + ((at + 4) ^ swizzle))};
-}
-
 template <typename T>
 inline Octet<T> load_octet(const device T* source) {
   MFA_COUNT_FRAGMENT_LOAD();
@@ -192,16 +182,6 @@ inline void fill_right_transposed(thread Fragment<T>* half_set, vec<T, 2> x, vec
   half_set[0] = vec<T, 2>(x.x, y.x);
   half_set[1] = vec<T, 2>(x.y, y.y);
 }
-
-// Two rows, element by element: 8 bytes of each, as fill_right() takes them.
-template <typename T>
-inline uint4 interleaved(vec<T, 4> x, vec<T, 4> y) {
-  Fragment<T> set[kSetFragments];
-  fill_right_transposed(set, x, y);
-  return uint4(as_type<uint>(set[0]), as_type<uint>(set[1]), as_type<uint>(set[2]), as_type<uint>(set[3]));
-}
-
-inline uint4 interleaved(float2 x, float2 y) { return as_type<uint4>(float4(x.x, y.x, x.y, y.y)); }
 
 template <typename T>
 inline void fill_right(thread Fragment<T>* set, Octet<T> x) {

@@ -20,8 +20,8 @@ enum Memory { split, shared };
 enum Own { held, reread };
 
 // What is loaded from rows in threadgroup memory: quads of neighbouring rows (K in Q K'), octets (V in P V), or both.
-// Or pairs, instead of quads: rows 2i and 2i + 1 are interleaved, element by element, as fragments have them (fragment.h):
-// half of the loads, and nothing to move.
+// Or pairs, instead of quads: rows 2i and 2i + 1 are interleaved, element by element, as fragments have them
+// (fragment.h): half of the loads, and nothing to move.
 enum Loads { quads, octets, both, pairs };
 
 // Padding makes a row an odd number of four or of eight of 32 banks of 4 bytes. Then no load conflicts if the banks
@@ -36,9 +36,9 @@ constexpr int padded_row_bytes(int dim, int element_size, Loads loads) {
   return bytes + (!eight ? 16 : bytes % 64 == 0 ? 32 : 0);
 }
 
-// Pairs are swizzled instead: chunk c of 16 bytes of a set lies where chunk c ^ swizzle_of_pair() would. No padding would
-// do for banks that serve 64 bytes of neighbouring lanes at a time as well as for those that serve 128. whole: a set of 32
-// values of the head dimension, not of the 16 that may be left at the end.
+// Pairs are swizzled instead: chunk c of 16 bytes of a set lies where chunk c ^ swizzle_of_pair() would. No padding
+// would do for banks that serve 64 bytes of neighbouring lanes at a time as well as for those that serve 128. whole: a
+// set of 32 values of the head dimension, not of the 16 that may be left at the end.
 constexpr int swizzle_of_pair(int dim, int element_size, int pair, bool whole) {
   return element_size == 4 ? pair % 2 * (whole ? 1 : 6)
          : whole           ? pair % 2 * (dim % 32 == 0 ? 6 : 2)
@@ -87,7 +87,8 @@ constexpr int backward_dq_threadgroup_bytes(int head_dim, int value_dim, int blo
                        padded_row_bytes(value_dim, element_size, pairs));
 }
 
-// Of D and Dv: above it, the accumulators of dK and dV don't fit in registers together, so each has a launch of its own.
+// Of D and Dv: above it, the accumulators of dK and dV don't fit in registers together, so each has a launch of its
+// own.
 constexpr int kLargestPair = 256;
 
 // Plain copies of Q and dO, in one place: dK needs that of Q, dV that of dO.
@@ -101,7 +102,7 @@ constexpr int backward_dkdv_threadgroup_bytes(int head_dim, int value_dim, int b
   const int grad_outs = plain_row_bytes(value_dim, element_size);
   return block_queries * (paired_row_bytes(head_dim, element_size) + paired_row_bytes(value_dim, element_size) +
                           (plain_copies_take_turns(head_dim, value_dim, element_size) ? larger(queries, grad_outs)
-                                                                                     : queries + grad_outs) +
+                                                                                      : queries + grad_outs) +
                           2 * int(sizeof(float)));
 }
 

@@ -72,8 +72,8 @@ struct Tile {
 
 // Where a (sequence, query head) starts in a tensor [batch, query_heads, query_length] of packed or dense rows.
 inline long first_row_index(constant AttentionParams& params, Sequence sequence, int head) {
-  const long batch = is_varlen ? 0 : sequence.index;
-  return (batch * params.query_heads + head) * params.query_length + sequence.first_query;
+  const uint batch = is_varlen ? 0 : sequence.index;
+  return long(batch * params.query_heads + head) * params.query_length + sequence.first_query;
 }
 
 }  // namespace mfa

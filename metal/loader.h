@@ -28,29 +28,6 @@ struct StagedRows {
   }
 };
 
-template <typename T, int kDim>
-struct StagedRows<T, kDim, pairs> {
-  static constant constexpr int kStride = padded_row_bytes(kDim, sizeof(T), pairs) / sizeof(T);  // half of a pair's
-
-  const threadgroup T* base;
-
-  // What a lane needs of a set, interleaved: J elements of two rows.
-  Octet<T> whole_set(short tile, short set, Lane lane) const {
-    const threadgroup T* at = set_of_pair(tile, set, lane);
-    return load_swizzled(at, 8 * lane.row, swizzle(lane, true));
-  }
-  vec<T, 4> half_set(short tile, short set, Lane lane) const {
-    return load_quad(set_of_pair(tile, set, lane) + ((4 * lane.row) ^ swizzle(lane, false)));
-  }
-
-  const threadgroup T* set_of_pair(short tile, short set, Lane lane) const {
-    return base + (tile * kFragment + lane.column) * kStride + set * 2 * kSetWidth;
-  }
-  static int swizzle(Lane lane, bool whole) {
-    return swizzle_of_pair(kDim, sizeof(T), lane.column / 2, whole) * (16 / sizeof(T));
-  }
-};
-
 // Rows in device memory, all aligned and of the instance's head dimension. Rows from `valid` on read as zeros: they may
 // hold NaN, and 0 * NaN would reach the output.
 template <typename T>
@@ -90,21 +67,6 @@ struct GuardedRows {
   int valid, dim;
 
   vec<T, 2> pair(short tile, short row, short d) const { return pair_of_quad(quad(tile, row, d & ~3), d); }
-
-  // kWidth elements, of 8 bytes.
-  template <int kWidth>
-  vec<T, kWidth> chunk(int row, int d) const {
-    const device T* source = base + row * stride + d;
-    if (is_aligned && row < valid && d + kWidth <= dim) {
-      return *(const device vec<T, kWidth>*)source;
-    }
-    vec<T, kWidth> x;
-    MFA_UNROLL
-    for (short e = 0; e < kWidth; ++e) {
-      x[e] = row < valid && d + e < dim ? source[e] : T(0);
-    }
-    return x;
-  }
 
   vec<T, 4> quad(short tile, short row_in_tile, short d) const {
     const int row = tile * kFragment + row_in_tile;
@@ -159,16 +121,6 @@ inline void load_right_transposed(thread Fragment<T>* fragments, Rows rows, shor
   }
 }
 
-template <int kDim, typename T>
-inline void load_right_transposed(thread Fragment<T>* fragments, StagedRows<T, kDim, pairs> rows, short tile, short set,
-                                  Lane lane) {
-  if (is_whole<kDim>(set)) {
-    fill_right(fragments, rows.whole_set(tile, set, lane));
-  } else {
-    fill_right(fragments, rows.half_set(tile, set, lane));
-  }
-}
-
 // and as right operand.
 template <int kDim, typename T, typename Rows>
 inline void load_right(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
@@ -188,12 +140,12 @@ struct HeadRows {
   int length, dim;
 
   HeadRows(const device T* tensor, constant long* strides, int batch, int head, int first, int length_, int dim_)
-      : base(tensor + (batch * strides[0] + head * strides[1] + first * strides[2])),
+      : base(tensor + (uint(batch) * strides[0] + uint(head) * strides[1] + uint(first) * strides[2])),
         stride(strides[2]),
         length(length_),
         dim(dim_) {}
 
-  GuardedRows<T> from(int row) const { return {base + row * stride, stride, length - row, dim}; }
+  GuardedRows<T> from(int row) const { return {base + uint(row) * stride, stride, length - row, dim}; }
 };
 
 // Those of Q, or of what is laid out like it; and those of K or V.
@@ -250,6 +202,20 @@ inline void store_pair_guarded(device T* row, float2 x, int d, int dim) {
   }
 }
 
+// 16 bytes of a row from d on, with zeros from element `dim` on.
+template <typename T>
+inline void copy_chunk(threadgroup T* target, const device T* source, bool is_valid, int d, int dim) {
+  constexpr int kChunk = 16 / sizeof(T);
+  if (is_aligned && is_valid && d + kChunk <= dim) {
+    *(threadgroup uint4*)target = *(const device uint4*)source;
+    return;
+  }
+  MFA_UNROLL
+  for (short e = 0; e < kChunk; ++e) {
+    target[e] = is_valid && d + e < dim ? source[e] : T(0);
+  }
+}
+
 // Copies kRows rows of up to kDim elements into a padded tile, with zeros from row `valid` and element `dim` on. Walks
 // 16-byte chunks, not rows: kThreads does not divide every row length.
 template <typename T, int kRows, int kDim, Loads kLoads, int kThreads>
@@ -259,93 +225,9 @@ inline void stage_rows(threadgroup T* tile, GuardedRows<T> rows, ushort thread_i
   for (int chunk = thread_index; chunk < kRows * kChunksPerRow; chunk += kThreads) {
     const int row = chunk / kChunksPerRow;
     const int d = chunk % kChunksPerRow * kChunk;
-    const device T* source = rows.base + row * rows.stride + d;
-    threadgroup T* target = tile + row * StagedRows<T, kDim, kLoads>::kStride + d;
-    if (is_aligned && row < rows.valid && d + kChunk <= rows.dim) {
-      *(threadgroup uint4*)target = *(const device uint4*)source;
-      continue;
-    }
-    MFA_UNROLL
-    for (short e = 0; e < kChunk; ++e) {
-      target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);
-    }
+    copy_chunk(tile + row * StagedRows<T, kDim, kLoads>::kStride + d, rows.base + row * rows.stride + d,
+               row < rows.valid, d, rows.dim);
   }
-}
-
-// As stage_rows, in pairs (at `paired`), as they are (at `plain`), or both.
-template <typename T, int kRows, int kDim, Loads kPlain, int kThreads>
-inline void stage_copies(threadgroup T* paired, bool wants_paired, threadgroup T* plain, bool wants_plain,
-                         GuardedRows<T> rows, ushort thread_index) {
-  constexpr int kPairStride = 2 * StagedRows<T, kDim, pairs>::kStride;
-  constexpr int kPlainStride = StagedRows<T, kDim, kPlain>::kStride;
-  constexpr int kChunk = 8 / sizeof(T);  // of each of two rows
-  constexpr int kChunksPerPair = kDim / kChunk;
-  typedef vec<T, kChunk> Chunk;
-  for (int i = thread_index; i < kRows / 2 * kChunksPerPair; i += kThreads) {
-    const int pair = i / kChunksPerPair;
-    const int chunk = i % kChunksPerPair;
-    const Chunk x = rows.template chunk<kChunk>(2 * pair, chunk * kChunk);
-    const Chunk y = rows.template chunk<kChunk>(2 * pair + 1, chunk * kChunk);
-    if (wants_paired) {
-      const int swizzle = swizzle_of_pair(kDim, sizeof(T), pair, is_whole<kDim>(chunk * kChunk / kSetWidth));
-      ((threadgroup uint4*)(paired + pair * kPairStride))[chunk ^ swizzle] = interleaved(x, y);
-    }
-    if (wants_plain) {
-      threadgroup T* target = plain + 2 * pair * kPlainStride + chunk * kChunk;
-      *(threadgroup Chunk*)target = x;
-      *(threadgroup Chunk*)(target + kPlainStride) = y;
-    }
-  }
-}
-
-template <typename T, int kRows, int kDim, int kThreads>
-inline void stage_pairs(threadgroup T* tile, GuardedRows<T> rows, ushort thread_index) {
-  stage_copies<T, kRows, kDim, octets, kThreads>(tile, true, tile, false, rows, thread_index);
-}
-
-// Rows that are read in both ways: a copy for each ...
-template <typename T, int kDim, bool kTwice = sizeof(T) == 2>
-struct StagedTwice {
-  static constant constexpr int kPairedStride = paired_row_bytes(kDim, sizeof(T)) / sizeof(T);
-  static constant constexpr int kPlainStride = plain_row_bytes(kDim, sizeof(T)) / sizeof(T);
-
-  StagedRows<T, kDim, pairs> paired;
-  StagedRows<T, kDim, octets> plain;
-
-  StagedTwice(const threadgroup T* paired_, const threadgroup T* plain_) : paired{paired_}, plain{plain_} {}
-
-  template <int kRows, int kThreads>
-  static void stage(threadgroup T* paired, bool wants_paired, threadgroup T* plain, bool wants_plain,
-                    GuardedRows<T> rows, ushort thread_index) {
-    stage_copies<T, kRows, kDim, octets, kThreads>(paired, wants_paired, plain, wants_plain, rows, thread_index);
-  }
-};
-
-// ... or, of 32 bits, the plain one for both.
-template <typename T, int kDim>
-struct StagedTwice<T, kDim, false> {
-  static constant constexpr int kPairedStride = 0;
-  static constant constexpr int kPlainStride = plain_row_bytes(kDim, sizeof(T)) / sizeof(T);
-
-  StagedRows<T, kDim, both> paired, plain;
-
-  StagedTwice(const threadgroup T*, const threadgroup T* plain_) : paired{plain_}, plain{plain_} {}
-
-  template <int kRows, int kThreads>
-  static void stage(threadgroup T*, bool, threadgroup T* plain, bool, GuardedRows<T> rows, ushort thread_index) {
-    stage_rows<T, kRows, kDim, both, kThreads>(plain, rows, thread_index);
-  }
-};
-
-template <int kDim, typename T>
-inline void load_right_transposed(thread Fragment<T>* fragments, StagedTwice<T, kDim> rows, short tile, short set,
-                                  Lane lane) {
-  load_right_transposed<kDim>(fragments, rows.paired, tile, set, lane);
-}
-
-template <int kDim, typename T>
-inline void load_right(thread Fragment<T>* fragments, StagedTwice<T, kDim> rows, short tile, short set, Lane lane) {
-  load_right<kDim>(fragments, rows.plain, tile, set, lane);
 }
 
 }  // namespace mfa

@@ -35,44 +35,39 @@ inline Range visible_queries(constant AttentionParams& params, Sequence sequence
   return range;
 }
 
-// What a tile of rows sees on the other side.
+// What a tile of rows sees on the other side. Without a window, bounds are those of the sequence, which take no
+// registers.
 struct View {
   Range any;  // seen by at least one row
   Range all;  // seen by every row
+  bool is_empty;
 
   bool sees(int first, int count) const {
-    return any.first <= any.last && first <= any.last && first + count > any.first;
+    return !is_empty && any.first <= any.last && first <= any.last && first + count > any.first;
   }
   bool sees_all(int first, int count) const { return first >= all.first && first + count - 1 <= all.last; }
 
-  int first_block(int block) const { return any.last < any.first ? 0 : any.first / block; }
-  int end_block(int block) const { return any.last < any.first ? 0 : any.last / block + 1; }
+  int end() const { return is_empty || any.last < any.first ? 0 : any.last + 1; }
+  int begin() const { return end() == 0 ? 0 : any.first; }
+  int first_block(int block) const { return begin() / block; }
+  int end_block(int block) const { return (end() + block - 1) / block; }
 };
 
 // Query rows first_row .. end_row - 1; rows past the last query do not count.
 inline View view_of_queries(constant AttentionParams& params, Sequence sequence, int first_row, int end_row) {
   const int last_row = min(end_row, sequence.query_length) - 1;
-  if (last_row < first_row) {
-    return {{0, -1}, {0, -1}};
-  }
   const Range top = visible_keys(params, sequence, first_row);
   const Range bottom = visible_keys(params, sequence, last_row);
-  return {{top.first, bottom.last}, {bottom.first, top.last}};
+  const bool is_empty = last_row < first_row;
+  return {{top.first, bottom.last}, {bottom.first, is_empty ? -1 : top.last}, is_empty};
 }
 
-// Keys first_key .. end_key - 1, and the queries that see them. A tile with a row past the last key is never seen
-// whole: that row's P must be masked.
+// Keys first_key .. end_key - 1, and the queries that see them; keys past the last do not count.
 inline View view_of_keys(constant AttentionParams& params, Sequence sequence, int first_key, int end_key) {
   const int last_key = min(end_key, sequence.key_length) - 1;
-  if (last_key < first_key) {
-    return {{0, -1}, {0, -1}};
-  }
   const Range top = visible_queries(params, sequence, first_key);
   const Range bottom = visible_queries(params, sequence, last_key);
-  if (end_key > sequence.key_length) {
-    return {{top.first, bottom.last}, {0, -1}};
-  }
-  return {{top.first, bottom.last}, {bottom.first, top.last}};
+  return {{top.first, bottom.last}, {bottom.first, top.last}, last_key < first_key};
 }
 
 }  // namespace mfa

@@ -8,27 +8,29 @@
 
 namespace mfa {
 
+constant constexpr int kBlob = 32;  // lanes
+
 struct ScoreGradient {
-  device float* scratch;
-  int query_tiles, key_tiles;
-  long first_tile;  // of the head
-  ushort lane_index;
+  device Fragment<float>* base;  // this lane's part of the head's first blob
+  int query_tiles, key_tiles, stride;
 
-  // `head_index` counts the heads that the scratch holds.
-  ScoreGradient(device float* scratch_, constant AttentionParams& params, int head_index, ushort lane)
-      : scratch(scratch_),
-        query_tiles((params.query_length + kFragment - 1) / kFragment),
-        key_tiles((params.key_length + kFragment - 1) / kFragment),
-        first_tile(long(head_index) * query_tiles * key_tiles),
-        lane_index(lane) {}
-
-  device Fragment<float>* blob(int key_tile, int query_tile) const {
-    const long tile = first_tile + long(query_tile) * key_tiles + key_tile;
-    return (device Fragment<float>*)(scratch + tile * (kFragment * kFragment)) + lane_index;
+  // `head_index` counts the heads that the scratch holds; key tiles count from `first_key_tile` on.
+  ScoreGradient(device float* scratch, constant AttentionParams& params, int head_index, ushort lane_index,
+                int first_key_tile = 0)
+      : query_tiles((params.query_length + kFragment - 1) / kFragment),
+        key_tiles((params.key_length + kFragment - 1) / kFragment - first_key_tile),
+        stride((params.key_length + kFragment - 1) / kFragment) {
+    base = (device Fragment<float>*)scratch + (first_key_tile * kBlob + lane_index);
+    base += long(uint(head_index)) * query_tiles * stride * kBlob;
   }
 
+  device Fragment<float>* blob(int key_tile, int query_tile) const {
+    return base + (long(uint(query_tile)) * stride + key_tile) * kBlob;
+  }
+
+  // Of the first key tile there is at least one key.
   void store(Fragment<float> fragment, int key_tile, int query_tile) const {
-    if (key_tile < key_tiles && query_tile < query_tiles) {
+    if ((key_tile == 0 || key_tile < key_tiles) && query_tile < query_tiles) {
       *blob(key_tile, query_tile) = fragment;
     }
   }

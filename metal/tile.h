@@ -2,7 +2,7 @@
 // at a time; C += P B contracts over rows, and takes P straight from the registers that S was computed in.
 #pragma once
 
-#include "loader.h"
+#include "staged.h"
 
 namespace mfa {
 
@@ -177,18 +177,19 @@ inline void store_set(device T* row, int dim, thread Fragment<float>* set, short
   }
 }
 
-// All sets of all rows, each scaled by factor[r].
+// All sets of rows first_row ... of `length`, each scaled by factor[r]. Rows are counted from where `rows` points, so
+// that nothing of what a kernel loads its own rows with has to outlive the main loop.
 template <typename T, int kDim, int kRowTiles>
-inline void store_rows(device T* rows, long stride, int valid, int dim,
+inline void store_rows(device T* rows, long stride, int first_row, int length, int dim,
                        thread Fragment<float> (&tile)[kRowTiles][kDim / kFragment], thread const float* factor,
                        Lane lane) {
   MFA_UNROLL
   for (short r = 0; r < kRowTiles; ++r) {
-    const int row = r * kFragment + lane.row;
-    if (row < valid) {
+    const int row = first_row + lane.row + r * kFragment;
+    if (row < length) {
       MFA_UNROLL
       for (short s = 0; s < sets_of(kDim); ++s) {
-        store_set<kDim>(rows + row * stride, dim, &tile[r][s * kSetFragments], s, factor[r], lane);
+        store_set<kDim>(rows + uint(row) * stride, dim, &tile[r][s * kSetFragments], s, factor[r], lane);
       }
     }
   }

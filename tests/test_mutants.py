@@ -101,15 +101,42 @@ MUTANTS = [
         "out of bounds",
     ),
     Mutant(
-        "no guard for the last keys", "loader.h", "is_aligned && row < rows.valid &&", "is_aligned &&", "out of bounds"
+        "no guard for the last keys of V", "loader.h", "is_aligned && is_valid &&", "is_aligned &&", "out of bounds"
     ),
     Mutant(
-        "no guard for the head dimension",
+        "no guard for the last keys of K", "staged.h", "is_aligned && is_valid &&", "is_aligned &&", "out of bounds"
+    ),
+    Mutant(
+        "no guard for the last key of a pair",
+        "staged.h",
+        "row + 1 < valid, d, share.dim",
+        "row < valid, d, share.dim",
+        "out of bounds",
+    ),
+    Mutant(
+        "no guard for the head dimension of V",
         "loader.h",
-        "row < rows.valid && d + e < rows.dim",
-        "row < rows.valid",
+        "is_valid && d + e < dim ? source",
+        "is_valid ? source",
         "out of bounds",
         ODD,
+    ),
+    Mutant(
+        "no guard for the head dimension of K",
+        "staged.h",
+        "is_valid && d + e < dim ? source",
+        "is_valid ? source",
+        "out of bounds",
+        ODD,
+    ),
+    Mutant(
+        "the last pair of K is not copied",
+        "staged.h",
+        "row < kRows; row += Shared::kStep",
+        "row < kRows - 2; row += Shared::kStep",
+        "uninitialised",
+        {"checks": ("uninitialised",)},
+        1,
     ),
     Mutant(
         "no guard for the last queries",
@@ -126,12 +153,12 @@ MUTANTS = [
         "out of bounds",
         DIRECT,
     ),
-    Mutant("output store unguarded", "tile.h", "if (row < valid) {", "if (true) {", "out of bounds|race"),
+    Mutant("output store unguarded", "tile.h", "if (row < length) {", "if (true) {", "out of bounds|race"),
     Mutant("output store ignores Dv", "loader.h", "if (d + 4 + e < dim) {", "if (true) {", "out of bounds|race", ODD),
     Mutant(
         "lse store unguarded",
         "forward_rows.h",
-        "lane.column == 0 && i < valid",
+        "lane.column == 0 && i < sequence.query_length",
         "lane.column == 0",
         "out of bounds|race",
     ),
@@ -186,8 +213,8 @@ MUTANTS = [
     Mutant(
         "tails are not zeroed",
         "loader.h",
-        "target[e] = row < rows.valid && d + e < rows.dim ? source[e] : T(0);",
-        "if (row < rows.valid && d + e < rows.dim) target[e] = source[e];",
+        "target[e] = is_valid && d + e < dim ? source[e] : T(0);",
+        "if (is_valid && d + e < dim) target[e] = source[e];",
         "uninitialised",
         ODD | {"checks": ("uninitialised",)},
     ),

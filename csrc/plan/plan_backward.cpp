@@ -4,6 +4,7 @@
 //   five GEMMs    backward_dkdv, which also writes dS to scratch, and backward_dq_from_ds: dQ. In chunks of units (one
 //                 key head of one batch, with the query heads of its group), so that the scratch is bounded.
 #include <algorithm>
+#include <limits>
 
 #include "plan/launches.h"
 #include "plan/tuning.h"
@@ -138,6 +139,11 @@ Plan plan_backward(const Problem& problem, const Gradients& gradients) {
 
   require(std::max(problem.head_dim, problem.value_dim) <= kLargestTrainedHeadDim,
           "head_dim and value_dim of a backward pass must be within 1 ... 256");
+
+  // backward_dkdv counts rows in 32 bits.
+  require(problem.batch * problem.query_heads <=
+              std::numeric_limits<std::uint32_t>::max() / std::max<std::int64_t>(1, problem.query_length),
+          "batch * query_heads * query_length of a backward pass must be below 2^32");
 
   Backward backward{problem, gradients, canonical(problem), {}, false};
   backward.start.aligned = backward.start.aligned && all_rows_aligned(problem, gradients);
