@@ -57,10 +57,6 @@ STEEL = {64: (32, 32, 4, 1), 72: (32, 32, 4, 1), 80: (32, 32, 4, 1), 96: (32, 32
 STEEL[256] = (32, 16, 4, 2)
 STEEL_DTYPES = {64: ("f16",), 72: ("bf16",), 80: ("f16",), 96: ("f16",), 128: ("f16", "bf16", "f32"), 256: ("f16",)}
 CONFLICTS = {64: 6.2, 72: 6.2, 80: 6.2, 96: 6.2, 128: 8.0, 256: 8.0}
-# Ours: rows that are read both as quads and as octets are padded for quads; then an octet takes two clocks for one
-# (test_cost_model.py has the trace). Octets are half of what backward_dkdv reads, and a third for backward_dq. On an
-# NVIDIA GPU 30% and 24% of all wavefronts are such conflicts. Of 16 bits; float32's are not traced.
-LOAD_CONFLICTS = {"backward_dkdv": 3 / 2, "backward_dq": 4 / 3}
 
 
 def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
@@ -177,7 +173,6 @@ def kernel_of(
         device_write=device_write[0],
         tile_device_read=device_read[1],
         tile_device_write=device_write[1],
-        load_conflict=1.0 if dtype == "f32" else LOAD_CONFLICTS.get(kind, 1.0),
         store_conflict=conflict,
     )
 

@@ -1,12 +1,17 @@
 """The cost model: properties of its arithmetic, the table that it works from, and what it claims about itself."""
 
+import ctypes
 import math
+import os
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 
 import count_kernels
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulator_engine import ROOT
 
 from mfa.bench import kernels, model, model_decode, model_varlen, registers, report
 from mfa.bench.chips import CHIPS, Chip
@@ -267,30 +272,77 @@ def test_a_list_of_tiles_is_as_good_as_a_dense_batch(dim: int, chip: Chip) -> No
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def clocks_of_load(row_bytes: int, width: int) -> float:
-    """Per 64 bytes that a SIMD-group loads of such rows: quads (8 bytes per lane, K') or octets (16, V) of 16 bits.
+@pytest.fixture(scope="module")
+def geometry(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """metal/geometry.h, which is C++ as well."""
+    directory = tmp_path_factory.mktemp("geometry")
+    source, library = directory / "geometry.cpp", directory / "geometry.so"
+    source.write_text(
+        f'#include "{ROOT}/metal/geometry.h"\nusing namespace mfa;\n'
+        'extern "C" int row_bytes(int d, int size, int loads) { return padded_row_bytes(d, size, Loads(loads)); }\n'
+        'extern "C" int swizzle(int d, int size, int i, bool all) { return swizzle_of_pair(d, size, i, all); }\n'
+    )
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
 
-    The model assumes 16 banks of 4 bytes, which serve 64 bytes of neighbouring lanes at a time. Lanes: fragment.h.
-    """
-    addresses = []
-    for lane in range(32):
-        row, column = ((lane // 4) & 4) + (lane // 2) % 4, ((lane // 4) & 2) * 2 + lane % 2 * 2
-        addresses.append(column * row_bytes + 8 * row if width == 8 else row * row_bytes + 8 * column)
+
+QUADS, OCTETS, BOTH, PAIRS = range(4)  # geometry.h's Loads
+
+
+def addresses(geometry: ctypes.CDLL, dim: int, size: int, loads: int) -> Iterator[tuple[int, list[int]]]:
+    """Bytes per lane and the lanes' addresses of each load of a tile of rows. Lanes and sets: fragment.h."""
+    places = [(((i // 4) & 4) + (i // 2) % 4, ((i // 4) & 2) * 2 + i % 2 * 2) for i in range(32)]
+    stride = geometry.row_bytes(dim, size, loads)
+    for first in range(0, dim, 32):
+        whole = dim - first >= 32
+        most = (4 if whole else 2) * size * (1 if loads == QUADS else 2)  # bytes of a lane
+        width = min(most, 16)
+        for part in range(0, most, 16):
+            if loads == PAIRS:
+                yield (
+                    width,
+                    [
+                        column * stride
+                        + 2 * first * size
+                        + ((most * row + part) ^ 16 * geometry.swizzle(dim, size, column // 2, whole))
+                        for row, column in places
+                    ],
+                )
+            elif loads == OCTETS:
+                yield width, [row * stride + first * size + most * column // 2 + part for row, column in places]
+            else:
+                yield width, [column * stride + first * size + most * row + part for row, column in places]
+
+
+def clocks_of_load(width: int, lanes: list[int], banks: int) -> float:
+    """Of banks of 4 bytes that serve as many bytes of neighbouring lanes at a time; 1 is the least."""
     clocks = 0
-    for phase in range(0, 32, 64 // width):
-        words = {a // 4 + i for a in addresses[phase : phase + 64 // width] for i in range(width // 4)}
-        clocks += max(Counter(word % 16 for word in words).values())
-    return clocks / (32 * width / 64)
+    for phase in range(0, 32, 4 * banks // width):
+        words = {a // 4 + i for a in lanes[phase : phase + 4 * banks // width] for i in range(width // 4)}
+        clocks += max(Counter(word % banks for word in words).values())
+    return clocks / (32 * width / (4 * banks))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
+def test_pairs_have_no_conflicts(geometry: ctypes.CDLL, dim: int, size: int) -> None:
+    """On the model's 16 banks, and on the 32 of an NVIDIA GPU; nor have the plain copies of 16 bits beside them."""
+    for width, lanes in addresses(geometry, dim, size, PAIRS):
+        assert len(set(lanes)) == 32
+        assert 0 <= min(lanes) <= max(lanes) < 8 * dim * size
+        for banks in (16, 32):
+            assert clocks_of_load(width, lanes, banks) == 1
+    for width, lanes in addresses(geometry, dim, size, OCTETS):
+        if size == 2 and width == 16:
+            assert clocks_of_load(width, lanes, 16) == clocks_of_load(width, lanes, 32) == 1
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
-def test_what_is_read_in_one_way_has_no_conflicts(dim: int) -> None:
-    """Rows are padded as metal/geometry.h says: by 16 bytes, but for octets alone, by 32 where 64 bytes divide them."""
-    assert clocks_of_load(2 * dim + 16, 8) == 1
-    assert clocks_of_load(2 * dim + (32 if dim % 32 == 0 else 0), 16) == 1
-    assert clocks_of_load(2 * dim + 16, 16) == 2  # both
-    dkdv, dq = count_kernels.LOAD_CONFLICTS["backward_dkdv"], count_kernels.LOAD_CONFLICTS["backward_dq"]
-    assert (dkdv, dq) == ((1 + 2) / 2, (1 + 1 + 2) / 3)  # Q and dO in both ways; K in both, V as quads
+def test_rows_of_decode_have_no_conflicts(geometry: ctypes.CDLL, dim: int) -> None:
+    """Of quads of 16 bits, on the model's banks."""
+    for width, lanes in addresses(geometry, dim, 2, QUADS):
+        assert width == 4 or clocks_of_load(width, lanes, 16) == 1
 
 
 def test_every_tile_is_counted() -> None:

@@ -51,8 +51,8 @@ class Kernel(NamedTuple):
     # Bytes per threadgroup, besides.
     tile_device_read: int
     tile_device_write: int
-    # How many times bank conflicts multiply the clocks of loads from threadgroup memory, and of stores to it.
-    load_conflict: float
+    # How many times bank conflicts multiply the clocks of stores to threadgroup memory. Loads have none, see
+    # test_cost_model.py.
     store_conflict: float
 
     # Of the compiler; not in kernels.csv.

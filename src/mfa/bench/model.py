@@ -87,7 +87,7 @@ def resident_groups(kernel: Kernel) -> int:
 def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int | None = None) -> dict[str, float]:
     """A core's clocks per pipe for one step of one threadgroup, while it holds `resident`: by default all it can."""
     main, side = slots(kernel, chip, mixed_mma)
-    load, store = (1, 1) if chip.has_side_pipe else (kernel.load_conflict, kernel.store_conflict)  # free on M3, fitted
+    store = 1 if chip.has_side_pipe else kernel.store_conflict  # free on M3, fitted
     moved = kernel.device_read + kernel.device_write
     # SIMD-groups of a direct kernel read the same rows, at about the same time: L1 serves them. (metal-flash-attention
     # reaches 91% at D 128 on M3 that way, which L2 alone could not feed.)
@@ -99,7 +99,7 @@ def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int
         "issue": main * per_scheduler,
         "side": side * per_scheduler,
         "exp": EXP * kernel.exp * per_scheduler,
-        "threadgroup": (kernel.threadgroup_read * load + kernel.threadgroup_write * store) / THREADGROUP_BYTES,
+        "threadgroup": (kernel.threadgroup_read + kernel.threadgroup_write * store) / THREADGROUP_BYTES,
         "l1": (moved + spilled) / L1_BYTES,
         "l2": (from_l2 + spilled) / L2_BYTES,
         "latency": (main + exposed) / (resident or resident_groups(kernel)),
