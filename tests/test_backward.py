@@ -171,8 +171,8 @@ def count(length: int, mode: str, **kwargs: Any) -> tuple[mfa.Counters, mfa.Coun
 @pytest.mark.simulator
 @pytest.mark.parametrize(("mode", "most"), [("seven", 7 / 2), ("five", 5 / 2)])
 # One row tile of dK and dV reads Q and dO for half as many products; two don't fit in registers (docs/registers.md).
-@pytest.mark.parametrize(("tile", "reads"), [("r1_q32", 2.0), ("r2_q16", 1.2)])
-def test_operation_budgets(mode: str, most: float, tile: str, reads: float) -> None:
+@pytest.mark.parametrize(("tile", "reads", "loads"), [("r1_q32", 2.0, 8.6), ("r2_q16", 1.2, 6.2)])
+def test_operation_budgets(mode: str, most: float, tile: str, reads: float, loads: float) -> None:
     _library.prefer_instance(f"backward_dkdv_f16_d64_v64_s4_{tile}")
     try:
         forward, backward = count(256, mode)
@@ -182,6 +182,7 @@ def test_operation_budgets(mode: str, most: float, tile: str, reads: float) -> N
     assert backward.simdgroup_barriers == backward.shuffles - 192 == 0  # 192 in backward_delta
     per_mma = forward.threadgroup_read_bytes / forward.mma
     assert backward.threadgroup_read_bytes / backward.mma <= reads * per_mma
+    assert backward.fragment_loads / backward.mma <= loads  # of a lane, 32 of which are a load
 
 
 @pytest.mark.simulator
