@@ -27,7 +27,7 @@ inline float2 probability(constant AttentionParams& params, Rules<T> rules, floa
 }
 
 // A SIMD-group's own rows, in device memory, for left operands. A row past the last reads as the last, without a
-// branch: what becomes of it stays in its row, which is not stored.
+// branch: what becomes of it stays in its row, which is not stored, or is multiplied by zeros (backward_dq_from_ds).
 template <typename T, int kRowTiles>
 struct OwnRows {
   const device T* row[kRowTiles];  // of this lane

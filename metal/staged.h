@@ -122,13 +122,13 @@ inline vec<T, 8 / sizeof(T)> load_chunk(const device T* source, bool is_valid, i
 }
 
 // As stage(), in pairs (at `paired`), as they are (at `plain`), or both.
-template <Loads kPlain, typename T, int kRows, int kDim, int kThreads>
+template <typename T, int kRows, int kDim, int kThreads>
 inline void stage_copies(threadgroup T* paired, bool wants_paired, threadgroup T* plain, bool wants_plain,
                          Share<T, kRows, kDim, 2, kThreads> share, int first) {
   typedef Share<T, kRows, kDim, 2, kThreads> Shared;
   typedef vec<T, Shared::kChunk> Chunk;
   constexpr int kPairStride = 2 * StagedRows<T, kDim, pairs>::kStride;
-  constexpr int kPlainStride = StagedRows<T, kDim, kPlain>::kStride;
+  constexpr int kPlainStride = StagedRows<T, kDim, octets>::kStride;
   const device T* source = share.at(first);
   const int valid = share.length - first;
   for (int row = share.row; row < kRows; row += Shared::kStep) {
@@ -159,7 +159,7 @@ inline void stage_copies(threadgroup T* paired, bool wants_paired, threadgroup T
 
 template <typename T, int kRows, int kDim, int kThreads>
 inline void stage_pairs(threadgroup T* tile, Share<T, kRows, kDim, 2, kThreads> share, int first) {
-  stage_copies<octets>(tile, true, tile, false, share, first);
+  stage_copies(tile, true, tile, false, share, first);
 }
 
 // Rows that are read in both ways: a copy for each ...
@@ -177,7 +177,7 @@ struct StagedTwice {
   template <typename Shared>
   static void stage(threadgroup T* paired, bool wants_paired, threadgroup T* plain, bool wants_plain, Shared share,
                     int first) {
-    stage_copies<octets>(paired, wants_paired, plain, wants_plain, share, first);
+    stage_copies(paired, wants_paired, plain, wants_plain, share, first);
   }
 };
 
