@@ -104,6 +104,9 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   const Sequence sequence = tile.sequence;
   const int head = position.x;
   const int key_head = head / params.group_size;
+  if (sequence.query_length == 0) {
+    return;  // a threadgroup without work: there is not even a last row to read
+  }
   const int first_tile_row = tile.index * kSimdgroups * kRows;
   const int first_row = first_tile_row + simdgroup * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
