@@ -10,6 +10,7 @@
 //   store O / l, m + log l
 #pragma once
 
+#include "device_rows.h"
 #include "team.h"
 
 namespace mfa {
@@ -215,11 +216,9 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     if (mask_class == kHidden) {
       continue;
     }
-    const GuardedRows<T> keys = tile.keys.from(first_key);
-    const GuardedRows<T> values = tile.values.from(first_key);
-    rows.multiply_keys(queries.operand, DeviceRows<T>{keys.base, keys.stride, keys.valid});
+    rows.multiply_keys(queries.operand, DeviceRows<T, kHeadDim, quads>(tile.keys.from(first_key), rows.lane));
     rows.softmax(params, rules.in_block(mask_class), first_key);
-    rows.add_values(DeviceRows<T>{values.base, values.stride, values.valid});
+    rows.add_values(DeviceRows<T, kValueDim, octets>(tile.values.from(first_key), rows.lane));
   }
   rows.store(params, out, lse, correction, tile.head);
 }

@@ -28,31 +28,6 @@ struct StagedRows {
   }
 };
 
-// Rows in device memory, all aligned and of the instance's head dimension. Rows from `valid` on read as zeros: they may
-// hold NaN, and 0 * NaN would reach the output.
-template <typename T>
-struct DeviceRows {
-  const device T* base;
-  long stride;
-  int valid;
-
-  vec<T, 2> pair(short tile, short row_in_tile, short d) const {
-    const int row = tile * kFragment + row_in_tile;
-    return row < valid ? load_pair(base + row * stride + d) : vec<T, 2>(0);
-  }
-  vec<T, 4> quad(short tile, short row_in_tile, short d) const {
-    const int row = tile * kFragment + row_in_tile;
-    return row < valid ? load_quad(base + row * stride + d) : vec<T, 4>(0);
-  }
-  Octet<T> octet(short tile, short row_in_tile, short d) const {
-    const int row = tile * kFragment + row_in_tile;
-    if (row < valid) {
-      return load_octet(base + row * stride + d);
-    }
-    return {vec<T, 4>(0), vec<T, 4>(0)};
-  }
-};
-
 // The pair at d, of the quad that it lies in.
 template <typename T>
 inline vec<T, 2> pair_of_quad(vec<T, 4> x, short d) {

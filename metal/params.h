@@ -60,7 +60,7 @@ enum Argument : unsigned {
 enum FunctionConstant : unsigned {
   kHasWindow = 0,     // window_left or window_right hides a key from some query
   kWritesLse = 1,     // the caller wants the log-sum-exp
-  kAligned = 2,       // all base addresses and row strides are multiples of 16 bytes
+  kAligned = 2,       // all base addresses and row strides are multiples of 16 bytes, see rows_aligned
   kExactHead = 3,     // D and Dv equal the instance's head dimensions: no tail
   kHasBias = 4,       // a bias is bound, of the query's dtype unless one of the next two is set
   kHasMask = 5,       // ... of bools: true = attend

@@ -134,6 +134,8 @@ void require(bool condition, const char* message) {
 }
 
 bool rows_aligned(const Problem& problem, const Strides& strides, std::int64_t heads, std::int64_t length) {
+  // A kernel counts pairs of elements within 32 rows in 32 bits.
+  if (length > 1 && strides[2] >= std::int64_t{1} << 28) return false;
   const std::int64_t sizes[] = {problem.batch, heads, length};
   for (int i = 0; i < 3; ++i)
     if (sizes[i] > 1 && strides[i] % (16 / element_size(problem.dtype)) != 0) return false;

@@ -20,7 +20,8 @@ struct Canonical {
 // Throws std::invalid_argument.
 Canonical canonical(const Problem& problem);
 
-// Every row starts at a multiple of 16 bytes, if the first one does.
+// Every row starts at a multiple of 16 bytes, if the first one does; and no two are so far apart that kernels would
+// need 64 bits for an offset within a block.
 bool rows_aligned(const Problem& problem, const Strides& strides, std::int64_t heads, std::int64_t length);
 
 void require(bool condition, const char* message);  // else throws std::invalid_argument
