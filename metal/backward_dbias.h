@@ -8,6 +8,7 @@
 #pragma once
 
 #include "backward.h"
+#include "device_rows.h"
 
 namespace mfa {
 
@@ -26,24 +27,25 @@ struct BackwardBias {
                 int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
     Fragment<float> dp[1][kKeyTiles];
-    const ReadRows<T, kHeadDim, GuardedRows<T>> left_queries = {queries};
-    const ReadRows<T, kValueDim, GuardedRows<T>> left_grad_outs = {grad_outs};
-    multiply_transposed<T, kHeadDim>(score, left_queries, keys, lane);
-    multiply_transposed<T, kValueDim>(dp, left_grad_outs, values, lane);
+    const ReadRows<T, kHeadDim, LaneRow<T>> left_queries = {lane_row(queries, lane)};
+    const ReadRows<T, kValueDim, LaneRow<T>> left_grad_outs = {lane_row(grad_outs, lane)};
+    keep_in_loop();  // among keys
+    multiply_transposed<T, kHeadDim>(score, left_queries, DeviceRows<T, kHeadDim, quads>(keys, lane), lane);
+    multiply_transposed<T, kValueDim>(dp, left_grad_outs, DeviceRows<T, kValueDim, quads>(values, lane), lane);
     const int query = first_row + lane.row;
     const Range seen = query < params.query_length ? visible_keys(params, sequence, query) : Range{0, -1};
-    const float2 row = query < params.query_length ? statistics[query] : float2(kUnseenLse, 0);
+    const float2 row = statistics[min(query, params.query_length - 1)];
     MFA_UNROLL
     for (short n = 0; n < kKeyTiles; ++n) {
       const int key = first_key + n * kFragment + lane.column;
       float2 derivative;
-      float2 p = probability(params, rules, score[0][n], int2(query), int2(key, key + 1), float2(row.x), derivative);
-      p = seen.keep(p, key);
+      const float2 p =
+          probability(params, rules, score[0][n], int2(query), int2(key, key + 1), float2(row.x), derivative);
       float2 grad = dp[0][n];
       if (has_dropout) {
         grad *= rules.dropout.of_keys(query, key);
       }
-      sum[0][n] += p * (grad - row.y);
+      sum[0][n] += seen.keep(p * (grad - row.y), key);
     }
   }
 
