@@ -2,8 +2,8 @@
 // scale per token. Pages are found through a block table that is not trusted, and nothing from `length` on is read.
 #pragma once
 
+#include "device_rows.h"
 #include "layout.h"
-#include "loader.h"
 
 namespace mfa {
 
@@ -21,7 +21,7 @@ struct CacheFormat {
   template <typename T>
   vec<T, 4> quad(const device uchar* row, bool is_valid, int d, int dim) const {
     if (is_aligned && is_valid && d + 4 <= dim) {
-      return wide_quad<T>(row, d);
+      return wide_quad<T>(row, d / 4);
     }
     vec<T, 4> x;
     MFA_UNROLL
@@ -31,16 +31,17 @@ struct CacheFormat {
     return x;
   }
 
+  // By its index in quads.
   template <typename T>
-  vec<T, 4> wide_quad(const device uchar* row, int d) const {
+  vec<T, 4> wide_quad(const device uchar* base, uint index) const {
     if (!is_quantized) {
-      return load_quad((const device T*)row + d);
+      return load_quad((const device T*)base + 4 * ulong(index));
     }
     MFA_COUNT_FRAGMENT_LOAD();
     if (is_int8) {
-      return vec<T, 4>(float4(*(const device char4*)(row + d)));  // bfloat has no constructor from integers
+      return vec<T, 4>(float4(((const device char4*)base)[index]));  // bfloat has no constructor from integers
     }
-    const uchar4 x = *(const device uchar4*)(row + d);
+    const uchar4 x = ((const device uchar4*)base)[index];
     return vec<T, 4>(T(float8_value(x.x)), T(float8_value(x.y)), T(float8_value(x.z)), T(float8_value(x.w)));
   }
 
@@ -135,34 +136,54 @@ struct Caches {
                params.value_scale_strides, sequence, head, value_dim) {}
 };
 
-// A block of keys. A tile of eight lies in one page, which is looked up once: pages hold a multiple of eight, or else
-// there is one per entry; and the first live row of a paged cache is that of a page, or there is one per entry.
-template <typename T, int kTiles>
+// A block of keys, as DeviceRows. A tile of eight lies in one page, which is looked up once: pages hold a multiple of
+// eight, or else there is one per entry; and the first live row of a paged cache is that of a page, or there is one per
+// entry.
+template <typename T, int kTiles, int kDim, Loads kLoads>
 struct CacheRows {
-  CacheFormat format;
-  const device uchar* tiles[kTiles];
-  long row_bytes;
-  int valid, dim;
+  static_assert(kDim >= kSetWidth && kLoads != both, "see own_part");
 
-  CacheRows(Cache<T> cache, int first_key)
-      : format(cache.format), row_bytes(cache.row_bytes()), valid(cache.length - first_key), dim(cache.dim) {
+  CacheFormat format;
+  const device uchar* tiles[kTiles];  // and this lane's part; without pages all are the block
+  long stride;
+  int last, dim;
+  short own;
+
+  CacheRows(Cache<T> cache, int first_key, Lane lane)
+      : format(cache.format),
+        stride(cache.row_stride),
+        last(cache.length - 1 - first_key),
+        dim(cache.dim),
+        own(own_part<kLoads>(lane)) {
     MFA_UNROLL
     for (short t = 0; t < kTiles; ++t) {
-      tiles[t] = t * kFragment < valid ? cache.row(first_key + t * kFragment) : cache.base;
+      tiles[t] = cache.row(first_key + (is_paged ? min(t * kFragment, last) : 0)) + own * format.element_size<T>();
     }
   }
 
-  vec<T, 4> quad(short tile, short row, short d) const {
-    return format.quad<T>(tiles[tile] + row * row_bytes, tile * kFragment + row < valid, d, dim);
+  // In a page: a tile past the last row has that row alone.
+  int row_of(short tile, short row) const {
+    return is_paged ? max(min(int(row), last - tile * kFragment), 0) : row_to_read(tile, row, last);
   }
 
   vec<T, 2> pair(short tile, short row, short d) const { return pair_of_quad(quad(tile, row, d & ~3), d); }
 
+  vec<T, 4> quad(short tile, short row, short d) const {
+    const int source = row_of(tile, row);
+    const vec<T, 4> x =
+        is_aligned && (is_exact_head || d + 4 <= dim)
+            ? format.wide_quad<T>(tiles[tile], chunk_index(source, stride, d - own, 4))
+            : format.quad<T>(tiles[tile] + (source * stride - own) * format.element_size<T>(), true, d, dim);
+    return reads_as_zeros<kLoads>(tile, row, last) ? vec<T, 4>(0) : x;
+  }
+
   Octet<T> octet(short tile, short row, short d) const {
-    if (!format.is_quantized && is_aligned && tile * kFragment + row < valid && d + 8 <= dim) {
-      return load_octet((const device T*)(tiles[tile] + row * row_bytes) + d);
+    if (format.is_quantized || !is_aligned || (!is_exact_head && d + 8 > dim)) {
+      return {quad(tile, row, d), quad(tile, row, d + 4)};
     }
-    return {quad(tile, row, d), quad(tile, row, d + 4)};
+    const Octet<T> x = load_octet((const device T*)tiles[tile], row_of(tile, row), stride, d - own);
+    const bool zeros = reads_as_zeros<kLoads>(tile, row, last);
+    return {zeros ? vec<T, 4>(0) : x.low, zeros ? vec<T, 4>(0) : x.high};
   }
 };
 

@@ -29,6 +29,10 @@ struct PackedRows {
   }
 };
 
+// Read again for every block, they are for want of registers.
+template <typename T, int kDim>
+constant constexpr int kMostTogether<ReadRows<T, kDim, PackedRows<T>>> = 1;
+
 template <typename T>
 inline PackedRows<T> sliced(PackedRows<T> rows, int first_dim) {
   rows.base += first_dim;
@@ -75,7 +79,7 @@ struct DecodeTile {
 
   // Whether the keys are not cut into parts; then there is nothing to do but for the first one.
   bool is_whole(constant AttentionParams& params) const {
-    return !is_split || sequence.query_length > params.split_queries;
+    return !is_split || (is_varlen && sequence.query_length > params.split_queries);
   }
 
   template <typename T>
@@ -192,8 +196,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   }
   // A sink belongs to one part only.
   Rows rows(params, tile.sequence, tile.first_row, sinks, alibi_slopes, tile.head, tile.part == 0, lane_index);
-  // Q beside O takes nearly all registers that a thread of M1 has at D 256.
-  constexpr Own kOwn = kRowTiles * kHeadDim > 192 ? reread : held;
+  // Q beside O takes nearly all registers that a thread of M1 has, at D 256 or in float32 at D 128.
+  constexpr Own kOwn = kRowTiles * kHeadDim * sizeof(T) > 384 ? reread : held;
   const OwnOperand<T, kOwn, kRowTiles, kHeadDim, PackedRows<T>> queries(
       tile.queries(params, query, tile.first_row, is_exact_head ? kHeadDim : params.head_dim), rows.lane);
   const Rules<T> rules(params, tile.sequence, bias, nullptr, alibi_slopes, nullptr, tile.head);
@@ -208,7 +212,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (mask_class == kHidden) {
       continue;
     }
-    rows.multiply_keys(queries.operand, CacheRows<T, Rows::kKeyTiles>(cache.keys, first_key));
+    rows.multiply_keys(queries.operand,
+                       CacheRows<T, Rows::kKeyTiles, kHeadDim, quads>(cache.keys, first_key, rows.lane));
     if (key_is_quantized) {
       scale_columns(rows, lane_index < kBlockKeys ? cache.keys.scale(first_key + lane_index) : 0);
     }
@@ -216,7 +221,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (value_is_quantized) {
       scale_columns(rows, lane_index < kBlockKeys ? cache.values.scale(first_key + lane_index) : 0);
     }
-    rows.add_values(CacheRows<T, Rows::kKeyTiles>(cache.values, first_key));
+    rows.add_values(CacheRows<T, Rows::kKeyTiles, kValueDim, octets>(cache.values, first_key, rows.lane));
   }
   store_packed<kValueDim>(params, rows, tile, out, lse, partial_out, partial_lse);
 }

@@ -88,12 +88,16 @@ inline void add_part(thread Fragment<float> (&result)[kRowTiles][kColumnTiles],
   }
 }
 
+// Column tiles of S that are loaded together: with two row tiles, four independent accumulation chains hide the latency
+// of an MMA.
+template <typename Left>
+constant constexpr int kMostTogether = 2;
+
 // S = A B': kDim values of the head dimension, kColumnTiles * 8 rows of B.
 template <typename T, int kDim, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
 inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kColumnTiles], thread const Left& left,
                                 Rows rows, Lane lane) {
-  // Column tiles loaded together: with two row tiles, four independent accumulation chains hide the latency of an MMA.
-  constexpr int kTogether = kColumnTiles % 2 == 0 ? 2 : 1;
+  constexpr int kTogether = kColumnTiles % 2 == 0 ? kMostTogether<Left> : 1;
   clear(result);
   MFA_UNROLL
   for (short s = 0; s < sets_of(kDim); ++s) {
