@@ -22,16 +22,18 @@ struct BackwardBias {
   explicit BackwardBias(ushort lane_index) : lane(lane_index) { clear(sum); }
 
   // Eight queries from first_row on, kBlockKeys keys from first_key on.
-  void add_tile(constant AttentionParams& params, Sequence sequence, Rules<T> rules, GuardedRows<T> queries,
-                GuardedRows<T> keys, GuardedRows<T> values, GuardedRows<T> grad_outs, const device float2* statistics,
+  void add_tile(constant AttentionParams& params, Sequence sequence, Rules<T> rules, HeadRows<T> queries,
+                HeadRows<T> keys, HeadRows<T> values, HeadRows<T> grad_outs, const device float2* statistics,
                 int first_row, int first_key) {
     Fragment<float> score[1][kKeyTiles];
     Fragment<float> dp[1][kKeyTiles];
-    const ReadRows<T, kHeadDim, LaneRow<T>> left_queries = {lane_row(queries, lane)};
-    const ReadRows<T, kValueDim, LaneRow<T>> left_grad_outs = {lane_row(grad_outs, lane)};
+    const ReadRows<T, kHeadDim, OwnRows<T, 1>> left_queries = {OwnRows<T, 1>(queries, first_row, lane)};
+    const ReadRows<T, kValueDim, OwnRows<T, 1>> left_grad_outs = {OwnRows<T, 1>(grad_outs, first_row, lane)};
     keep_in_loop();  // among keys
-    multiply_transposed<T, kHeadDim>(score, left_queries, DeviceRows<T, kHeadDim, quads>(keys, lane), lane);
-    multiply_transposed<T, kValueDim>(dp, left_grad_outs, DeviceRows<T, kValueDim, quads>(values, lane), lane);
+    multiply_transposed<T, kHeadDim>(score, left_queries, DeviceRows<T, kHeadDim, quads>(keys.from(first_key), lane),
+                                     lane);
+    multiply_transposed<T, kValueDim>(dp, left_grad_outs, DeviceRows<T, kValueDim, quads>(values.from(first_key), lane),
+                                      lane);
     const int query = first_row + lane.row;
     const Range seen = query < params.query_length ? visible_keys(params, sequence, query) : Range{0, -1};
     const float2 row = statistics[min(query, params.query_length - 1)];
@@ -107,8 +109,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKe
         const View view = view_of_queries(params, sequence, row, row + kFragment);
         for (int first = own_key; first < key_end; first += kBlockKeys) {
           if (view.sees(first, kBlockKeys)) {
-            tile.add_tile(params, sequence, rules, queries.from(row), keys.from(first), values.from(first),
-                          grad_outs.from(row), statistics + first_row_index(params, sequence, h), row, first);
+            tile.add_tile(params, sequence, rules, queries, keys, values, grad_outs,
+                          statistics + first_row_index(params, sequence, h), row, first);
           }
         }
       }

@@ -85,24 +85,4 @@ struct DeviceRows {
   GuardedRows<T> guarded() const { return {base - own, stride, last + 1, dim}; }
 };
 
-// A lane's row of a left operand.
-template <typename T>
-struct LaneRow {
-  const device T* row;
-  int dim;
-
-  vec<T, 4> quad(short, short, short d) const {
-    return is_aligned && is_exact_head ? load_quad(row + d) : GuardedRows<T>{row, 0, 1, dim}.quad(0, 0, d);
-  }
-  Octet<T> octet(short, short, short d) const {
-    return is_aligned && is_exact_head ? load_octet(row + d) : GuardedRows<T>{row, 0, 1, dim}.octet(0, 0, d);
-  }
-};
-
-// Of a tile; past the last row, the last. There is one, if before the tile.
-template <typename T>
-inline LaneRow<T> lane_row(GuardedRows<T> rows, Lane lane) {
-  return {rows.base + min(int(lane.row), rows.valid - 1) * rows.stride, rows.dim};
-}
-
 }  // namespace mfa

@@ -134,6 +134,19 @@ def test_a_mask_takes_no_copy_and_no_launch(shape: tuple[int, ...], kind: torch.
     assert read <= 1.15 * 2 * key.nbytes + 2 * of_mask
 
 
+@pytest.mark.parametrize("keys", [1, 9, 37])
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize(("kernel", "rows", "dtype"), [("decode", 2, torch.float16), ("forward", 150, torch.float32)])
+def test_past_the_last_key_nothing_is_added(kernel: str, rows: int, dtype: torch.dtype, dim: int, keys: int) -> None:
+    """Though fragments from device memory read the last value again: 0 * inf would be NaN."""
+    query, key, value = inputs(2, 2, rows, keys, dim, dtype)
+    value[:, :, -1, ::3] = math.inf
+    out, [launch] = launches(mfa.attention, query, key, value)
+    assert launch.kernel.startswith(kernel)
+    assert torch.equal(out.isinf(), torch.arange(dim).expand_as(out) % 3 == 0)
+    assert not out.isnan().any()
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_what_a_static_cache_has_no_tokens_for_is_not_read(tokens: int) -> None:
     query, key, value = inputs(8, 2, tokens, 2048, 64)

@@ -26,6 +26,7 @@ namespace mfa {
 FORWARD(f16, staged, split, 64, 64, 8, 2, 32)
 FORWARD(f16, staged, shared, 256, 256, 4, 1, 16)
 FORWARD(f16, direct, split, 64, 64, 4, 2, 32)
+DECODE(f16, direct, 64, 64, 1, 1, 32)
 DECODE(f16, staged, 64, 64, 8, 1, 32)
 APPEND(f16, 4)
 }
@@ -49,6 +50,7 @@ SHARED = "      threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 SHARES = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (rows.view.sees("
 D256: dict[str, Any] = {"dim": 256, "lengths": (40, 40), "kernel": "forward_f16_d256_v256_staged_s4_r1_k16"}
 DECODE: dict[str, Any] = {"lengths": (40, 77), "kernel": "decode_f16_d64_v64_staged_s8_r1_k32"}
+FEW: dict[str, Any] = {"lengths": (2, 77), "kernel": "decode_f16_d64_v64_direct_s1_r1_k32"}
 ODD: dict[str, Any] = {"dim": 61}
 APPEND: dict[str, Any] = {"dim": 61, "lengths": (3, 9), "appends": True}
 DIRECT = {"family": "apple9", "kernel": "forward_f16_d64_v64_direct_s4_r2_k32"}
@@ -146,10 +148,10 @@ MUTANTS = [
         "out of bounds",
     ),
     Mutant(
-        "direct: no guard for the last keys",
-        "loader.h",
-        "row < valid ? load_quad",
-        "true ? load_quad",
+        "direct: reads past the last keys",
+        "device_rows.h",
+        "min(int(row), last - tile * kFragment)",
+        "int(row)",
         "out of bounds",
         DIRECT,
     ),
@@ -174,6 +176,14 @@ MUTANTS = [
         "is_valid = true",
         "out of bounds",
         DECODE,
+    ),
+    Mutant(
+        "decode: direct: reads past the last keys",
+        "device_rows.h",
+        "min(int(row), last - tile * kFragment)",
+        "int(row)",
+        "out of bounds",
+        FEW,
     ),
     Mutant(
         "decode: output store unguarded",
