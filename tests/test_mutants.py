@@ -286,7 +286,7 @@ def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
 def test_the_original_is_clean(tmp_path: Path) -> None:
     library = build(Path(shutil.copytree(METAL, tmp_path / "metal")))
     for seed in range(3):
-        for problem in ({}, D256, ODD, DIRECT, DECODE, APPEND):
+        for problem in ({}, D256, ODD, DIRECT, DECODE, FEW, APPEND):
             run(library, seed, checks=("races", "bounds", "uninitialised"), **problem)
 
 
