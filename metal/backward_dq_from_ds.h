@@ -1,5 +1,5 @@
 // dQ' = scale K' dS', dS' as backward_dkdv left it: the fifth GEMM of the five-GEMM backward. One threadgroup per
-// (query head, query tile, batch); a SIMD-group owns kQueryTiles * 8 queries.
+// (query head, query tile, part of D); a SIMD-group owns kQueryTiles * 8 queries.
 //
 //   for each key block that a row of the tile sees:
 //     dQ' += K' dS'
@@ -33,8 +33,9 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   const int tile = params.heavy_first ? grid.y - 1 - position.y : position.y;
   const int first_tile_row = tile * kSimdgroups * kRows;
   const int first_row = first_tile_row + simdgroup * kRows;
-  const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
-  const HeadRows<T> head_keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
+  const int first_dim = position.z * kHeadDim;
+  const int head_dim = is_exact_head ? kHeadDim : params.head_dim - first_dim;
+  const HeadRows<T> head_keys = key_rows(key + first_dim, params.key_strides, sequence, key_head, head_dim);
   const MaskBlocks blocks(params, mask_classes, batch, head);
   const ScoreGradient blobs(score_gradient, params, position.x, lane_index);
 
@@ -88,7 +89,7 @@ template <typename T, int kHeadDim, int kSimdgroups, int kQueryTiles, int kBlock
   }
 
   // This lane holds d = J * lane.row + j of queries lane.column and lane.column + 1, J being the set's fragments.
-  device T* out = grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1];
+  device T* out = grad_query + batch * params.grad_query_strides[0] + head * params.grad_query_strides[1] + first_dim;
   MFA_UNROLL
   for (short q = 0; q < kQueryTiles; ++q) {
     MFA_UNROLL

@@ -111,4 +111,21 @@ constexpr int backward_dq_from_ds_threadgroup_bytes(int head_dim, int block_keys
   return block_keys * padded_row_bytes(head_dim, element_size, pairs);
 }
 
+// Teams of the backward pass (backward_team.h): Q and dO of a block of queries, in turns, and the members' parts of its
+// scores and of dP; and K of a block of keys, and such parts of one or the other.
+constexpr int team_scores_bytes(int simdgroups, int row_tiles, int block) {
+  return simdgroups * row_tiles * 8 * block * int(sizeof(float));
+}
+constexpr int backward_dkdv_team_threadgroup_bytes(int head_dim, int simdgroups, int row_tiles, int block_queries,
+                                                   int element_size) {
+  return block_queries *
+             larger(padded_row_bytes(head_dim, element_size, both), padded_row_bytes(head_dim, element_size, octets)) +
+         2 * team_scores_bytes(simdgroups, row_tiles, block_queries);
+}
+constexpr int backward_dq_team_threadgroup_bytes(int head_dim, int simdgroups, int row_tiles, int block_keys,
+                                                 int element_size) {
+  return block_keys * padded_row_bytes(head_dim, element_size, both) +
+         team_scores_bytes(simdgroups, row_tiles, block_keys);
+}
+
 }  // namespace mfa

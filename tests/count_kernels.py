@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from agx_check.instances import family_of
 from fidelity import TYPES, Problem
 from simulator_engine import ROOT
 from test_fidelity_mlx import build, steel_params, unpack
@@ -28,13 +29,7 @@ sys.path.insert(0, str(ROOT / "csrc" / "simulator"))
 import instructions
 
 TRUE = ["is_aligned", "is_exact_head", "writes_lse", "wants_grad_key", "wants_grad_value", "align_Q", "align_K"]
-HEADERS = {
-    "forward": "forward.h",
-    "decode": "decode.h",
-    "backward_dkdv": "backward_dkdv.h",
-    "backward_dq": "backward_dq.h",
-    "backward_dq_from_ds": "backward_dq_from_ds.h",
-}
+KINDS = ("forward", "decode", "backward_dkdv", "backward_dq", "backward_dq_from_ds")
 LENGTHS = (128, 256)
 TORCH_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 COUNTED = (
@@ -65,10 +60,11 @@ def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
     catalogue = {instance.name: instance for instance in _native.catalogue()}
     for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(.*\)$", text, re.MULTILINE):
         name = host_name(row)
-        if name in catalogue and catalogue[name].kind in HEADERS:
+        if name in catalogue and catalogue[name].kind in KINDS:
             instance = catalogue[name]
-            # Above, dV and dK come from two launches that differ.
-            if instance.kind != "backward_dkdv" or instance.head_dim + instance.value_dim <= 256:
+            # Above, dV and dK come from two launches that differ, but of a team.
+            fits = instance.path == "team" or instance.head_dim + instance.value_dim <= 256
+            if instance.kind != "backward_dkdv" or fits:
                 yield row, instance
 
 
@@ -79,7 +75,9 @@ def host_name(row: str) -> str:
         "FORWARD": "forward_{0}_d{3}_v{4}_{1}_s{5}_r{6}_k{7}",
         "DECODE": "decode_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DKDV": "backward_dkdv_{0}_d{1}_v{2}_s{3}_r{4}_q{5}",
+        "BACKWARD_DKDV_TEAM": "backward_dkdv_{0}_d{1}_v{2}_team_s{3}_r{4}_q{5}",
         "BACKWARD_DQ": "backward_dq_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
+        "BACKWARD_DQ_TEAM": "backward_dq_{0}_d{2}_v{3}_{1}_team_s{4}_r{5}_k{6}",
         "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",
     }
     return forms[macro].format(*words) if macro in forms else ""
@@ -179,7 +177,7 @@ def kernel_of(
 
 def ours() -> Iterator[Kernel]:
     for row, instance in rows_of_instances():
-        source = f'#include "{HEADERS[instance.kind]}"\nnamespace mfa {{\n{row}\n}}\n'
+        source = f'#include "{family_of(instance)}.h"\nnamespace mfa {{\n{row}\n}}\n'
         ir = instructions.emit(source, [ROOT / "metal"], TRUE)
         yield kernel_of(
             instance.name,

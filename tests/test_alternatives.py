@@ -11,7 +11,6 @@ from torch import Tensor
 
 import mfa
 from mfa import _library, _native
-from mfa._checks.tensors import LARGEST_TRAINED_HEAD_DIM
 
 pytestmark = pytest.mark.simulator
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -26,7 +25,7 @@ def alternatives() -> Iterator[_native.Instance]:
         path = f"{row.path}, " if row.kind == "forward" else ""
         macro = {"forward": "FORWARD", "backward_dkdv": "DKDV", "backward_dq": "DQ"}.get(row.kind)
         pattern = rf"TUNE_{macro}\(\w+, {row.dtype}, {own}{row.head_dim}, {row.value_dim}, {path}{tile}\)"
-        if macro and not re.search(pattern, tuned):
+        if macro and row.path != "team" and not re.search(pattern, tuned):  # a bucket of teams has but one
             yield row
 
 
@@ -46,12 +45,10 @@ def test_out_and_gradients_are_right(preferred: _native.Instance, is_causal: boo
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     grad = torch.randn(2, 4, 77, preferred.value_dim, generator=generator).to(dtype)
 
-    trains = max(preferred.head_dim, preferred.value_dim) <= LARGEST_TRAINED_HEAD_DIM
-
     def results(attention: Callable[..., Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
-        leaves = [tensor.to(dtype).requires_grad_(trains) for tensor in inputs]
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
         out = attention(*leaves)
-        return [out, *(torch.autograd.grad(out, leaves, grad.to(out.dtype)) if trains else ())]
+        return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
     with mfa.simulate("apple9", checks=("races", "bounds"), seed=3) as sim:
         found = results(lambda q, k, v: mfa.attention(q, k, v, is_causal=is_causal, enable_gqa=True))

@@ -33,7 +33,10 @@ from mfa import _native as native
 def test_catalogue_rows_are_those_of_the_table() -> None:
     assert len(CATALOGUE) == len(native.catalogue()), "two instances share a name"
     rows = re.findall(r"^([A-Z_]+)\((\w+), ", (METAL / "instances.def").read_text(), re.M)
-    expected = [f"tile_map_of_{of}" if macro == "TILE_MAP" else f"{macro.lower()}_{of}" for macro, of in rows]
+    expected = [
+        f"tile_map_of_{of}" if macro == "TILE_MAP" else f"{macro.removesuffix('_TEAM').lower()}_{of}"
+        for macro, of in rows
+    ]
     assert sorted(prefix(row) for row in CATALOGUE.values()) == sorted(expected)
 
 
@@ -51,7 +54,8 @@ def test_catalogue_rows_are_launchable() -> None:
         assert row.head_dim == 0 or f"_d{row.head_dim}" in name
         assert row.value_dim == 0 or f"_v{row.value_dim}" in name
         tiles = re.search(r"_r(\d+)", name)
-        owners = row.simdgroups // (4 if row.path == "team" else 1)
+        members = 1 if row.path != "team" else row.simdgroups if row.kind.startswith("backward") else 4
+        owners = row.simdgroups // members
         assert tiles is None or row.rows == 8 * int(tiles[1]) * owners
         if row.kind == "forward":
             assert (row.threadgroup_memory == 0) == (row.path == "direct")

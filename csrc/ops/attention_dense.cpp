@@ -50,7 +50,6 @@ std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::
   const Tensor& query = qkv.query;
   const std::int64_t value_dim = qkv.value.size(3);
   Operands operands = operands_of(qkv, terms);
-  if (correction) check_trained_head_dims(qkv);
   const Tensor out = allocate_rows(query, value_dim, query.scalar_type());
   const Tensor lse = allocate(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   operands.write_results(out, lse);

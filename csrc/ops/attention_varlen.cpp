@@ -87,7 +87,6 @@ Operands operands_of(const Qkv& view, const Terms& terms) {
 std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction) {
   const Tensor &query = qkv.query, &value = qkv.value;
   Operands operands = operands_of(view_of(qkv), terms);
-  if (correction) check_trained_head_dims(qkv);
   const Tensor out = packed_rows(query, value.size(2), query.scalar_type());
   const Tensor lse = packed_lse(query);
   operands.write_results(packed_view("out", out), lse);

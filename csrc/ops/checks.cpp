@@ -136,14 +136,6 @@ DType dtype_of(const Tensor& query) {
   }
 }
 
-void check_trained_head_dims(const Qkv& qkv) {
-  for (const auto& [name, tensor] : {std::pair("query", &qkv.query), std::pair("value", &qkv.value)}) {
-    const std::int64_t dim = tensor->size(tensor->dim() - 1);
-    refuse_unless(dim <= kLargestTrainedHeadDim, name, " has head dimension ", dim,
-                  ", and the call requires grad; it must be within 1 ... ", kLargestTrainedHeadDim, " there");
-  }
-}
-
 void check_alike(const Qkv& qkv) {
   check_like_query("query", qkv.query, qkv.query);
   check_like_query("key", qkv.key, qkv.query);

@@ -36,8 +36,6 @@ void check_features(const Qkv& qkv, const Features& features, std::int64_t slope
 void check_dropout(const Dropout& dropout, const torch::stable::Tensor& query);
 void check_bias(const torch::stable::Tensor& bias, const Qkv& qkv);
 void check_results(const Results& results, const Qkv& qkv);
-// That there is a backward pass.
-void check_trained_head_dims(const Qkv& qkv);
 
 DType dtype_of(const torch::stable::Tensor& query);  // throws as well
 

@@ -87,6 +87,31 @@ inline constexpr Instance kInstances[] = {
    staged,                                                                                                          \
    split,                                                                                                           \
    Own::own},
+#define BACKWARD_DKDV_TEAM(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                         \
+  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_team_s" #simdgroups "_r" #row_tiles "_q" #block_queries, \
+   Kind::backward_dkdv,                                                                                              \
+   DType::dtype,                                                                                                     \
+   head_dim,                                                                                                         \
+   value_dim,                                                                                                        \
+   simdgroups,                                                                                                       \
+   8 * row_tiles,                                                                                                    \
+   block_queries,                                                                                                    \
+   backward_dkdv_team_threadgroup_bytes(head_dim, simdgroups, row_tiles, block_queries, element_size(DType::dtype)), \
+   team},
+#define BACKWARD_DQ_TEAM(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                    \
+  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_team_s" #simdgroups "_r" #row_tiles          \
+   "_k" #block_keys,                                                                                            \
+   Kind::backward_dq,                                                                                           \
+   DType::dtype,                                                                                                \
+   head_dim,                                                                                                    \
+   value_dim,                                                                                                   \
+   simdgroups,                                                                                                  \
+   8 * row_tiles,                                                                                               \
+   block_keys,                                                                                                  \
+   backward_dq_team_threadgroup_bytes(head_dim, simdgroups, row_tiles, block_keys, element_size(DType::dtype)), \
+   team,                                                                                                        \
+   split,                                                                                                       \
+   Own::own},
 #define BACKWARD_DQ_FROM_DS(dtype, head_dim, simdgroups, query_tiles, block_keys)                    \
   {"backward_dq_from_ds_" #dtype "_d" #head_dim "_s" #simdgroups "_q" #query_tiles "_k" #block_keys, \
    Kind::backward_dq_from_ds,                                                                        \

@@ -90,7 +90,8 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
       {kHasAlibi, problem.alibi != Alibi::none},
       {kHasDropout, canonical.params.dropout_threshold > 0},
       {kIsVarlen, problem.sequences > 0},
-      {kValueIsKey, problem.value_is_key && instance.path == team},
+      {kValueIsKey, problem.value_is_key && instance.path == team &&
+                        (instance.kind == Kind::forward || instance.kind == Kind::decode)},
       {kHasKeyStarts, problem.has_key_starts()},
       {kHasKeyLengths, problem.has_key_lengths},
   });

@@ -19,8 +19,6 @@ constexpr int element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 using Strides = std::array<std::int64_t, 3>;
 
 inline constexpr int kLargestHeadDim = 512;
-// Of D and Dv, in the backward pass.
-inline constexpr int kLargestTrainedHeadDim = 256;
 // MLA: keys are a latent of 512, which is also the value, and 64 that carry positions.
 inline constexpr int kLatentHeadDim = 576, kLatentValueDim = 512;
 

@@ -12,6 +12,9 @@
 namespace mfa {
 namespace {
 
+// Columns of dQ that one launch of backward_dq_from_ds gives to a threadgroup, above the buckets that it has whole.
+constexpr int kLargestWhole = 256, kLargestPart = 128;
+
 struct Backward {
   const Problem& problem;
   const Gradients& gradients;
@@ -58,14 +61,24 @@ struct Backward {
                {problem.query_heads, problem.sequences, 1});
   }
 
+  // Null where there is none: in float32. Above kLargestWhole, of the largest equal parts of D that there are.
+  const Instance* dq_from_ds() const {
+    const int head_dim = start.bucket.head_dim;
+    for (int part = head_dim <= kLargestWhole ? head_dim : kLargestPart; part > 0; part -= 16)
+      if (const Instance* found = head_dim % part ? nullptr : choose(Kind::backward_dq_from_ds, problem, {part, part}))
+        return found;
+    return nullptr;
+  }
+
   void add_dq_from_ds(std::int64_t first_unit, std::int64_t unit_count) {
-    const Instance& dq = instance(Kind::backward_dq_from_ds);
+    const Instance& dq = *dq_from_ds();
+    const std::int64_t parts = tiles(problem.head_dim, dq.head_dim);
     add_launch(plan, dq,
                constants({{kHasWindow, start.has_window},
                           {kAligned, start.aligned},
-                          {kExactHead, problem.head_dim == dq.head_dim},
+                          {kExactHead, problem.head_dim == start.bucket.head_dim},
                           {kHasMaskBlocks, has_classes}}),
-               {unit_count * start.params.group_size, tiles(problem.query_length, dq.rows), 1}, {first_unit});
+               {unit_count * start.params.group_size, tiles(problem.query_length, dq.rows), parts}, {first_unit});
   }
 
   void add_dbias() {
@@ -84,7 +97,7 @@ struct Backward {
   std::int64_t units_per_chunk() const {
     const BackwardMode mode =
         gradients.mode == BackwardMode::automatic ? default_mode(problem.family, start.bucket) : gradients.mode;
-    if (mode != BackwardMode::five_gemm || !choose(Kind::backward_dq_from_ds, problem, start.bucket)) return 0;
+    if (mode != BackwardMode::five_gemm || !dq_from_ds()) return 0;
     // Without dK, dQ alone is cheaper; and only backward_dq has the sums that ALiBi's gradient needs.
     if (!gradients.query || !gradients.key || gradients.alibi || problem.sequences > 0) return 0;
     const std::int64_t bytes_per_head = score_gradient_bytes();
@@ -97,7 +110,8 @@ struct Backward {
 
   void add_gradients() {
     has_classes = add_mask_blocks(plan, problem, start);
-    const bool separate = start.bucket.head_dim + start.bucket.value_dim > kLargestPair;
+    const bool separate =
+        start.bucket.head_dim + start.bucket.value_dim > kLargestPair && instance(Kind::backward_dkdv).path != team;
     const bool value_first = separate && gradients.key && gradients.value;
     const bool value_with_key = gradients.value && !value_first;
     if (value_first) add_dkdv(false, true, 0, units(), false);
@@ -136,9 +150,6 @@ Plan plan_backward(const Problem& problem, const Gradients& gradients) {
   require(!gradients.sinks || problem.has_sinks, "a gradient of sinks must not be wanted without sinks");
   require(!gradients.alibi || problem.alibi != Alibi::none, "a gradient of slopes must not be wanted without slopes");
   require(gradients.scratch_limit >= 0, "scratch_limit must be 0 or more");
-
-  require(std::max(problem.head_dim, problem.value_dim) <= kLargestTrainedHeadDim,
-          "head_dim and value_dim of a backward pass must be within 1 ... 256");
 
   // backward_dkdv counts rows in 32 bits.
   require(problem.batch * problem.query_heads <=

@@ -90,7 +90,7 @@ def attention(
 
     Args:
         query: [B,Hq,Lq,D] or [Hq,Lq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides. D <= 512, or
-            576 with Dv 512 (MLA); where kernels run with a gradient, D and Dv <= 256.
+            576 with Dv 512 (MLA).
         key: [B,Hkv,Lk,D] or [Hkv,Lk,D], of the same dtype and device.
         value: [B,Hkv,Lk,Dv] or [Hkv,Lk,Dv], of the same dtype and device; Dv <= 512.
         attn_mask: broadcasts to [B,Hq,Lq,Lk] and is never expanded. bool (True = attend), or float32 or the query's

@@ -105,7 +105,7 @@ def attention_varlen(
 
     Args:
         query: [Tq,Hq,D]; float16, bfloat16, float32 or, on the CPU, float64. Any strides. D <= 512, or
-            576 with Dv 512 (MLA); where kernels run with a gradient, D and Dv <= 256.
+            576 with Dv 512 (MLA).
         key: [Tk,Hkv,D], of the same dtype and device; Hq is a multiple of Hkv, query head h uses key head h//(Hq/Hkv).
             With block_table: pages [pages,Hkv,page,D], page a multiple of 8; of the query's dtype, int8 or
             float8_e4m3fn. Any strides.

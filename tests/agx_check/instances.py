@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 CONSTANTS = enumerators("FunctionConstant")
 PLAIN = ("aligned", "exact_head")
 # Pipelines of a kind that a plain problem may launch. backward_dkdv of five GEMMs writes dS too; above D + Dv 256 dK
-# and dV come from launches of their own.
+# and dV come from launches of their own, but of a team.
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "forward": {"": ("writes_lse",)},
     "decode": {"": ("writes_lse",), "split": ("is_split",)},
@@ -34,16 +34,19 @@ APART: dict[str, tuple[str, ...]] = {
 }
 
 
-def family_of(kind: str) -> str:
+def family_of(instance: _native.Instance) -> str:
     """The name of the header in metal/ that has the kernel."""
-    return "tile_map" if kind.startswith("tile_map") else kind
+    if instance.path == "team" and instance.kind.startswith("backward"):
+        return f"{instance.kind}_team"
+    return "tile_map" if instance.kind.startswith("tile_map") else instance.kind
 
 
 def pipelines() -> list[Pipeline]:
     found = []
     for instance in _native.catalogue():
         variants = VARIANTS.get(instance.kind, {"": ()})
-        if instance.kind == "backward_dkdv" and instance.head_dim + instance.value_dim > 256:
+        shared = instance.path == "team"
+        if instance.kind == "backward_dkdv" and not shared and instance.head_dim + instance.value_dim > 256:
             variants = APART
         for variant, names in variants.items():
             name = f"{instance.name}/{variant}" if variant else instance.name
@@ -73,7 +76,7 @@ def _included(path: Path, found: set[Path]) -> set[Path]:
 def sources() -> dict[str, str]:
     """By family, a digest of the Metal code that its instances are compiled from."""
     rows = (METAL / "instances.def").read_text(encoding="utf-8")
-    families = sorted({family_of(instance.kind) for instance in _native.catalogue()})
+    families = sorted({family_of(instance) for instance in _native.catalogue()})
     return {
         family: _digest(
             [_code(path) for path in sorted(_included(METAL / f"{family}.h", set()))]

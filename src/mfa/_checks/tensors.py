@@ -16,7 +16,6 @@ from .._arguments import Backward, Decode, Dense, Paged, Varlen
 from .sizes import equal, holds
 
 LARGEST_HEAD_DIM = 512
-LARGEST_TRAINED_HEAD_DIM = 256  # that kernels have a backward pass for
 LATENT_DIMS = (576, 512)  # D and Dv of MLA, whose values are a part of its keys
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METAL_DTYPES = DTYPES[:3]
@@ -140,17 +139,6 @@ def check_heads_and_dims(query: Tensor, key_name: str, key: Tensor, value_name: 
         if size > LARGEST_HEAD_DIM and sizes != LATENT_DIMS:
             raise NotImplementedError(
                 f"{name} has head dimension {size}; it must be within 1 ... {LARGEST_HEAD_DIM}: use "
-                "torch.nn.functional.scaled_dot_product_attention"
-            )
-
-
-def check_trained_head_dims(arguments: Dense | Varlen) -> None:
-    """Those that kernels have a backward pass for."""
-    for name, size in (("query", arguments.query.shape[-1]), ("value", arguments.value.shape[-1])):
-        if size > LARGEST_TRAINED_HEAD_DIM:
-            raise NotImplementedError(
-                f"{name} has head dimension {size}, and the call requires grad; it must be within 1 ... "
-                f"{LARGEST_TRAINED_HEAD_DIM} there: call under torch.no_grad(), or use "
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 

@@ -53,22 +53,18 @@ def register(
     lib.impl(op, kernel, "Autograd", with_keyset=True)
 
 
-def register_through(
-    name: str, through: str, *, check: Callable[[tuple[Any, ...]], None], lib: torch.library.Library
-) -> None:
+def register_through(name: str, through: str, *, lib: torch.library.Library) -> None:
     """Autograd of an op that another one does as well, with further results that backward needs.
 
     Args:
         name: the op; what it returns are the first two results of `through`.
         through: takes the same arguments, and has autograd.
-        check: refuses arguments that have no backward pass.
     """
     op, other = _overload(name), _overload(through)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         refuse_tangents(name, arguments)
         if wants_graph(arguments):
-            check(arguments)
             return other.redispatch(keyset, *arguments)[:2]
         return redispatch(op, keyset, arguments)
 

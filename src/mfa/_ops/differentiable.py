@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _simulation, _torch
 from .._arguments import Backward, split
-from .._checks.tensors import as_runtime_errors, check_results, check_trained_head_dims
+from .._checks.tensors import as_runtime_errors, check_results
 from .._cpu.layout import empty_correction, empty_gradients
 from . import autograd
 from .autocast import autocast
@@ -48,7 +48,7 @@ class _Rules(Generic[Arguments]):
 
         forward_cpu = functools.partial(self.forward_cpu, self.forward, family.forward)
         _register(self.forward, forward_cpu, self.forward_fake, flops)
-        autograd.register_through(self.forward.name(), self.corrected.name(), check=self.check_trains, lib=LIBRARY)
+        autograd.register_through(self.forward.name(), self.corrected.name(), lib=LIBRARY)
         for device in ("CPU", "MPS"):
             LIBRARY.impl(self.forward.name(), self.forward_autocast, f"Autocast{device}")
         self._register_vmap(self.forward, fields, ("out", "lse"))
@@ -81,11 +81,6 @@ class _Rules(Generic[Arguments]):
         arguments = self.arguments(*args, **keywords)
         self.family.check(arguments, metal=arguments.query.device.type == "mps", drawn=True)
         return self.family.empty_outputs(arguments)
-
-    def check_trains(self, args: tuple[Any, ...]) -> None:
-        arguments = self.arguments._make(args)
-        if _simulation.runs_kernels(arguments.query):
-            check_trained_head_dims(arguments)
 
     def forward_autocast(self, *args: Any) -> Outputs:
         arguments = self.arguments._make(args)
