@@ -106,7 +106,7 @@ def predictions() -> str:
             mlx = report.utilisation(dense, 2, report.steel(table, dense, chip).seconds, chip)
             cells.append(f"{ours[0]:.0%}, {ours[1]:.0%} ({mlx:.0%})")
         lines.append(f"| forward D {dim}: dense, causal (MLX dense) | " + " | ".join(cells) + " |")
-    for dim in (64, 80, 128):
+    for dim in (64, 80, 128, 512):
         problem = report.shape(dim)
         times = [model.seconds(model.backward(table, problem, chip)) for chip in chips]
         cells = [f"{report.utilisation(problem, 5, time, chip):.0%}" for time, chip in zip(times, chips, strict=True)]

@@ -48,7 +48,7 @@ def test_a_makespan_is_at_most_the_longest_job_over_an_even_split(lengths: list[
 @given(names, st.integers(1, 700), st.booleans())
 def test_tiles_count_the_blocks_that_some_row_sees(name: str, length: int, causal: bool) -> None:
     kernel = TABLE[name]
-    own = kernel.rows // kernel.simdgroups
+    own = kernel.rows * kernel.sharers // kernel.simdgroups
 
     def sees(own_rows: range, block: range) -> bool:
         if not causal:
@@ -60,7 +60,7 @@ def test_tiles_count_the_blocks_that_some_row_sees(name: str, length: int, causa
         sees(range(first, min(first + own, length)), block) for first in range(0, length, own) for block in blocks
     )
     counted = sum(steps for steps, _ in model.tiles(kernel, Problem(1, 1, length, kernel.head_dim, causal)))
-    assert counted * kernel.simdgroups == pytest.approx(seen)
+    assert counted * kernel.simdgroups == pytest.approx(seen * kernel.sharers)
 
 
 @given(names, chips, st.integers(1, 2), st.integers(1, 20), st.integers(64, 1024), st.booleans())

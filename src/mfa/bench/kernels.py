@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
     kind: str  # forward | decode | backward_dkdv | backward_dq | backward_dq_from_ds
     dtype: str
     head_dim: int
-    path: str  # staged | direct
+    path: str  # staged | direct | team
     simdgroups: int  # per threadgroup
     rows: int  # that a threadgroup owns
     block: int  # rows of the other side per step
@@ -59,6 +59,13 @@ class Kernel(NamedTuple):
     registers: int = 0  # 32-bit, per lane, before anything is spilled
     stack: int = 0  # loads and stores per SIMD-group and step
     stack_bytes: int = 0  # that those move, per lane
+
+    @property
+    def sharers(self) -> int:
+        """SIMD-groups that have the same rows: a team's, see metal/team.h and metal/backward_team.h."""
+        if self.path != "team":
+            return 1
+        return self.simdgroups if self.kind.startswith("backward") else 4
 
     @property
     def products(self) -> int:

@@ -117,7 +117,7 @@ def combined(pipes: dict[str, float]) -> float:
 
 def tiles(kernel: Kernel, problem: Problem) -> Iterator[tuple[float, int]]:
     """Of each threadgroup of a head: its steps, in steps of all of its SIMD-groups, and how many are masked partly."""
-    own = kernel.rows // kernel.simdgroups
+    own = kernel.rows * kernel.sharers // kernel.simdgroups
     steps = math.ceil(problem.length / kernel.block)
     for first in range(0, problem.length, kernel.rows):
         starts = range(first, min(first + kernel.rows, problem.length), own)
@@ -127,8 +127,8 @@ def tiles(kernel: Kernel, problem: Problem) -> Iterator[tuple[float, int]]:
             seen = [steps - start // kernel.block for start in starts]
         else:
             seen = [math.ceil(min(start + own, problem.length) / kernel.block) for start in starts]
-        masked = math.ceil(own / kernel.block) * len(starts) if problem.causal else 0
-        yield sum(seen) / kernel.simdgroups, masked
+        masked = math.ceil(own / kernel.block) * len(starts) * kernel.sharers if problem.causal else 0
+        yield sum(seen) * kernel.sharers / kernel.simdgroups, masked
 
 
 def makespan(lengths: Iterable[float], machines: int) -> float:
@@ -145,6 +145,8 @@ def predict(
     """One launch over all heads."""
     of_all_heads = sorted(tiles(kernel, problem), reverse=True)
     heads = problem.batch * problem.heads
+    if kernel.kind == "backward_dq_from_ds":
+        heads *= math.ceil(problem.head_dim / kernel.head_dim)  # parts of D
     return predict_tiles(
         kernel, [tile for tile in of_all_heads for _ in range(heads)], chip, compulsory_bytes, mixed_mma
     )
