@@ -14,7 +14,7 @@ namespace {
 #define FEATURES \
   "Tensor? sinks, Tensor? alibi_slopes, float scale, SymInt? window_left, SymInt? window_right, float softcap, "
 #define DROPOUT "float dropout_p, Tensor? rng_state"
-#define DENSE "Tensor? bias, " FEATURES DROPOUT
+#define DENSE "Tensor? bias, " FEATURES DROPOUT ", Tensor? block_mask"
 #define VARLEN                                                                                            \
   "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " FEATURES DROPOUT \
   ", Tensor? seqused_k"

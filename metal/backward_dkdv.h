@@ -140,7 +140,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
 
   const int unit = first_unit + position.x;  // (batch, key head)
   const int key_head = unit % params.key_heads;
-  const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, unit / params.key_heads, position.y, 0);
+  const Tile tile =
+      key_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, unit, position.y, kSimdgroups * kRows);
   const Sequence sequence = tile.sequence;
   const int first_tile_key = tile.index * kSimdgroups * kRows;
   const int first_key = first_tile_key + simdgroup * kRows;
@@ -152,8 +153,6 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
                                                                       Lane(lane_index));
 
   const View view = view_of_keys(params, sequence, first_tile_key, first_tile_key + kSimdgroups * kRows);
-  const int begin = view.first_block(kBlockQueries) * kBlockQueries;
-  const int end = view.end();
   bool is_first = true;
   for (int member = 0; member < params.group_size; ++member) {
     const int head = key_head * params.group_size + member;
@@ -166,8 +165,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
                               first_key / kFragment);
     const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
     thread const MaskBlocks& blocks = rules.blocks;
-    for (int first_query = begin; first_query < end; first_query += kBlockQueries) {
-      if (blocks.classify<kBlockQueries, kSimdgroups * kRows>(first_query, first_tile_key) == kHidden) {
+    for (BlockWalk<kBlockQueries, false> walk(rules.scores.block_mask, view, first_tile_key); !walk.is_done();
+         walk.next()) {
+      const int first_query = walk.first;
+      if (walk.template classify<kBlockQueries, kSimdgroups * kRows>(blocks, first_query, first_tile_key) == kHidden) {
         continue;
       }
       if (!is_first) {
@@ -183,9 +184,9 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
         delta[thread_index] = row_statistics.y;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
+      const MaskClass mask_class = walk.template classify<kBlockQueries, kRows>(blocks, first_query, first_key);
       if (rows.view.sees(first_query, kBlockQueries) && mask_class != kHidden) {
-        rows.add_block(params, rules.in_block(mask_class), Queries(paired_queries, queries),
+        rows.add_block(params, rules.in_block(mask_class, walk), Queries(paired_queries, queries),
                        GradOuts(paired_grad_outs, grad_outs), lse, delta, first_query, blobs);
       }
     }

@@ -81,7 +81,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
 
   const int unit = first_unit + position.x;  // (batch, key head)
   const int key_head = unit % params.key_heads;
-  const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, unit / params.key_heads, position.y, 0);
+  const Tile tile = key_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, unit, position.y, kRows);
   const Sequence sequence = tile.sequence;
   const int first_key = tile.index * kRows;
   const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
@@ -103,8 +103,6 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   clear(key_result);
   clear(value_result);
 
-  const int begin = view.first_block(kBlockQueries);
-  const int end = view.end_block(kBlockQueries);
   bool is_first = true;
   for (int index = 0; index < params.group_size; ++index) {
     const int head = key_head * params.group_size + index;
@@ -115,9 +113,9 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     const ScoreGradient blobs(score_gradient, params, position.x * params.group_size + index, lane_index);
     const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
     thread const MaskBlocks& blocks = rules.blocks;
-    for (int block = begin; block < end; ++block) {
-      const int first_query = block * kBlockQueries;
-      const MaskClass mask_class = blocks.classify<kBlockQueries, kRows>(first_query, first_key);
+    for (BlockWalk<kBlockQueries, false> walk(rules.scores.block_mask, view, first_key); !walk.is_done(); walk.next()) {
+      const int first_query = walk.first;
+      const MaskClass mask_class = walk.template classify<kBlockQueries, kRows>(blocks, first_query, first_key);
       if (mask_class == kHidden) {
         continue;
       }
@@ -136,7 +134,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       exchange.write(scores, kScore);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (exchange.owns_tile()) {
-        owned.make(params, rules.in_block(mask_class), head_statistics, first_query, kBlockQueries, blobs);
+        owned.make(params, rules.in_block(mask_class, walk), head_statistics, first_query, kBlockQueries, blobs);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (wants_grad_key) {

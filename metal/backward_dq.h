@@ -100,7 +100,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   threadgroup T* keys = paired_keys + kBlockKeys * Keys::kPairedStride;
   threadgroup T* values = keys + kBlockKeys * Keys::kPlainStride;
 
-  const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y);
+  const Tile tile = query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
+                               kSimdgroups * kRows);
   const Sequence sequence = tile.sequence;
   const int head = position.x;
   const int key_head = head / params.group_size;
@@ -122,13 +123,12 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   thread const MaskBlocks& blocks = rules.blocks;
 
   const View view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
-  const int begin = view.first_block(kBlockKeys) * kBlockKeys;
-  const int end = view.end();
   const Share<T, kBlockKeys, kHeadDim, Keys::kNeighbours, kThreads> key_share(head_keys, thread_index);
   const Share<T, kBlockKeys, kValueDim, 2, kThreads> value_share(head_values, thread_index);
   bool is_first = true;
-  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
-    if (blocks.classify<kSimdgroups * kRows, kBlockKeys>(first_tile_row, first_key) == kHidden) {
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, first_tile_row); !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
+    if (walk.template classify<kSimdgroups * kRows, kBlockKeys>(blocks, first_tile_row, first_key) == kHidden) {
       continue;
     }
     if (!is_first) {
@@ -138,9 +138,9 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     Keys::stage(paired_keys, true, keys, true, key_share, first_key);
     stage_pairs(values, value_share, first_key);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
+    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
-      rows.add_block(params, rules.in_block(mask_class), Keys(paired_keys, keys), Values{values}, first_key);
+      rows.add_block(params, rules.in_block(mask_class, walk), Keys(paired_keys, keys), Values{values}, first_key);
     }
   }
 

@@ -83,7 +83,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
       memory[backward_dq_team_threadgroup_bytes(kHeadDim, kSimdgroups, kRowTiles, kBlockKeys, sizeof(T)) / 16];
   threadgroup T* staged_rows = (threadgroup T*)memory;
 
-  const Tile tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y);
+  const Tile tile =
+      query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y, kRows);
   const Sequence sequence = tile.sequence;
   const int head = position.x;
   const int key_head = head / params.group_size;
@@ -112,12 +113,10 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   Fragment<float> result[kRowTiles][kSlice / kFragment];
   clear(result);
 
-  const int begin = view.first_block(kBlockKeys);
-  const int end = view.end_block(kBlockKeys);
   bool is_first = true;
-  for (int block = begin; block < end; ++block) {
-    const int first_key = block * kBlockKeys;
-    const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(first_row, first_key);
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, first_row); !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
+    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, first_row, first_key);
     if (mask_class == kHidden) {
       continue;
     }
@@ -136,7 +135,7 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     exchange.write(scores);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (exchange.owns_tile()) {
-      owned.make(params, rules.in_block(mask_class), first_key, kBlockKeys, dp);
+      owned.make(params, rules.in_block(mask_class, walk), first_key, kBlockKeys, dp);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     exchange.take(scores);

@@ -79,8 +79,9 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   threadgroup T* values = kMemory == split ? keys + kBlockKeys * Keys::kStride : keys;
 
   const ForwardTile<T> tile(
-      params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
-      key, value, position.x, kBlockQueries, is_exact_head ? kHeadDim : params.head_dim,
+      params,
+      query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y, kBlockQueries),
+      query, key, value, position.x, kBlockQueries, is_exact_head ? kHeadDim : params.head_dim,
       is_exact_head ? kValueDim : params.value_dim);
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Rows;
   Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRowTiles * kFragment, sinks, alibi_slopes, tile.head,
@@ -92,16 +93,15 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       simdgroup, rows.lane);
 
   const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kBlockQueries);
-  const int begin = view.first_block(kBlockKeys) * kBlockKeys;
-  const int end = view.end();
   const Share<T, kBlockKeys, kHeadDim, 2, kThreads> key_share(tile.keys, thread_index);
   const Share<T, kBlockKeys, kValueDim, 1, kThreads> value_share(tile.values, thread_index);
   bool is_first = true;
-  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
-    if (blocks.classify<kBlockQueries, kBlockKeys>(tile.first_row, first_key) == kHidden) {
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, tile.first_row); !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
+    if (walk.template classify<kBlockQueries, kBlockKeys>(blocks, tile.first_row, first_key) == kHidden) {
       continue;
     }
-    const MaskClass mask_class = blocks.classify<Rows::kRows, kBlockKeys>(rows.first_row, first_key);
+    const MaskClass mask_class = walk.template classify<Rows::kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     const bool sees = rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden;
     if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -114,7 +114,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sees) {
       rows.multiply_keys(queries.operand, Keys{keys});
-      rows.softmax(params, rules.in_block(mask_class), first_key);
+      rows.softmax(params, rules.in_block(mask_class, walk), first_key);
     }
     if (kMemory == shared) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -147,8 +147,9 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   threadgroup float2* scores = (threadgroup float2*)(staged_rows + kBlockKeys * larger(Keys::kStride, Values::kStride));
 
   const ForwardTile<T> tile(
-      params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
-      key, value, position.x, kBlockQueries, is_exact_head ? kHeadDim : params.head_dim,
+      params,
+      query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y, kBlockQueries),
+      query, key, value, position.x, kBlockQueries, is_exact_head ? kHeadDim : params.head_dim,
       is_exact_head ? kValueDim : params.value_dim);
   const short member = simdgroup % kTeam;
   const short own = simdgroup / kTeam;
@@ -160,15 +161,14 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   const Partial partial = {scores + own * kTeam * (Partial::kFloats / 2), lane_index};
 
   const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kBlockQueries);
-  const int begin = view.first_block(kBlockKeys) * kBlockKeys;
-  const int end = view.end();
   bool is_first = true;
-  for (int first_key = begin; first_key < end; first_key += kBlockKeys) {
-    if (blocks.classify<kBlockQueries, kBlockKeys>(tile.first_row, first_key) == kHidden) {
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, tile.first_row); !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
+    if (walk.template classify<kBlockQueries, kBlockKeys>(blocks, tile.first_row, first_key) == kHidden) {
       continue;
     }
     // The same for all members: they have the same rows.
-    const MaskClass mask_class = blocks.classify<Rows::kRows, kBlockKeys>(rows.first_row, first_key);
+    const MaskClass mask_class = walk.template classify<Rows::kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     const bool sees = rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden;
     if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -186,7 +186,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     }
     if (sees) {
       partial.sum(rows.score);
-      rows.softmax(params, rules.in_block(mask_class), first_key);
+      rows.softmax(params, rules.in_block(mask_class, walk), first_key);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sees) {
@@ -200,24 +200,25 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
 template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_direct(FORWARD_ARGUMENTS) {
   constexpr int kRows = kRowTiles * kFragment;
-  const ForwardTile<T> tile(
-      params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
-      key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  const ForwardTile<T> tile(params,
+                            query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position,
+                                       grid.y, kSimdgroups * kRows),
+                            query, key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
   Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
                                                               sinks, alibi_slopes, tile.head, true, lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   thread const MaskBlocks& blocks = rules.blocks;
   const QueryOperand<T, split, kRowTiles, kHeadDim, kSimdgroups> queries(nullptr, tile.queries.from(tile.first_row), 0,
                                                                          simdgroup, rows.lane);
-  const int end = rows.view.end_block(kBlockKeys);
-  for (int block = rows.view.first_block(kBlockKeys); block < end; ++block) {
-    const int first_key = block * kBlockKeys;
-    const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(rows.first_row, first_key);
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row); !walk.is_done();
+       walk.next()) {
+    const int first_key = walk.first;
+    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     if (mask_class == kHidden) {
       continue;
     }
     rows.multiply_keys(queries.operand, DeviceRows<T, kHeadDim, quads>(tile.keys.from(first_key), rows.lane));
-    rows.softmax(params, rules.in_block(mask_class), first_key);
+    rows.softmax(params, rules.in_block(mask_class, walk), first_key);
     rows.add_values(DeviceRows<T, kValueDim, octets>(tile.values.from(first_key), rows.lane));
   }
   rows.store(params, out, lse, correction, tile.head);

@@ -94,6 +94,31 @@ enum FunctionConstant : unsigned {
   kRotaryFloat = 33,        // ... by tables of float32
   kHasKeyStarts = 34,       // the list of key starts is bound: keys are packed too, or there is a leftpad
   kValueIsKey = 35,         // MLA: V is the first columns of K, which are read once
+  kHasBlockMask = 36,       // what is bound as bias is a packed block mask
+};
+
+// A packed block mask, int32: its header, as src/mfa/block_mask.py names it. Sections are given by their first word.
+enum MaskHeader : int {
+  kMaskBatch = 0,
+  kMaskHeads = 1,
+  kMaskQueryLength = 2,
+  kMaskKeyLength = 3,
+  kMaskQueryBlocks = 4,
+  kMaskKeyBlocks = 5,
+  kMaskEntries = 6,
+  kMaskMixedBlocks = 7,
+  kMaskQueryStarts = 8,
+  kMaskKeyStarts = 9,
+  kMaskKeyEntries = 10,
+  kMaskQueryOrder = 11,
+  kMaskKeyOrder = 12,
+  kMaskTable = 13,
+  kMaskBits = 14,
+  kMaskSize = 15,
+};
+enum MaskSizes : int {
+  kMaskBlockRows = 128,   // of queries, and of keys
+  kMaskTableColumns = 8,  // words of an entry
 };
 
 // One attention problem, as a kernel sees it. Lengths and strides are in elements.
@@ -114,6 +139,7 @@ struct AttentionParams {
   int splits, split_keys;                    // decode: parts of the keys, and keys per part
   int split_queries;                         // decode: what parts are made of has at most so many queries per sequence
   int bias_batch, bias_heads, bias_rows, bias_columns;  // the bias's own shape: 1 where it broadcasts
+  int block_mask_words;                                 // of a packed block mask
   MFA_INT64 bias_strides[4];                            // batch, head, query, key; 0 where it broadcasts
   MFA_INT64 query_strides[3];  // batch (0 when packed), head, row; the last dimension is contiguous
   MFA_INT64 key_strides[3];    // batch or page, head, row

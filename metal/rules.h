@@ -26,6 +26,13 @@ struct Rules {
     rules.scores.ignores_bias = mask_class == kOpen;
     return rules;
   }
+
+  template <typename Walk>
+  Rules in_block(MaskClass mask_class, Walk walk) const {
+    Rules rules = in_block(mask_class);
+    rules.scores.mixed = walk.entry.mixed;
+    return rules;
+  }
 };
 
 }  // namespace mfa

@@ -3,7 +3,7 @@
 // this.
 #pragma once
 
-#include "mask_classes.h"
+#include "block_mask.h"
 #include "softmax.h"
 
 namespace mfa {
@@ -14,10 +14,15 @@ struct Scores {
   const device uchar* bias;
   int query_length, key_length;
   int first_biased = 0;       // the key of the bias's first column
-  bool ignores_bias = false;  // in a block that a bool mask leaves open
+  bool ignores_bias = false;  // in a block that a mask leaves open
+  BlockMask block_mask;
+  int mixed = 0;  // the number of the block mask's block
 
   Scores(constant AttentionParams& params, Sequence sequence, const device uchar* bias_, int head)
-      : bias(bias_), query_length(sequence.query_length), key_length(sequence.key_length) {
+      : bias(bias_),
+        query_length(sequence.query_length),
+        key_length(sequence.key_length),
+        block_mask(params, bias_, sequence.index, head) {
     if (bias_is_of_last_keys) {
       first_biased = key_length - params.bias_columns;
     }
@@ -73,6 +78,9 @@ struct Scores {
   }
 
   float with_bias(constant AttentionParams& params, float x, int query, int key) const {
+    if (has_block_mask) {
+      return block_mask.sees(mixed, query, key) ? x : kMasked;
+    }
     if (bias_is_of_last_keys && key < first_biased) {
       return x;
     }

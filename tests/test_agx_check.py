@@ -65,8 +65,8 @@ def test_products_are_those_that_are_counted() -> None:
             assert rows[kernel.name].loop["mma"] == kernel.products, kernel.name
 
 
-# Decode: O and Q take the registers, and Q of eight SIMD-groups would take all threadgroup memory. backward_dkdv, at D 128:
-# dK and dV apart would do without the stack, for a fourth more products; at D 256 they are apart.
+# Decode: O and Q take the registers, and Q of eight SIMD-groups would take all threadgroup memory. backward_dkdv, at
+# D 128: dK and dV apart would do without the stack, for a fourth more products; at D 256 they are apart.
 SPILLING = {
     "decode_f16_d256_v256_staged_s8_r1_k16",
     "decode_bf16_d256_v256_staged_s8_r1_k16",

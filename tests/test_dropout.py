@@ -83,7 +83,7 @@ def call_forward(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, state: Tensor | None = STATE
 ) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = FORWARD(
-        *(query, key, value, None, None, None, query.shape[3] ** -0.5, None, None, 0.0, dropout_p, state)
+        *(query, key, value, None, None, None, query.shape[3] ** -0.5, None, None, 0.0, dropout_p, state, None)
     )
     return result
 
@@ -125,7 +125,7 @@ def test_same_mask_everywhere(place: str, dtype: torch.dtype, lengths: tuple[int
     identity = torch.eye(key_length, dtype=dtype).expand(2, 2, -1, -1)
     rows = torch.eye(query_length, dtype=dtype).expand(2, 4, -1, -1)
     value = torch.ones(2, 2, key_length, query_length, dtype=dtype)
-    terms = (None, None, None, 0.25, None, None, 0.0, 0.4, STATE)
+    terms = (None, None, None, 0.25, None, None, 0.0, 0.4, STATE, None)
     with active(place):
         out, _ = FORWARD(query, key, identity, *terms)
         results = FORWARD(query, key, value, *terms)
@@ -326,7 +326,7 @@ def test_smaller_than_a_draw_is_none(place: str) -> None:
 @pytest.mark.parametrize("place", EACH[:2])
 def test_opcheck(place: str) -> None:
     query, key, value = qkv()
-    terms = (0.25, None, 2, 0.0, 0.3, STATE)
+    terms = (0.25, None, 2, 0.0, 0.3, STATE, None)
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     with active(place):
         if place == "cpu":

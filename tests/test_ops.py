@@ -11,6 +11,7 @@ from conftest import SIMULATOR, Device
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfa
@@ -40,24 +41,30 @@ def forward_arguments(kind: str) -> tuple[Any, ...]:
     if kind == "every feature":
         bias, sinks, slopes = normal(1, 4, 9, 7), normal(4), normal(2, 4).abs()
         softcap = 5.0
-    return (query, key, value, bias, sinks, slopes, 0.25, *window, softcap, 0.0, None)
+    blocks = None
+    if kind == "block mask":
+        key, value = key[:, ::2], value[:, ::2]
+        blocks = mfa.pack_block_mask(create_block_mask(mfa.masks.causal(), None, None, 9, 7, device="cpu")).data
+    return (query, key, value, bias, sinks, slopes, 0.25, *window, softcap, 0.0, None, blocks)
 
 
 def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
-        argument.detach().clone().requires_grad_() if isinstance(argument, Tensor) else argument
+        argument.detach().clone().requires_grad_(argument.is_floating_point())
+        if isinstance(argument, Tensor)
+        else argument
         for argument in arguments
     )
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "B,L,H,D", "grouped, window"])
+@pytest.mark.parametrize("kind", ["contiguous", "B,L,H,D", "grouped, window", "block mask"])
 def test_opcheck_forward(device: Device, kind: str) -> None:
     arguments = tuple(a.to(device.type) if isinstance(a, Tensor) else a for a in forward_arguments(kind))
     with device.active():
         opcheck(FORWARD, arguments)
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "B,L,H,D", "every feature"])
+@pytest.mark.parametrize("kind", ["contiguous", "B,L,H,D", "every feature", "block mask"])
 def test_opcheck_gradients(kind: str) -> None:
     opcheck(FORWARD, requiring_grad(forward_arguments(kind)))
 
@@ -189,7 +196,7 @@ def test_autocast(device: Device) -> None:
             mfa.attention(query, key.bfloat16(), value, is_causal=True),
             torch.ops.mfa.attention(query, key.bfloat16(), value, is_causal=True),
             torch.ops.mfa.attention_forward(
-                query, key.bfloat16(), value, None, None, None, 0.25, None, 2, 0.0, 0.0, None
+                query, key.bfloat16(), value, None, None, None, 0.25, None, 2, 0.0, 0.0, None, None
             )[0],
         ]
     with device.active():
@@ -244,7 +251,7 @@ def test_fake_results_have_the_real_layout(
     for bias, wanted in ((None, [True] * 3 + [False] * 3), (torch.ones(1, 1, 1, lengths[1]), [False, True] * 3)):
         bias = None if bias is None else bias.to(query)
         slopes = None if bias is None else torch.ones(query.shape[1], device=query.device)
-        terms = (bias, slopes, slopes, 0.25, None, None, 0.0, 0.0, None)
+        terms = (bias, slopes, slopes, 0.25, None, None, 0.0, 0.0, None, None)
 
         def both(query: Tensor, key: Tensor, value: Tensor, terms: Any = terms, wanted: Any = wanted) -> list[Tensor]:
             ops = torch.ops.mfa

@@ -223,7 +223,7 @@ def test_memory(family: str, mode: str) -> None:
     query, key, value = (
         torch.empty(1, heads, length, dim, dtype=torch.float16, device="meta").requires_grad_() for _ in range(3)
     )
-    scale, *others = dim**-0.5, None, None, 0.0, 0.0, None
+    scale, *others = dim**-0.5, None, None, 0.0, 0.0, None, None
     op = torch.ops.mfa.attention_forward_with_correction  # what training calls
     out, lse, correction = op(query, key, value, None, None, None, scale, *others)
     assert correction.nbytes == out.nbytes

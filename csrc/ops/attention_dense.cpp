@@ -21,12 +21,14 @@ struct Terms {
   std::optional<Tensor> bias;  // bool, float32 or the query's dtype; each size 1 or that of [B,Hq,Lq,Lk]
   Features features;
   Dropout dropout;
+  std::optional<Tensor> block_mask;  // int32 [words], see src/mfa/block_mask.py
 
   static Terms take(Stack& stack) {
     return {
         .bias = stack.take<std::optional<Tensor>>(),
         .features = stack.take<Features>(),
         .dropout = stack.take<Dropout>(),
+        .block_mask = stack.take<std::optional<Tensor>>(),
     };
   }
 };
@@ -37,11 +39,13 @@ Operands operands_of(const Qkv& qkv, const Terms& terms) {
   check_features(qkv, terms.features, qkv.query.size(0));
   check_dropout(terms.dropout, qkv.query);
   if (terms.bias) check_bias(*terms.bias, qkv);
+  if (terms.block_mask) check_block_mask(*terms.block_mask, qkv, terms.bias.has_value());
   Operands operands(qkv, terms.features);
   operands.read(terms.dropout);
   if (terms.bias) {
     operands.read_bias(*terms.bias);
   }
+  if (terms.block_mask) operands.read_block_mask(*terms.block_mask);
   return operands;
 }
 

@@ -176,6 +176,14 @@ void check_bias(const Tensor& bias, const Qkv& qkv) {
       refuse("bias has shape ", text(shape_of(bias)), "; it must broadcast to [B,Hq,Lq,Lk] = ", text(full));
 }
 
+void check_block_mask(const Tensor& block_mask, const Qkv& qkv, bool has_bias) {
+  refuse_unless(!has_bias, "bias and block_mask are both given; at most one may be");
+  check_device("block_mask", block_mask, qkv.query);
+  check_dtype("block_mask", block_mask, ScalarType::Int);
+  refuse_unless(block_mask.dim() == 1 && block_mask.size(0) > 0, "block_mask has shape ", text(shape_of(block_mask)),
+                "; it must be what pack_block_mask makes");
+}
+
 void check_results(const Results& results, const Qkv& qkv) {
   const Tensor& query = qkv.query;
   const Shape rows = {query.size(0), query.size(1), query.size(2)};

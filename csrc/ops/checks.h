@@ -35,6 +35,7 @@ void check_alike(const Qkv& qkv);
 void check_features(const Qkv& qkv, const Features& features, std::int64_t slopes_batch, const char* letter = "B");
 void check_dropout(const Dropout& dropout, const torch::stable::Tensor& query);
 void check_bias(const torch::stable::Tensor& bias, const Qkv& qkv);
+void check_block_mask(const torch::stable::Tensor& block_mask, const Qkv& qkv, bool has_bias);
 void check_results(const Results& results, const Qkv& qkv);
 
 DType dtype_of(const torch::stable::Tensor& query);  // throws as well

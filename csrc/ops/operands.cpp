@@ -130,6 +130,12 @@ void Operands::read_bias(const Tensor& bias) {
   read(kBias, bias);
 }
 
+void Operands::read_block_mask(const Tensor& block_mask) {
+  problem.bias.kind = BiasKind::blocks;
+  problem.bias.words = block_mask.size(0);
+  read_contiguous(kBias, block_mask);
+}
+
 void Operands::read(const Results& results, Gradients& gradients) {
   const auto& [grad_out, grad_lse, out, lse, correction] = results;
   problem.has_correction = correction.has_value();

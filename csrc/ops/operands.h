@@ -34,6 +34,7 @@ class Operands {
   // Bind several, and set what the problem says of them. `correction` has the strides of out.
   void read(const Dropout& dropout);
   void read_bias(const torch::stable::Tensor& bias);
+  void read_block_mask(const torch::stable::Tensor& block_mask);
   void read(const Results& results, Gradients& gradients);
   void write_results(const torch::stable::Tensor& out, const torch::stable::Tensor& lse);
   void write_correction(const torch::stable::Tensor& correction);

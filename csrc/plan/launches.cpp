@@ -52,6 +52,7 @@ constexpr NamedConstant kConstants[] = {
     {kRotaryFloat, "is_rotary_float"},
     {kHasKeyStarts, "has_key_starts"},
     {kValueIsKey, "value_is_key"},
+    {kHasBlockMask, "has_block_mask"},
 };
 
 constexpr bool in_order_of_index() {
@@ -85,6 +86,7 @@ std::vector<Constant> score_constants(const Problem& problem, const Canonical& c
       {kHasBias, problem.bias.kind != BiasKind::none},
       {kHasMask, problem.bias.kind == BiasKind::mask},
       {kHasFloatBias, problem.bias.kind == BiasKind::float32},
+      {kHasBlockMask, problem.bias.kind == BiasKind::blocks},
       {kBiasIsOfLastKeys, problem.bias.is_of_last_keys},
       {kHasSoftcap, canonical.params.softcap > 0},
       {kHasAlibi, problem.alibi != Alibi::none},
@@ -152,6 +154,8 @@ void add_launch(Plan& plan, const Instance& instance, std::vector<Constant> cons
 }
 
 std::int64_t row_tiles(const Problem& problem, std::int64_t length, int rows) {
+  // Of a block mask, tiles come by blocks, in its order: also those that the last block doesn't fill.
+  if (problem.bias.kind == BiasKind::blocks) return tiles(length, kMaskBlockRows) * (kMaskBlockRows / rows);
   return tiles(length, rows) + problem.sequences;
 }
 

@@ -31,12 +31,14 @@ inline constexpr std::int64_t kLongestProblem = (std::int64_t{1} << 30) - 1024;
 // Of batch * query_heads: a head's index is 32-bit in the kernels.
 inline constexpr std::int64_t kMostHeads = (std::int64_t{1} << 31) - 1;
 
-enum class BiasKind { none, mask, same_dtype, float32 };  // mask: bools, true = attend; same_dtype: as the query
+// mask: bools, true = attend; same_dtype: as the query; blocks: a packed block mask, see metal/block_mask.h
+enum class BiasKind { none, mask, same_dtype, float32, blocks };
 
 struct Bias {
   BiasKind kind = BiasKind::none;
   std::array<std::int64_t, 4> sizes{1, 1, 1, 1};  // batch, query head, query, key: 1 where it broadcasts
   std::array<std::int64_t, 4> strides{};          // in elements; of no matter where the size is 1
+  std::int64_t words = 0;                         // of a packed block mask, int32
   bool is_of_last_keys = false;  // of a cache: sizes[3] is a number of last live keys, and those before have no bias
 };
 

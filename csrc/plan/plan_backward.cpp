@@ -100,6 +100,7 @@ struct Backward {
     if (mode != BackwardMode::five_gemm || !dq_from_ds()) return 0;
     // Without dK, dQ alone is cheaper; and only backward_dq has the sums that ALiBi's gradient needs.
     if (!gradients.query || !gradients.key || gradients.alibi || problem.sequences > 0) return 0;
+    if (problem.bias.kind == BiasKind::blocks) return 0;  // of dS, blocks that no list names would stay unwritten
     const std::int64_t bytes_per_head = score_gradient_bytes();
     if (bytes_per_head == 0 || units() == 0 || start.params.group_size == 0) return 0;
     const std::int64_t most = gradients.scratch_limit / bytes_per_head / start.params.group_size;

@@ -51,6 +51,8 @@ void check_features(const Problem& problem) {
             "the bias's sizes must each be 1 or that of [batch, query_heads, query_length, key_length]");
     require(problem.bias.strides[i] >= 0, "strides must not be negative");
   }
+  const bool has_words = problem.bias.words >= 1 && problem.bias.words <= std::numeric_limits<int>::max();
+  require(problem.bias.kind != BiasKind::blocks || has_words, "a block mask must have 1 to 2^31 - 1 words");
 }
 
 // Relative to the lower-right diagonal, key j of query i lies at j - (i+Lk-Lq), which is within -(Lk-1) ... Lq-1.
@@ -99,6 +101,7 @@ void set_features(AttentionParams& params, const Problem& problem) {
   params.bias_heads = static_cast<int>(bias.sizes[1]);
   params.bias_rows = static_cast<int>(bias.sizes[2]);
   params.bias_columns = static_cast<int>(bias.sizes[3]);
+  params.block_mask_words = static_cast<int>(bias.words);
   for (int i = 0; i < 4; ++i) params.bias_strides[i] = bias.sizes[i] == 1 ? 0 : bias.strides[i];
 }
 

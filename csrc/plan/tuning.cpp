@@ -119,7 +119,7 @@ BackwardMode default_mode(Family family, Bucket bucket) {
 
 bool classifies_mask(const Problem& problem) {
   const Bias& bias = problem.bias;
-  if (bias.kind == BiasKind::none) return false;
+  if (bias.kind == BiasKind::none || bias.kind == BiasKind::blocks) return false;
   const std::int64_t size = bias.kind == BiasKind::mask      ? 1
                             : bias.kind == BiasKind::float32 ? 4
                                                              : element_size(problem.dtype);

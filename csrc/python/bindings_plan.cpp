@@ -41,7 +41,8 @@ constexpr Named<Kind> kKinds[] = {{"forward", Kind::forward},
 constexpr Named<BiasKind> kBiasKinds[] = {{"none", BiasKind::none},
                                           {"mask", BiasKind::mask},
                                           {"same_dtype", BiasKind::same_dtype},
-                                          {"float32", BiasKind::float32}};
+                                          {"float32", BiasKind::float32},
+                                          {"blocks", BiasKind::blocks}};
 constexpr Named<Alibi> kAlibis[] = {
     {"none", Alibi::none}, {"per_head", Alibi::per_head}, {"per_batch", Alibi::per_batch}};
 constexpr Named<Cache::Format> kFormats[] = {{"same_dtype", Cache::Format::same_dtype},
@@ -114,6 +115,7 @@ Problem take_problem(Fields& fields) {
   fields.take_named("bias", kBiasKinds, problem.bias.kind);
   fields.take("bias_sizes", problem.bias.sizes);
   fields.take("bias_strides", problem.bias.strides);
+  fields.take("bias_words", problem.bias.words);
   fields.take("bias_is_of_last_keys", problem.bias.is_of_last_keys);
   return problem;
 }

@@ -24,6 +24,7 @@ class Dense(NamedTuple):
     softcap: float = 0  # 0 is off
     dropout_p: float = 0
     rng_state: Tensor | None = None  # int64 [2], what dropout starts from: given iff dropout_p > 0
+    block_mask: Tensor | None = None  # int32 [words], the data of a PackedBlockMask; given without a bias
 
 
 class Varlen(NamedTuple):

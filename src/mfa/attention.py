@@ -1,7 +1,7 @@
 """What users call: arguments are checked and made canonical here, then the op runs."""
 
 import math
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from ._cpu.forward import attention_forward
 from ._ops import LIBRARY, ops, sharding
 from ._ops.autocast import autocast
 from ._ops.dense import nothing_listens
+from .block_mask import PackedBlockMask, check_fits, packed
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _Bound = int | None
 _NUMBERS = (int, float)
@@ -44,6 +48,7 @@ def attention(
     softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_mask: "BlockMask | PackedBlockMask | None" = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -63,6 +68,7 @@ def attention(
     softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_mask: "BlockMask | PackedBlockMask | None" = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -81,6 +87,7 @@ def attention(
     softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_mask: "BlockMask | PackedBlockMask | None" = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * Q K' + mask) V in memory that grows with the lengths, not with their product.
@@ -108,6 +115,8 @@ def attention(
         alibi_slopes: float32 [Hq] or [B,Hq]: adds -slope*|i+Lk-Lq-j| (Press et al. 2022, as in flash-attention).
         sinks: [Hq], float32 or the query's dtype: one more logit per head that takes probability and has no value
             (gpt-oss).
+        block_mask: of torch's FlexAttention, or one that `pack_block_mask` made of it: what it hides costs nothing, and
+            nothing of the size Lq x Lk is made. Without attn_mask. A BlockMask is packed once, and remembered with it.
         return_lse: also return the log-sum-exp of the scores, in natural logarithms.
 
     Returns:
@@ -122,6 +131,7 @@ def attention(
     plain = (
         not torch.compiler.is_dynamo_compiling()  # sizes may be symbols
         and alibi_slopes is sinks is None
+        and block_mask is None
         and (window is _OPEN or (type(window) is tuple and len(window) == 2 and window[0] is window[1] is None))
         and (dropout_p == softcap == 0 and type(dropout_p) in _NUMBERS and type(softcap) in _NUMBERS)
         and (scale is None or (type(scale) is float and scale == scale))
@@ -140,6 +150,7 @@ def attention(
         dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
         scale = None if scale is None else as_number("scale", scale)
         left, right = as_window(window)
+        mask = None if block_mask is None else packed(block_mask)
         given = Dense(
             query=query,
             key=key,
@@ -152,12 +163,15 @@ def attention(
             window_right=right,
             softcap=softcap,
             dropout_p=dropout_p,
+            block_mask=None if mask is None else mask.data,
         )
         device = query.device.type
         if device in ("cpu", "mps") and torch.is_autocast_enabled(device):
             given = autocast(device, given)
         has_batch = max(query.dim(), key.dim(), value.dim()) == 4
         given = checked(given, enable_gqa)
+        if mask is not None:
+            check_fits(mask.shape, given.query.shape, given.key.shape[2])
         if is_causal:  # aligned to the upper left; windows are relative to the lower right
             diagonal = given.query.shape[2] - given.key.shape[2]
             given = given._replace(window_right=diagonal if right is None else torch.sym_min(right, diagonal))
@@ -180,7 +194,7 @@ def _plain_arguments(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     right = query.shape[2] - key.shape[2] if is_causal else None
-    return query, key, value, attn_mask, None, None, scale, None, right, 0.0, 0.0, None
+    return query, key, value, attn_mask, None, None, scale, None, right, 0.0, 0.0, None, None
 
 
 _attention_or_runtime_error = as_runtime_errors(attention)

@@ -33,7 +33,7 @@ def main(libmfa: Path, kernels: Path) -> None:
         for call in range(CALLS):
             length = 34 - call
             out, _ = torch.ops.mfa.attention_forward(
-                query[:, :, :length], key, value, None, None, None, 0.125, None, None, 0.0, 0.0, None
+                query[:, :, :length], key, value, None, None, None, 0.125, None, None, 0.0, 0.0, None, None
             )
             expected = torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, :length].cpu(), key.cpu(), value.cpu()

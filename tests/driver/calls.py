@@ -18,7 +18,7 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "mfa.attention": lambda: mfa.attention(query, key, value),
         "torch.ops.mfa.attention": lambda: ops.attention(query, key, value),
-        "attention_forward": lambda: ops.attention_forward(query, key, value, *nothing, 0.0, None),
+        "attention_forward": lambda: ops.attention_forward(query, key, value, *nothing, 0.0, None, None),
         "attention_decode": lambda: ops.attention_decode(
             query, *cache, length, None, None, None, None, None, None, None, 0.125, None, None, 0.0, 0
         ),

@@ -105,7 +105,7 @@ def test_no_leaks_after_many_calls(stand_in: Any) -> None:
                 mfa.attention(*tensors)
             before = driver.library.mfa_driver_live_count()
             for _ in range(10_000):
-                torch.ops.mfa.attention_forward(*tensors, None, None, None, 0.125, None, None, 0.0, 0.0, None)
+                torch.ops.mfa.attention_forward(*tensors, None, None, None, 0.125, None, None, 0.0, 0.0, None, None)
         assert driver.library.mfa_driver_live_count() == before
     finally:
         driver.library.mfa_driver_set_execution(0)
@@ -141,7 +141,7 @@ def test_threads_compile_each_pipeline_once(stand_in: Any) -> None:
 def test_exception_reaches_python_and_the_next_call_works() -> None:
     tensors = qkv(16)
     with pytest.raises(RuntimeError, match="head dimension"):
-        torch.ops.mfa.attention_forward(*qkv(16, head_dim=600), None, None, None, 0.1, None, None, 0.0, 0.0, None)
+        torch.ops.mfa.attention_forward(*qkv(16, head_dim=600), None, None, None, 0.1, None, None, 0.0, 0.0, None, None)
     torch.testing.assert_close(mfa.attention(*tensors).cpu(), reference(*tensors))
 
 

@@ -85,6 +85,8 @@ def check_terms(arguments: Dense, *, metal: bool, drawn: bool = False, bias_name
         check_bias(bias_name, bias, query, key)
         if bias.dim() != 4:
             raise ValueError(f"{bias_name} has {bias.dim()} dimensions; it must have 4")
+    if arguments.block_mask is not None:
+        check_block_mask(arguments.block_mask, query, bias, bias_name)
     check_features(arguments, ("B", query.shape[0]), metal=metal)
     check_dropout(arguments, drawn=drawn)
 
@@ -102,6 +104,20 @@ def check_bias(name: str, bias: Tensor, query: Tensor, key: Tensor) -> None:
     sizes = zip(reversed(bias.shape), reversed(full), strict=False)
     if bias.dim() > 4 or not all(is_known(size == 1) or holds(size == whole) for size, whole in sizes):
         raise ValueError(f"{name} has shape {shape_of(bias)}; it must broadcast to [B,Hq,Lq,Lk] = {list(full)}")
+
+
+def check_block_mask(data: Tensor, query: Tensor, bias: Tensor | None, bias_name: str) -> None:
+    """The data of a PackedBlockMask, as far as shapes tell."""
+    if bias is not None:
+        raise ValueError(f"{bias_name} and block_mask are both given; at most one may be")
+    check_is_tensor("block_mask", data)
+    check_layout("block_mask", data)
+    if data.device != query.device:
+        raise ValueError(f"block_mask is on {data.device}; it must be on the device of query, {query.device}")
+    if data.dtype != torch.int32:
+        raise TypeError(f"block_mask has dtype {dtype_name(data.dtype)}; it must be int32")
+    if data.dim() != 1 or not is_known(data.stride(0) == 1):
+        raise ValueError(f"block_mask has shape {shape_of(data)}; it must be what pack_block_mask makes")
 
 
 def checked(arguments: Dense, enable_gqa: bool) -> Dense:

@@ -7,16 +7,17 @@
 A block is ATen's own fused kernel, or, for what that lacks, matrix operations. Half types are computed in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._arguments import DENSE_GRADIENTS, Backward, Dense, Varlen
-from .blocks import HIDDEN, Band, Cut, Terms, Window, part
+from .blocks import HIDDEN, Band, Block, Cut, Terms, Window, part
 from .dropout import COPIES, Dropout
 from .forward import exactly_scaled, is_copied, operand, overflows, raw_scores, slopes_of
 from .layout import heads_are_batches
+from .listed import ListedMask
 
 # Scores of a group of heads, at most, that are computed at once: about where the calls cost as much as the arithmetic.
 SHORT = 1 << 17
@@ -57,6 +58,7 @@ def attention_backward(arguments: Dense, given: Backward, *, first_batch: int = 
     # whose scale doesn't make up for it; and by sinks, whose gradient is float32.
     few_keys, few_dims = window.block_keys(1) <= 1, 4 * query.shape[3] < value.shape[3]
     feels_delta = few_keys or few_dims or ("sinks" in inputs and query.dtype == torch.bfloat16)
+    feels_delta = feels_delta or arguments.block_mask is not None  # which may leave a row one key
     fused = exact and masked_only and not feels_delta and grad_out.numel() > 0 and not overflows(query, key)
     if fused and "sinks" not in inputs:
         found = _fused_at_once(arguments, given, terms)
@@ -184,52 +186,60 @@ def _add_composed(
     scale, softcap, grad_lse = arguments.scale, arguments.softcap, given.grad_lse
     dtype, query_heads, key_heads = terms.dtype, query.shape[1], key.shape[1]
     group = query_heads // key_heads
-    copies = group if group * query.shape[2] * key.shape[2] <= SHORT else 1
+    listed = None if arguments.block_mask is None else ListedMask(arguments.block_mask, terms.window)
+    copies = group if group * query.shape[2] * key.shape[2] <= SHORT and (listed is None or listed.heads == 1) else 1
     numbers = 2 * copies * (query.shape[3] + value.shape[3]) * (query.shape[2] + key.shape[2])
     score_copies = 4 if dropout is None else 5 + COPIES
     cut = Cut.of(terms, len(query), key_heads, copies, numbers * dtype.itemsize, score_copies)
     if "sinks" in grads and grad_lse is not None:  # the lse of a row that sees no key is the sink
-        grads["sinks"] += grad_lse.sum((0, 2)) - grad_lse[:, :, terms.window.rows()].sum((0, 2))
+        grads["sinks"] += grad_lse.sum((0, 2))
+    if listed is not None:
+        cut = listed.cut(cut)
     for batches, heads, _ in cut.chunks():
         k, v = (operand[batches, heads].to(dtype).repeat_interleave(copies, 1) for operand in (key, value))
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for member in range(group // copies):
             q_heads = slice(heads.start * group + member, heads.stop * group, group // copies)
             q, d_out = query[batches, q_heads].to(dtype), given.grad_out[batches, q_heads].to(dtype)
-            for rows, keys in cut.blocks():
-                raw = raw_scores(q[:, :, rows], k[:, :, keys], scale, softcap)
-                mask = terms.mask(batches, q_heads, rows, keys)
+            blocks: Iterable[Block] = cut.bands(1) if listed is None else listed.blocks(batches, q_heads)
+            for block in blocks:
+                block_q, block_k, block_v = block.of_rows(q), block.of_keys(k), block.of_keys(v)
+                block_d_out = block.of_rows(d_out)
+                raw = raw_scores(block_q, block_k, scale, softcap)
+                mask = terms.of_block(batches, q_heads, block)
                 scores = raw if mask is None else raw + mask
                 probability, share = _softmax(scores, None if sinks is None else sinks[q_heads, None, None].to(dtype))
-                factors = None if dropout is None else dropout.factors(batches, q_heads, rows, keys)
+                factors = None if dropout is None else dropout.of_block(batches, q_heads, block.rows, block.spans)
                 kept = probability if factors is None else probability * factors
-                dv[:, :, keys] += kept.transpose(-1, -2) @ d_out[:, :, rows]
-                d_scores = d_out[:, :, rows] @ v[:, :, keys].transpose(-1, -2)
+                block.add_to_keys(dv, kept.transpose(-1, -2) @ block_d_out)
+                d_scores = block_d_out @ block_v.transpose(-1, -2)
                 if factors is not None:
                     d_scores *= factors
                 delta = (probability * d_scores).sum(-1, keepdim=True)
                 d_scores -= delta  # before anything else, so that it is 0 where a row sees one key
                 if grad_lse is not None:
-                    d_lse = grad_lse[batches, q_heads, rows, None]
+                    d_lse = block.of_rows(grad_lse[batches, q_heads]).unsqueeze(-1)
                     d_scores += d_lse
                     delta -= d_lse
+                    if "sinks" in grads:
+                        grads["sinks"][q_heads] -= d_lse.sum((0, 2, 3))
                 d_scores *= probability
                 if "sinks" in grads:
                     grads["sinks"][q_heads] -= (share * delta).sum((0, 2, 3))
                 if "bias" in grads:
-                    target = part(grads["bias"], batches, q_heads, rows, keys)
+                    target = part(grads["bias"], batches, q_heads, block.rows, *block.spans)
                     target += d_scores.sum_to_size(target.shape)
                 if "alibi_slopes" in grads:
                     slopes = grads["alibi_slopes"].view(-1, query_heads)
                     target = part(slopes, batches)[:, q_heads]
-                    distances = terms.distances(rows, keys).abs_()
+                    distances = torch.cat([terms.distances(block.rows, span) for span in block.spans], 1).abs_()
                     target -= (d_scores * distances).sum((-1, -2)).sum_to_size(target.shape)
                 if softcap > 0:
                     d_scores *= 1 - (raw / softcap).square_()
                 d_scores *= scale
-                dk[:, :, keys] += d_scores.transpose(-1, -2) @ q[:, :, rows]
+                block.add_to_keys(dk, d_scores.transpose(-1, -2) @ block_q)
                 if "query" in grads:
-                    grads["query"][batches, q_heads, rows] = d_scores @ k[:, :, keys]
+                    block.of_rows(grads["query"][batches, q_heads]).copy_(d_scores @ block_k)
         if "key" in grads:
             grads["key"][batches, heads] = dk.unflatten(1, (-1, copies)).sum(2)
         if "value" in grads:

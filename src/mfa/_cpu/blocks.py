@@ -6,6 +6,7 @@ Ranges are half-open. Scratch memory is bounded by a budget, not by the lengths,
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +66,24 @@ class Window:
     def is_causal(self, first_row: int) -> bool:
         """Whether `first_row` sees key 0 only, and each further row one key more."""
         return first_row + self.shift + self.right == 0 and self.left >= self.key_length - 1
+
+
+class Block(Protocol):
+    """Rows, and the keys that they see."""
+
+    @property
+    def rows(self) -> slice: ...
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """Of keys."""
+
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """Those rows of a tensor [B,H,L,...] of queries."""
+
+    def of_keys(self, tensor: Tensor) -> Tensor: ...
+    def add_to_keys(self, target: Tensor, summand: Tensor) -> None: ...
+    def added(self, masks: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+        """What is added to the block's scores, of what is added to each span's."""
 
 
 @dataclass
@@ -133,6 +152,11 @@ class Terms:
         causal = scale > 0 and self.window.is_causal(visible.start)
         return causal or not self.window.hides(visible, self.window.keys(visible)), causal
 
+    def of_block(self, batches: slice, heads: slice, block: "Block") -> Tensor | None:
+        """`mask` of a block, with what its own mask hides."""
+        masks = [self.mask(batches, heads, block.rows, span) for span in block.spans]
+        return block.added(masks, self.dtype)
+
     def mask_copies(self) -> tuple[int, int]:
         """How many rows of mask a block holds per query row: for each head of a batch, and for each batch."""
         batches, heads = (0, 0) if self.bias is None else self.bias.shape[:2]
@@ -155,6 +179,13 @@ class Band:
     rows: slice  # of the first block
     keys: slice  # that it sees
     count: int = 1
+
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        return (self.keys,)
+
+    def added(self, masks: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+        return masks[0]
 
     @property
     def step(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _log
+from .. import _log, block_mask
 from .._arguments import DENSE_GRADIENTS, Dense
 from .blocks import HIDDEN
 from .dropout import all_factors
@@ -47,6 +47,8 @@ def attention(arguments: Dense, factors: Tensor | None) -> tuple[Tensor, Tensor]
         seen = seen & (offset >= -left)
     if right is not None:
         seen = seen & (offset <= right)
+    if arguments.block_mask is not None:
+        seen = seen & block_mask.dense(arguments.block_mask)
     if bias is not None and bias.dtype == torch.bool:
         seen = seen & bias
     elif bias is not None:

@@ -88,6 +88,10 @@ class Dropout:
         head = torch.arange(heads.start, heads.stop, heads.step or 1)
         return keep_factors(self.rng_state, batch * self.query_heads + head, rows, keys, self.dropout_p, self.dtype)
 
+    def of_block(self, batches: slice, heads: slice, rows: slice, spans: tuple[slice, ...]) -> Tensor:
+        """`factors` of keys that lie in several ranges, one behind the other."""
+        return torch.cat([self.factors(batches, heads, rows, keys) for keys in spans], -1)
+
 
 def all_factors(arguments: Dense, first_batch: int = 0) -> Tensor | None:
     """What dropout multiplies all probabilities of a call by, on its device; None if nothing is dropped.

@@ -12,15 +12,17 @@ of ATen's kernel does it all (`_attend_plainly`) and only `out` is wanted.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .. import _log
 from .._arguments import Dense
-from .blocks import HIDDEN, Band, Cut, Terms, Window
+from .blocks import HIDDEN, Band, Block, Cut, Terms, Window
 from .dropout import COPIES, Dropout
 from .layout import empty_correction, empty_outputs, heads_are_batches, is_transposed, laid_out, lost_to_rounding
+from .listed import ListedMask
 
 # From so many numbers on, ATen's kernel for half types, which rounds P, is within the numerics rule: at most 0.8 of it.
 # The largest error of few numbers may be small by chance in the SDPA that the rule compares with.
@@ -57,8 +59,9 @@ def attention_forward(
     """
     query, key, value = arguments.query, arguments.key, arguments.value
     sinks, scale, softcap = arguments.sinks, arguments.scale, arguments.softcap
+    listed_only = arguments.block_mask is not None
     is_plain = arguments.bias is sinks is arguments.alibi_slopes is arguments.rng_state is None and softcap == 0
-    if is_plain and (correction is None or correction.numel() == 0):
+    if is_plain and not listed_only and (correction is None or correction.numel() == 0):
         found = _attend_plainly(arguments, exact_lse, trains)
         if found is not None:
             return found
@@ -73,13 +76,14 @@ def attention_forward(
     dropout = Dropout.of(arguments, first_batch)
     fused = softcap == 0 and dropout is None
     terms = Terms(window, arguments.bias, slopes_of(arguments.alibi_slopes, query_heads, dtype), dtype)
-    whole, causal = terms.as_one_block(scale) if fused else (False, False)
+    whole, causal = terms.as_one_block(scale) if fused and not listed_only else (False, False)
     width, value_width = (max(dim, value_dim),) * 2 if fused else (dim, value_dim)
     operands = ((query, width), (key, width), (value, value_width))
     copied = any(is_copied(tensor, dtype, columns) for tensor, columns in operands)
     out, lse = empty_outputs(query, value_dim)
-    if visible.stop - visible.start < query_length:  # the other rows see nothing
-        for rows in (slice(0, visible.start), slice(visible.stop, None)):
+    if listed_only or visible.stop - visible.start < query_length:  # the other rows see nothing
+        unseen = [slice(None)] if listed_only else [slice(0, visible.start), slice(visible.stop, None)]
+        for rows in unseen:
             out[:, :, rows] = 0
             lse[:, :, rows] = HIDDEN if sinks is None else sinks[:, None].to(lse.dtype)
     if lse.numel() == 0 or visible.start == visible.stop:
@@ -87,7 +91,7 @@ def attention_forward(
 
     # Copies are made of a chunk's tensors, or, where a block sees but a small part of them, of that part.
     group, block_rows = query_heads // key_heads, window.block_rows()
-    banded = fused and not whole and terms.bias is None
+    banded = fused and not whole and terms.bias is None and not listed_only
     local = copied and not whole and not banded and 2 * window.block_keys(block_rows) <= key.shape[2]
     lengths = (block_rows, window.block_keys(block_rows)) if local else (query_length, key.shape[2])
     operand_bytes = (width + value_width) * (group * lengths[0] + lengths[1]) * dtype.itemsize if copied else 0
@@ -96,18 +100,22 @@ def attention_forward(
     if banded:
         cut, alike = cut.banded(2 * group * block_rows * width * dtype.itemsize)
 
-    for batches, heads, q_heads in cut.chunks():
+    chunks: Iterable[tuple[slice, slice, slice, Iterable[Block]]]
+    if arguments.block_mask is not None:
+        chunks = ListedMask(arguments.block_mask, window).chunks(cut)
+    else:
+        chunks = ((*chunk, [Band(visible, keys)] if whole else cut.bands(alike)) for chunk in cut.chunks())
+    for batches, heads, q_heads, blocks in chunks:
         chunk = query[batches, q_heads], key[batches, heads], value[batches, heads]
         targets = out[batches, q_heads], lse[batches, q_heads]
         if not local:
             chunk = _operands(*chunk, dtype, width, value_width)
-        for band in [Band(visible, keys)] if whole else cut.bands(alike):
-            mask = None if whole else terms.mask(batches, q_heads, band.rows, band.keys)
-            block = band.of_rows(chunk[0]), band.of_keys(chunk[1]), band.of_keys(chunk[2])
+        for block in blocks:
+            mask = None if whole else terms.of_block(batches, q_heads, block)
+            q, k, v = block.of_rows(chunk[0]), block.of_keys(chunk[1]), block.of_keys(chunk[2])
             if local:
-                block = _operands(*block, dtype, width, value_width)
-            factors = None if dropout is None else dropout.factors(batches, q_heads, band.rows, band.keys)
-            q, k, v = block
+                q, k, v = _operands(q, k, v, dtype, width, value_width)
+            factors = None if dropout is None else dropout.of_block(batches, q_heads, block.rows, block.spans)
             q, _, block_scale = exactly_scaled(q, scale) if fused and trains else (q, 1.0, scale)
             if fused and mask is None:
                 block_out, block_lse = _attend_as_laid_out(q, k, v, block_scale, causal)
@@ -116,10 +124,10 @@ def attention_forward(
             if sinks is not None:
                 block_out, block_lse = _with_sinks(block_out, block_lse, sinks[q_heads, None])
             block_out = block_out[..., :value_dim]
-            rounded = band.of_rows(targets[0]).copy_(block_out)
+            rounded = block.of_rows(targets[0]).copy_(block_out)
             if correction is not None and correction.numel():
-                band.of_rows(correction[batches, q_heads]).copy_(lost_to_rounding(block_out, rounded))
-            band.of_rows(targets[1]).copy_(block_lse)
+                block.of_rows(correction[batches, q_heads]).copy_(lost_to_rounding(block_out, rounded))
+            block.of_rows(targets[1]).copy_(block_lse)
     return out, lse
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _simulation, _torch
+from .. import _simulation, _torch, block_mask
 from .._arguments import DENSE_GRADIENTS, Backward, Dense
 from .._checks.dense import check_forward
 from .._cpu.backward import attention_backward
@@ -38,10 +38,10 @@ def _backward(arguments: Dense, given: Backward) -> dict[str, Tensor]:
 
 
 def _folds(dims: Mapped, given: Given) -> bool:
-    # Sinks, and gradients that are sums over the batch, are not per batch; dropout counts batches.
+    # Sinks, and gradients that are sums over the batch, are not per batch; dropout and block masks count batches.
     wanted = dict(zip(DENSE_GRADIENTS, given.get("output_mask", ()), strict=False))
     sums = any(asked for name, asked in wanted.items() if name not in _ROWS)
-    return dims["sinks"] is None and not sums and given["dropout_p"] == 0
+    return dims["sinks"] is given["block_mask"] is None and not sums and given["dropout_p"] == 0
 
 
 def _fold(size: int, dims: Mapped, given: Given) -> list[Any]:
@@ -73,13 +73,18 @@ def _pairs(arguments: Dense) -> int:
     return batch * heads * length * arguments.key.shape[2]
 
 
+def _check_contents(arguments: Dense) -> None:
+    if arguments.block_mask is not None:
+        block_mask.check(arguments.block_mask, arguments.query.shape, arguments.key.shape[2])
+
+
 register(
     Family(
         name="attention",
         arguments=Dense,
         gradients=DENSE_GRADIENTS,
         check=check_forward,
-        check_contents=None,
+        check_contents=_check_contents,
         shapes=_shapes,
         empty_outputs=_empty_outputs,
         forward=attention_forward,

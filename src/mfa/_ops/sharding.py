@@ -115,8 +115,8 @@ def _of_bias(bias: Any, dimension: int) -> int | None:
 
 
 def _dense(arguments: Dense) -> list[_Places]:
-    # Dropout is keyed on absolute batches and heads.
-    if arguments.dropout_p != 0:
+    # Dropout is keyed on absolute batches and heads, and so may a block mask be.
+    if arguments.dropout_p != 0 or arguments.block_mask is not None:
         return []
     query, key, bias, slopes = arguments.query, arguments.key, arguments.bias, arguments.alibi_slopes
     by_batch = {"query": 0, "key": 0, "value": 0, "bias": _of_bias(bias, 0), "alibi_slopes": _first(slopes)}
