@@ -30,7 +30,7 @@ INCLUDES = {
 SYSTEM = {"sys", "mach-o"}
 
 # The same of src/mfa: a room, or a module -> the rooms, modules, and names in modules that it may import.
-LEAVES = {"_arguments.py", "_torch.py", "_log.py"}
+LEAVES = {"_arguments.py", "_torch.py", "_log.py", "block_mask.py"}
 BELOW = {"_checks", "_cpu", "_ops", "_simulation.py", *LEAVES}
 FUNCTIONS = {  # what users call, for the drop-ins
     "attention.py/attention",
@@ -45,13 +45,15 @@ IMPORTS = {
     "_arguments.py": set(),
     "_torch.py": set(),
     "_log.py": set(),
+    "block_mask.py": set(),
+    "masks.py": set(),
     "_library.py": {"_native"},
     "_metal.py": {"_library.py", "_log.py", "_native"},
     # The one door: what the simulator enters itself in. None but applications import the simulator.
     "_simulation.py": {"_library.py", "_native"},
     "simulator.py": {"_simulation.py", "_library.py", "_torch.py", "_native"},
     "_checks": {"_checks", "_arguments.py", "_simulation.py", "_torch.py"},
-    "_cpu": {"_cpu", "_checks", "_arguments.py", "_log.py", "quantize.py/quantize_kv"},
+    "_cpu": {"_cpu", "_checks", "_arguments.py", "_log.py", "block_mask.py", "quantize.py/quantize_kv"},
     "_ops": {*BELOW, "_library.py"},
     "_parallel": {*BELOW, "_parallel", "merge.py/merge_attention"},
     # The functions that users call, each by itself.
@@ -60,6 +62,7 @@ IMPORTS = {
     "kv_cache.py": BELOW,
     "checkpointing.py": {"_ops/__init__.py/ops"},
     "context_parallel.py": {*BELOW, "_parallel"},
+    "flex.py": {"attention.py/attention", "block_mask.py", "_log.py"},
     "merge.py": {"_checks"},
     "quantize.py": {"_checks"},
     "device.py": {"_metal.py"},

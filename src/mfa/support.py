@@ -29,6 +29,7 @@ FEATURES = (
     Feature("Dv other than D", cpu=True, kernels=True),
     Feature("`return_lse`", cpu=True, kernels=True),
     Feature("`attn_mask`", cpu=True, kernels=True),
+    Feature("`block_mask`, with gradients", cpu=True, kernels=True),
     Feature("`softcap`", cpu=True, kernels=True),
     Feature("`alibi_slopes`", cpu=True, kernels=True),
     Feature("`sinks`", cpu=True, kernels=True),
