@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,20 @@ def prefill_header() -> Path:
     if not path.exists():
         pytest.skip(f"torch {torch.__version__} has no {path.name}, which came with 2.13")
     return path
+
+
+def fetch(project: str, version: str, *options: str) -> Path:
+    """A wheel for macOS, from the index into a cache. Skips the test if the index can't be reached."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mfa"
+    pattern = f"{project.replace('-', '_')}-{version}-*.whl"
+    if not any(cache.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", f"{project}=={version}", "--no-deps", "--only-binary=:all:"]
+        command += ["--platform", "macosx_14_0_arm64", *options, "--dest", str(cache), "--quiet"]
+        environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}  # what this machine installs is another matter
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode != 0:
+            pytest.skip(f"{project}=={version} can't be fetched: {done.stderr.strip().splitlines()[-1:]}")
+    return next(cache.glob(pattern))
 
 
 def encode(x: np.ndarray, dtype: str) -> np.ndarray:

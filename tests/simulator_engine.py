@@ -78,6 +78,7 @@ class Counters(ctypes.Structure):
             "threadgroup_reads",
             "threadgroup_writes",
             "conversions",
+            "unit_mma",
         ]
     ]
 

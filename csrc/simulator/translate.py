@@ -59,6 +59,11 @@ STANDARD_HEADERS = [
     "metal_utility",
     "metal_visible_function_table",
 ]
+METAL4_HEADERS = [
+    "metal_cooperative_tensor",
+    "metal_tensor",
+    "MetalPerformancePrimitives/MetalPerformancePrimitives.h",
+]
 PREDEFINED = ["__METAL__=1", "__METAL_VERSION__=310", "__HAVE_BFLOAT__=1", "__METAL_MACOS__=1", "__MFA_SIMULATOR__=1"]
 
 LANGUAGE = [
@@ -87,6 +92,9 @@ LANGUAGE = [
     "-fno-lax-vector-conversions",
     "-fno-sanitize=undefined",
 ]
+# What Metal 4 changes of the above. C++20 for classes as template arguments, an extension of Apple's compiler.
+METAL4 = {"-std=c++17": "-std=c++20", "-D__METAL_VERSION__=310": "-D__METAL_VERSION__=400"}
+STANDARDS = ("metal3.1", "metal4.0")
 # filter_diagnostics() reads what these say.
 WARNINGS = ["-Wimplicit-float-conversion", "-Wdouble-promotion", "-Wno-implicit-int-float-conversion"]
 STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-error=implicit-float-conversion", "-Wno-error=double-promotion"]
@@ -162,14 +170,26 @@ def filter_diagnostics(text: str) -> str:
     return "\n".join(kept)
 
 
-def preprocess(source: Path, directory: str, flags: list[str], depfile: Path | None, target: Path) -> str:
+def of_standard(flags: Sequence[str], standard: str) -> list[str]:
+    return [METAL4.get(flag, flag) for flag in flags] if standard == "metal4.0" else [*flags]
+
+
+def preprocess(
+    source: Path,
+    directory: str,
+    flags: list[str],
+    depfile: Path | None,
+    target: Path,
+    standard: str = "metal3.1",
+) -> str:
     headers = Path(directory) / "metal"
-    headers.mkdir(exist_ok=True)
-    for name in STANDARD_HEADERS:
+    for name in [*STANDARD_HEADERS, *(METAL4_HEADERS if standard == "metal4.0" else [])]:
+        (headers / name).parent.mkdir(parents=True, exist_ok=True)
         (headers / name).touch()
     output = Path(directory) / "preprocessed"
     dependencies = ["-MMD", "-MT", str(target), "-MF", str(depfile)] if depfile else []
-    run([*compiler(), *LANGUAGE, *flags, "-E", *dependencies, "-isystem", str(headers), str(source), "-o", str(output)])
+    flags = of_standard([*LANGUAGE, *flags], standard)
+    run([*compiler(), *flags, "-E", *dependencies, "-isystem", str(headers), str(source), "-o", str(output)])
     if depfile:
         own = sorted([*MSL.rglob("*.h"), *Path(__file__).parent.glob("*.py"), MSL.parent / "engine.h"])
         names = depfile.read_text().rstrip() + "".join(f" \\\n  {path}" for path in own)
@@ -186,15 +206,17 @@ def compile_file(
     defines: Sequence[str] = (),
     flat: bool = False,
     strict: bool = False,
+    standard: str = "metal3.1",
+    unit_layout: int = 10,
     depfile: str | Path | None = None,
 ) -> str:
     """One .metal -> one object, or a check of the source alone when `output` is None. Returns the warnings; `strict`
-    makes errors of them."""
+    makes errors of them. `unit_layout`: the Apple GPU family, 9 or 10, whose layout cooperative tensors have."""
     flags = [f"-D{name}" for name in [*PREDEFINED, *defines]] + [f"-I{path}" for path in include_dirs]
     machine = MACHINES.get(platform.machine(), "-O2")
     with tempfile.TemporaryDirectory() as directory:
         target = Path(output or "none")
-        text = preprocess(Path(source), directory, flags, Path(depfile) if depfile else None, target)
+        text = preprocess(Path(source), directory, flags, Path(depfile) if depfile else None, target, standard)
         try:
             translated = rewrite(text)
         except TranslationError as error:
@@ -203,8 +225,10 @@ def compile_file(
         file.write_text(translated)
         shim = ["-isystem", str(MSL / "freestanding"), "-include", str(MSL / "shim.h")]
         shim += ["-DMFA_SIM_FLAT"] if flat else []
+        shim += [f"-DMFA_SIM_UNIT_LAYOUT={unit_layout}"] if standard == "metal4.0" else []
         result = ["-fsyntax-only"] if output is None else ["-c", "-o", str(output)]
-        flags = [*LANGUAGE, *WARNINGS, *(STRICT if strict else []), machine, *MODES[mode].split(), *shim]
+        language = of_standard(LANGUAGE, standard)
+        flags = [*language, *WARNINGS, *(STRICT if strict else []), machine, *MODES[mode].split(), *shim]
         warnings = run([*compiler(), *flags, str(file), *result])
     if output is not None:
         check_symbols(Path(output))
@@ -264,11 +288,14 @@ def build_library(
     defines: Sequence[str] = (),
     engine_library: str | Path,
     flat: bool = False,
+    standard: str = "metal3.1",
+    unit_layout: int = 10,
     jobs: int | None = None,
 ) -> Path:
     """Compiles in parallel and links. `output` is the shared library; objects are temporary."""
     output = Path(output)
     options = {"mode": mode, "include_dirs": include_dirs, "defines": defines, "flat": flat}
+    options |= {"standard": standard, "unit_layout": unit_layout}
     with tempfile.TemporaryDirectory() as directory:
         objects = [Path(directory) / f"{i}.o" for i in range(len(sources))]
         with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
@@ -286,6 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--flat", action="store_true", help="no address spaces (third-party code only)")
     parser.add_argument("--strict", action="store_true", help="every warning is an error")
+    parser.add_argument("--standard", choices=STANDARDS, default=STANDARDS[0])
+    parser.add_argument("--unit-layout", type=int, choices=(9, 10), default=10)
     parser.add_argument("--depfile")
     options = parser.parse_args(arguments)
     try:

@@ -30,6 +30,7 @@ class Counters:
     """What a launch did, each counted once per SIMD-group, except `exp` and the bytes and accesses: those per lane."""
 
     mma: int = 0  # 8x8x8 multiply-accumulates
+    unit_mma: int = 0  # 16x16x16 products of the matrix unit (M5)
     exp: int = 0
     shuffles: int = 0
     reductions: int = 0  # with votes, ballots and scans

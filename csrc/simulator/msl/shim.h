@@ -53,8 +53,12 @@ __attribute__((convergent)) void mfa_sim_simdgroup_barrier(uint32_t mem_flags, c
 #include "limits.h"
 #include "math.h"
 #include "relational.h"
+#include "uniform.h"
 #include "simd.h"
 #include "matrix.h"
+#ifdef MFA_SIM_UNIT_LAYOUT  // Metal 4
+#include "tensor_ops.h"
+#endif
 #include "atomic.h"
 #include "kernel.h"
 // clang-format on

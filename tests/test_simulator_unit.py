@@ -1,0 +1,223 @@
+"""The simulator's matrix unit (M5): its layout and its arithmetic against numpy, and what it stops on."""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fidelity import decode, encode
+from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
+
+pytestmark = pytest.mark.simulator
+
+SCALARS = {"f16": "half", "bf16": "bfloat", "f32": "float", "i8": "int8_t", "u8": "uchar", "i32": "int"}
+INTEGERS = {"i8": np.int8, "u8": np.uint8, "i32": np.int32}
+M5, OLDER = 10, 9
+
+
+@dataclass(frozen=True)
+class Product:
+    types: str  # of left, right and destination
+    shape: tuple[int, int, int]  # m, n, k
+    left: bool = False  # stored transposed
+    right: bool = False
+    accumulates: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.types}_{'x'.join(map(str, self.shape))}_{self.left:d}{self.right:d}{self.accumulates:d}"
+
+    @property
+    def instance(self) -> str:
+        types = ", ".join(SCALARS[dtype] for dtype in self.types.split("_"))
+        numbers = ", ".join(str(int(n)) for n in (*self.shape, self.left, self.right, self.accumulates))
+        return f'INSTANTIATE("{self.name}", {types}, {numbers})\n'
+
+
+PRODUCTS = [
+    Product("f16_f16_f32", (16, 32, 16), right=True),
+    Product("f32_f16_f32", (16, 32, 16)),
+    Product("bf16_bf16_f32", (16, 16, 32), right=True),
+    Product("f32_bf16_f32", (16, 16, 32)),
+    Product("f32_f32_f32", (16, 32, 16), left=True),
+    Product("f16_f16_f16", (16, 32, 16), accumulates=False),
+    Product("bf16_bf16_bf16", (32, 16, 16), left=True, right=True),
+    Product("f16_bf16_f32", (32, 32, 32), left=True),
+    Product("i8_i8_i32", (16, 32, 16)),
+    Product("u8_u8_i32", (16, 16, 32), right=True),
+]
+
+
+@pytest.fixture(scope="session", params=[M5, OLDER], ids=["m5", "older"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Library, int]:
+    source = tmp_path_factory.mktemp("unit") / "products.metal"
+    source.write_text(
+        Path(__file__).with_name("simulator_unit.metal").read_text() + "".join(p.instance for p in PRODUCTS)
+    )
+    options = {"standard": "metal4.0", "unit_layout": request.param}
+    return open_library(build_kernels([source], source.with_suffix(".so"), **options)), request.param
+
+
+def cut(x: np.ndarray) -> np.ndarray:
+    """float64 -> what the unit sees of it as float32."""
+    return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def f32(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).astype(np.float64)
+
+
+def multiplied(left: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The unit's order of sums, rounded to float32 at each step."""
+    total = start
+    for k in range(0, left.shape[1], 16):
+        terms = left[:, k : k + 16, None] * right[None, k : k + 16]
+        pairs = f32(terms[:, 0::2] + terms[:, 1::2])
+        quads = f32(pairs[:, :4] + pairs[:, 4:])
+        for j in range(4):
+            total = f32(total + quads[:, j])
+    return total
+
+
+def matrix(dtype: str, rows: int, columns: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """As the kernel reads it, and in float64 as the unit sees it."""
+    if dtype in INTEGERS:
+        limits = np.iinfo(np.int16 if dtype == "i32" else INTEGERS[dtype])
+        x = generator.integers(limits.min, limits.max, (rows, columns), endpoint=True).astype(INTEGERS[dtype])
+        return x, x.astype(np.float64)
+    x = encode(generator.standard_normal((rows, columns)), dtype)
+    return x, decode(x, dtype)
+
+
+def places(layout: int, product: Product) -> np.ndarray:
+    """Column and row, as stored, of all elements of a lane: left, right, destination."""
+    lane, found = np.arange(32)[:, None], []
+    b = [lane >> bit & 1 for bit in range(5)]
+    row, (m, n, k) = 4 * b[4] + 2 * b[2] + b[1], product.shape
+    for rows, columns, is_transposed in ((m, k, product.left), (k, n, product.right), (m, n, False)):
+        i = np.arange(rows * columns // 32)
+        if layout == M5:
+            across = (rows if is_transposed else columns) // 16
+            tile_row, tile_column = i // 8 // across, i // 8 % across
+            x = 16 * tile_column + 8 * b[3] + 4 * b[0] + i % 4
+            y = 16 * tile_row + row + 8 * (i // 4 % 2)
+        else:
+            across = columns // 16
+            half, tile = i // (4 * across), i // 4 % across
+            x = 16 * tile + 4 * b[3] + 2 * b[0] + np.array([0, 1, 8, 9])[i % 4]
+            y = row + 8 * half
+            x, y = (y, x) if is_transposed else (x, y)
+        found.append(np.stack(np.broadcast_arrays(x, y), axis=-1))
+    return np.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+def test_product(library: tuple[Library, int], product: Product, seed: int) -> None:
+    """Bit for bit, wherever the layout puts the elements."""
+    m, n, k = product.shape
+    types, generator = product.types.split("_"), np.random.default_rng(seed)
+    (a, left), (b, right), (d, start) = (
+        matrix(dtype, rows, columns, generator)
+        for dtype, rows, columns in zip(types, (m, k, m), (k, n, n), strict=True)
+    )
+    left, right = (cut(x) if dtype == "f32" else x for x, dtype in zip((left, right), types[:2], strict=True))
+    start = start if product.accumulates else np.zeros((m, n))
+    expected = left @ right + start if types[2] == "i32" else multiplied(left, right, start)
+    stored = [np.ascontiguousarray(x.T if flag else x) for x, flag in ((a, product.left), (b, product.right))]
+    got_places = np.full((32, (m * k + k * n + m * n) // 32, 2), -1, np.int32)
+    counters = library[0].dispatch(
+        product.name, grid=(1,), group=(32,), arguments=[*stored, d, got_places], checks=RACES | BOUNDS, seed=seed
+    )
+    np.testing.assert_array_equal(d, expected if types[2] == "i32" else encode(expected, types[2]))
+    np.testing.assert_array_equal(got_places, places(library[1], product))
+    assert (counters["unit_mma"], counters["mma"]) == (m * n * k // 4096, 0)
+
+
+def test_operands_of_float_lose_13_bits(library: tuple[Library, int]) -> None:
+    """Towards zero, however small what is left over: 1 + 2^-11 is 1."""
+    a, b = np.zeros((16, 16), np.float32), np.eye(16, 32, dtype=np.float16)
+    a[:, 0], a[:, 1] = 1 + 2**-11, -(1 + 2**-10 + 2**-11 + 2**-23)
+    d = np.zeros((16, 32), np.float32)
+    arguments = [a, b, d, np.zeros((32, 40, 2), np.int32)]
+    library[0].dispatch("f32_f16_f32_16x32x16_001", grid=(1,), group=(32,), arguments=arguments)
+    np.testing.assert_array_equal(d[:, :3], np.tile([1, -(1 + 2**-10), 0], (16, 1)))
+
+
+SETUP = """  constexpr auto descriptor = matmul2d_descriptor(16, 32, 16, false, false, true, matmul2d_descriptor::mode::{mode});
+  matmul2d<descriptor, execution_simdgroup> op;
+  auto left = op.get_left_input_cooperative_tensor<half, half, float>();
+  auto right = op.get_right_input_cooperative_tensor<half, half, float>();
+  auto sum = op.get_destination_cooperative_tensor<decltype(left), decltype(right), float>();
+  for (int i = 0; i < 8; ++i) {{ left[i] = 1; }}
+  for (int i = 0; i < 16; ++i) {{ right[i] = 1; sum[i] = 0; }}
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Statements after SETUP or, with `old`, in place of a part of it; `message` is what the engine says, empty: nothing."""
+
+    name: str
+    code: str
+    message: str = ""
+    old: str = ""
+    mode: str = "multiply_accumulate"
+
+    @property
+    def kernel(self) -> str:
+        setup = SETUP.format(mode=self.mode)
+        assert self.old in setup
+        body = setup.replace(self.old, "") if self.old else setup
+        parameters = "device float* y, uint lane [[thread_index_in_simdgroup]]"
+        return f"kernel void {self.name}({parameters}) {{\n{body}{self.code}\n}}\n"
+
+
+RUN = "op.run(left, right, sum); y[lane] = sum[3];"
+VERDICTS = [
+    Verdict("whole", RUN),
+    Verdict("in_half_of_the_lanes", "if (lane < 16) {\nop.run(left, right, sum);\n}\ny[lane] = simd_sum(sum[3]);", "divergent"),
+    Verdict("at_two_sites", "if (lane == 7) {\nop.run(left, right, sum);\n} else {\nop.run(left, right, sum);\n}\ny[lane] = sum[3];", "divergent"),
+    Verdict("after_a_return", "if (lane == 3) { return; }\n" + RUN, "lanes missing|returned"),
+    Verdict("element_beyond_the_end", "left[lane < 31 ? 0 : 8] = 1;\n" + RUN, "element of a cooperative tensor out of bounds"),
+    Verdict("element_before_the_begin", "y[lane] = sum[int(lane) - 1];", "element of a cooperative tensor out of bounds"),
+    Verdict("left_unwritten", RUN, "uninitialised element of its left operand", "left[i] = 1;"),
+    Verdict("right_unwritten", RUN, "uninitialised element of its right operand", "right[i] = 1;"),
+    Verdict("sum_unwritten", RUN, "uninitialised element of its destination", "sum[i] = 0;"),
+    Verdict("one_lane_unwritten", "if (lane != 9) { for (int i = 0; i < 8; ++i) { left[i] = 2; } }\n" + RUN,
+            "uninitialised element of its left operand", "left[i] = 1;"),
+    Verdict("sum_overwritten", RUN, "", "sum[i] = 0;", "multiply"),
+    Verdict("from_unwritten_memory", "threadgroup half t[32]; left[2] = t[lane];\n" + RUN, "uninitialised element of its left operand"),
+]  # fmt: skip
+READ = Verdict("read_unwritten", "y[lane] = sum[3];", old="sum[i] = 0;")
+
+
+@pytest.fixture(scope="session")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    source = tmp_path_factory.mktemp("unit_verdicts") / "unit_verdicts.metal"
+    begin = re.split("#define", Path(__file__).with_name("simulator_unit.metal").read_text())[0]
+    source.write_text(begin + "".join(verdict.kernel for verdict in [*VERDICTS, READ]))
+    return open_library(build_kernels([source], source.with_suffix(".so"), standard="metal4.0"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("verdict", VERDICTS, ids=lambda verdict: verdict.name)
+def test_verdict(verdicts: Library, verdict: Verdict, seed: int) -> None:
+    y = np.zeros(32, np.float32)
+    if not verdict.message:
+        verdicts.dispatch(verdict.name, grid=(1,), group=(32,), arguments=[y], seed=seed)
+        np.testing.assert_array_equal(y, 16)
+        return
+    with pytest.raises(SimulationError, match=rf"(?s)kernel '{verdict.name}'.*({verdict.message})") as caught:
+        verdicts.dispatch(verdict.name, grid=(1,), group=(32,), arguments=[y], seed=seed)
+    assert "unit_verdicts.metal:" in str(caught.value)
+
+
+def test_an_unwritten_element_reads_as_nan(verdicts: Library) -> None:
+    y = np.zeros(32, np.float32)
+    verdicts.dispatch("read_unwritten", grid=(1,), group=(32,), arguments=[y])
+    assert np.isnan(y).all()
