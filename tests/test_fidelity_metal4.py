@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fidelity import TYPES, Problem, decode, encode, error, fetch, strides
-from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
+from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 from test_fidelity_mlx import steel_params, unpack
 from test_fidelity_torch import COMMON
 
@@ -30,6 +30,20 @@ M5, OLDER = 10, 9  # Apple GPU families, by their layout
 
 RAGGED = Problem("f16", 64, 77, 131, heads=4, group=2)
 CAUSAL = replace(RAGGED, heads=1, group=1, causal="lower")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """MLX's kernel with one rule broken."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    finding: str
+    dim: int = 64
+
+
 Case = tuple[Problem, str]  # and its mask: "", "float" or "bool"
 QUICK: tuple[Case, ...] = ((RAGGED, ""), (CAUSAL, "float"), (replace(RAGGED, dtype="bf16", heads=1, group=1), "bool"))
 ALL: list[Case] = [
@@ -76,9 +90,15 @@ def built(
 # ---- MLX: one SIMD-group owns 16 queries; at D 256 two share them and split D
 
 
-def mlx_library(directory: Path, cases: Sequence[Case], mode: str, layout: int) -> Library:
+def mlx_library(
+    directory: Path, cases: Sequence[Case], mode: str, layout: int, mutant: Mutant | None = None
+) -> Library:
     headers = unpack(directory / "mlx")
     kernels = "mlx/backend/metal/kernels/"
+    if mutant:
+        file = headers[1] / kernels / "steel/attn" / mutant.file
+        assert mutant.old in file.read_text()
+        file.write_text(file.read_text().replace(mutant.old, mutant.new))
     begin = f'#include "{kernels}utils.h"\n#include "{kernels}steel/attn/kernels/steel_attention_nax.h"\n'
     instances = {
         f'instantiate_kernel("{mlx_kernel(problem, mask)}", {function}, {scalar}, 64, 32, {tail}, {mask_type}, float)\n'
@@ -240,3 +260,32 @@ def test_all(library: Callable[..., Library], layout: int, mode: str, dim: int, 
             assert errors[M5 + OLDER - layout] > 0.1, (problem, mask)
             error_of_mlx = run_mlx(of_mlx, problem, mask, seed)[0]
             assert error_of_mlx < limit if layout == M5 else error_of_mlx > 0.1, (problem, mask)
+
+
+KERNEL = "kernels/steel_attention_nax.h"
+K_TAIL = "if (!align_K && is_last_k) {\n            Ktile.load_rows("
+V_TAIL = "if (!align_K && is_last_k) {\n            Vtile.load_rows("
+Q_TAIL = "if (!align_Q && is_last_q) {\n    if (lim_rows_q <= 0)"
+BARRIER = "    threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+RUN = "gemm_op.run(ct_a, ct_b, ct_c);"
+SECOND = "ct_b[kElemsPerFrag + i] = Bn1[i];"
+LANE = "__metal_get_thread_index_in_simdgroup(ushort())"
+MUTANTS = [
+    Mutant("keys-unguarded", KERNEL, K_TAIL, K_TAIL.replace("!align_K &&", "false &&"), "out of bounds"),
+    Mutant("values-unguarded", KERNEL, V_TAIL, V_TAIL.replace("!align_K &&", "false &&"), "out of bounds"),
+    Mutant("output-unguarded", KERNEL, Q_TAIL, Q_TAIL.replace("!align_Q &&", "false &&"), "out of bounds|race"),
+    Mutant("lane-misses-product", "nax.h", RUN, f"if ({LANE} != 5) {{ {RUN} }}", "divergent"),
+    Mutant("sum-not-loaded", "nax.h", "ct_c[i] = Cn0[i];", "", "uninitialised element of its destination"),
+    Mutant("half-a-right-operand", "nax.h", SECOND, "", "uninitialised element of its right operand"),
+    Mutant("right-operand-too-long", "nax.h", SECOND, SECOND.replace("[k", "[1 + k"), "element.*out of bounds"),
+    Mutant("scores-exchanged-without-barrier", KERNEL, BARRIER, "", "race", 256),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
+    problem = replace(RAGGED, dim=mutant.dim, heads=1, group=1)
+    library = mlx_library(tmp_path, [(problem, "")], "count", M5, mutant)
+    with pytest.raises(SimulationError, match=mutant.finding):
+        run_mlx(library, problem, "", 1)
