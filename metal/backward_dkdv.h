@@ -51,11 +51,11 @@ struct BackwardKeys {
     const bool masked = !has_window || !view.sees_all(first_query, kBlockQueries);
     MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
-      const float2 column_lse = *(const threadgroup float2*)(lse + n * kFragment + lane.column);
+      const float2 column_lse = *(const threadgroup float2*)(lse + lane.column_of(n));
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
-        const int query = first_query + n * kFragment + lane.column;
+        const int query = first_query + lane.column_of(n);
         float2 x =
             probability(params, rules, p[r][n], int2(query, query + 1), int2(key_row), column_lse, derivative[r][n]);
         if (masked) {
@@ -83,7 +83,7 @@ struct BackwardKeys {
       multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
       MFA_UNROLL
       for (short n = 0; n < kQueryTiles; ++n) {
-        const float2 column_delta = *(const threadgroup float2*)(delta + n * kFragment + lane.column);
+        const float2 column_delta = *(const threadgroup float2*)(delta + lane.column_of(n));
         MFA_UNROLL
         for (short r = 0; r < kRowTiles; ++r) {
           float2 grad = dp[r][n];
@@ -112,7 +112,7 @@ struct BackwardKeys {
 
   // Drawn twice rather than kept: registers are what this kernel is short of.
   float2 kept_factor(Dropout dropout, int first_query, short r, short n) const {
-    return dropout.of_queries(first_query + n * kFragment + lane.column, first_key + r * kFragment + lane.row);
+    return dropout.of_queries(first_query + lane.column_of(n), first_key + r * kFragment + lane.row);
   }
 };
 

@@ -59,7 +59,7 @@ struct BackwardQueries {
       const Range seen = visible_keys(params, sequence, query);
       MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
-        const int key = first_key + n * kFragment + lane.column;
+        const int key = first_key + lane.column_of(n);
         float2 derivative;
         float2 p = probability(params, rules, ds[r][n], int2(query), int2(key, key + 1), float2(lse[r]), derivative);
         if (masked) {

@@ -87,8 +87,7 @@ struct Forward {
         sum += p.x + p.y;
         score[r][n] = p;
         if (has_dropout) {
-          score[r][n] *=
-              rules.dropout.of_keys(first_row + r * kFragment + lane.row, first_key + n * kFragment + lane.column);
+          score[r][n] *= rules.dropout.of_keys(first_row + r * kFragment + lane.row, first_key + lane.column_of(n));
         }
       }
       row[r].add(sum);
@@ -110,7 +109,7 @@ struct Forward {
       const Range keys = visible_keys(params, sequence, query);
       MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
-        const int key = first_key + n * kFragment + lane.column;
+        const int key = first_key + lane.column_of(n);
         float2 derivative;
         const float2 x = own.apply(params, score[r][n], int2(query), int2(key, key + 1), slope_log2[r], derivative);
         score[r][n] = float2(keys.has(key) ? x.x : kMasked, keys.has(key + 1) ? x.y : kMasked);

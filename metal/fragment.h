@@ -1,6 +1,6 @@
 // 8x8 fragments and the three ways to fill a set of J of them (8 J values of the head dimension) from contiguous
 // memory. J is 4; the last set of a head dimension that 32 does not divide has J = 2. The only file that knows which
-// lane holds which element.
+// lane holds which element, but for unit/products.h: with MFA_MATRIX_UNIT the fills for left operands are not used.
 //
 // Lane l owns elements (row, column) and (row, column + 1). A contraction may visit its index in any order that both
 // operands share, and the columns of a result may be dealt out in any order, so each lane takes what is contiguous:
@@ -72,6 +72,13 @@ struct Lane {
 
   explicit Lane(ushort index)
       : row(((index / 4) & 4) + (index / 2) % 4), column(((index / 4) & 2) * 2 + (index % 2) * 2) {}
+
+  // Where the lane's two elements of fragment n of a row of fragments are.
+#ifdef MFA_MATRIX_UNIT
+  int column_of(short n) const { return n / 2 * 16 + 2 * column + n % 2 * 2; }  // unit/products.h
+#else
+  int column_of(short n) const { return n * kFragment + column; }
+#endif
 };
 
 // Four lanes share a row; they differ in bits 0 and 3 of the lane index.

@@ -73,7 +73,29 @@ struct GuardedRows {
   }
 };
 
-// Set `set` of kDim columns of a tile of rows, as left operand,
+// Set `set` of kDim columns of a tile of rows: as right operand,
+template <int kDim, typename T, typename Rows>
+inline void load_right(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
+  const short d = set * kSetWidth;
+  if (is_whole<kDim>(set)) {
+    fill_right(fragments, rows.octet(tile, lane.row, d + 4 * lane.column));
+  } else {
+    fill_right(fragments, rows.quad(tile, lane.row, d + 2 * lane.column));
+  }
+}
+
+// and as left one or, transposed, as right one. The matrix unit takes all of them as they are stored.
+#ifdef MFA_MATRIX_UNIT
+template <int kDim, typename T, typename Rows>
+inline void load_left(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
+  load_right<kDim>(fragments, rows, tile, set, lane);
+}
+
+template <int kDim, typename T, typename Rows>
+inline void load_right_transposed(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
+  load_right<kDim>(fragments, rows, tile, set, lane);
+}
+#else
 template <int kDim, typename T, typename Rows>
 inline void load_left(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
   const short d = set * kSetWidth;
@@ -84,7 +106,6 @@ inline void load_left(thread Fragment<T>* fragments, Rows rows, short tile, shor
   }
 }
 
-// transposed, as right operand,
 template <int kDim, typename T, typename Rows>
 inline void load_right_transposed(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
   if (is_whole<kDim>(set)) {
@@ -95,17 +116,7 @@ inline void load_right_transposed(thread Fragment<T>* fragments, Rows rows, shor
     fill_right_transposed(fragments, rows.pair(tile, lane.column, d), rows.pair(tile, lane.column + 1, d));
   }
 }
-
-// and as right operand.
-template <int kDim, typename T, typename Rows>
-inline void load_right(thread Fragment<T>* fragments, Rows rows, short tile, short set, Lane lane) {
-  const short d = set * kSetWidth;
-  if (is_whole<kDim>(set)) {
-    fill_right(fragments, rows.octet(tile, lane.row, d + 4 * lane.column));
-  } else {
-    fill_right(fragments, rows.quad(tile, lane.row, d + 2 * lane.column));
-  }
-}
+#endif
 
 // All rows of one head of a sequence.
 template <typename T>

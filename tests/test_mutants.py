@@ -292,5 +292,5 @@ def test_the_original_is_clean(tmp_path: Path) -> None:
 
 def test_a_forgotten_accumulator_is_seen(tmp_path: Path) -> None:
     """Registers have no shadow, so every variable starts as NaN."""
-    mutant = Mutant("accumulator not cleared", "tile.h", "  clear(result);\n", "", "")
+    mutant = Mutant("accumulator not cleared", "products.h", "  clear(result);\n", "", "")
     assert run(build(patched(mutant, tmp_path / "metal")), 1).isnan().any()

@@ -1,0 +1,63 @@
+// The forward pass on the matrix unit: ../forward.h with operands from device memory to registers, no threadgroup
+// memory and no barrier. Blocks that every row sees whole need neither bounds of rows nor a mask.
+#pragma once
+
+#define MFA_MATRIX_UNIT
+#include "../forward.h"
+
+namespace mfa {
+
+// Rows in device memory of which all are there, aligned and of the instance's head dimension.
+template <typename T>
+struct OpenRows {
+  const device T* base;
+  long stride;
+
+  vec<T, 4> quad(short tile, short row, short d) const {
+    return load_quad(base + (tile * kFragment + row) * stride + d);
+  }
+  Octet<T> octet(short tile, short row, short d) const {
+    return load_octet(base + (tile * kFragment + row) * stride + d);
+  }
+};
+
+// kMemory: split, Q in registers; shared: read again for every block, from device memory as K and V are.
+template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_unit(FORWARD_ARGUMENTS) {
+  constexpr int kRows = kRowTiles * kFragment;
+  const ForwardTile<T> tile(
+      params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
+      key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
+                                                              sinks, alibi_slopes, tile.head, true, lane_index);
+  const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
+  thread const MaskBlocks& blocks = rules.blocks;
+  const GuardedRows<T> own = tile.queries.from(rows.first_row);
+  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, DeviceRows<T>> queries(
+      DeviceRows<T>{own.base, own.stride, own.valid}, rows.lane);
+  const int end = rows.view.end_block(kBlockKeys);
+  for (int block = rows.view.first_block(kBlockKeys); block < end; ++block) {
+    const int first_key = block * kBlockKeys;
+    const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(rows.first_row, first_key);
+    if (mask_class == kHidden) {
+      continue;
+    }
+    const GuardedRows<T> keys = tile.keys.from(first_key);
+    const GuardedRows<T> values = tile.values.from(first_key);
+    const bool is_open = keys.valid >= kBlockKeys;
+    if (is_open) {
+      rows.multiply_keys(queries.operand, OpenRows<T>{keys.base, keys.stride});
+    } else {
+      rows.multiply_keys(queries.operand, DeviceRows<T>{keys.base, keys.stride, keys.valid});
+    }
+    rows.softmax(params, rules.in_block(mask_class), first_key);
+    if (is_open) {
+      rows.add_values(OpenRows<T>{values.base, values.stride});
+    } else {
+      rows.add_values(DeviceRows<T>{values.base, values.stride, values.valid});
+    }
+  }
+  rows.store(params, out, lse, correction, tile.head);
+}
+
+}  // namespace mfa
