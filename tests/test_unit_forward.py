@@ -5,6 +5,7 @@ The plan doesn't know these kernels yet: a library has them under the names of s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.simulator
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # P is rounded to 11 bits, which float16's own rounding of the output does not hide: without gradients the rule allows
-# 2.5 times the error of plain PyTorch instead of 2.
+# 2.5 times the error of plain PyTorch instead of 2. With gradients, large P count with 22 bits.
 ALLOWED = {"f16": 1.25, "bf16": 1.0}
 MEMORY = {64: "split", 80: "shared", 128: "shared"}
 AS_STAGED = """
@@ -69,11 +70,15 @@ PROBLEMS: dict[str, dict] = {
 }
 
 
-def check(library: Path, dtype: str, dim: int, terms: dict, seed: int) -> mfa.Counters:
+def check(
+    library: Path, dtype: str, dim: int, terms: dict, seed: int, *, trains: bool = False, deviation: float = 1
+) -> mfa.Counters:
+    """`deviation` is that of Q."""
     terms, generator = dict(terms), torch.Generator().manual_seed(seed)
     (length_q, length_k), heads, group = terms.pop("lengths"), 2, terms.pop("group", 1)
     shapes = [(1, heads, length_q, dim), *[(1, heads // group, length_k, dim)] * 2]
     query, key, value = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in shapes)
+    query = (deviation * query).requires_grad_(trains)
     if kind := terms.pop("bias", None):
         noise = torch.randn(1, heads, length_q, length_k, generator=generator)
         terms["bias"] = noise > -0.5 if kind == "bool" else noise.to(DTYPES[dtype])
@@ -89,9 +94,9 @@ def check(library: Path, dtype: str, dim: int, terms: dict, seed: int) -> mfa.Co
     if terms.pop("is_causal", False):
         terms["window"] = (None, 0)
     expected, expected_lse = oracle.attention(query, key, value, **terms)
-    plain, _ = oracle.composition(query, key, value, **terms)
-    assert oracle.largest_error(out, expected) <= ALLOWED[dtype] * oracle.tolerance(plain, expected)
-    assert oracle.largest_error(lse, expected_lse) < 2e-6
+    plain, plain_lse = oracle.composition(query, key, value, **terms)
+    assert oracle.largest_error(out, expected) <= (1 if trains else ALLOWED[dtype]) * oracle.tolerance(plain, expected)
+    assert oracle.largest_error(lse, expected_lse) <= oracle.tolerance(plain_lse, expected_lse)
     return sim.launches[-1].counters
 
 
@@ -108,6 +113,7 @@ def test_quick(quick: Path, prefer: None, dtype: str, name: str) -> None:
 def test_thorough(thorough: Path, prefer: None, dtype: str, dim: int, name: str) -> None:
     for seed in range(3):
         check(thorough, dtype, dim, PROBLEMS[name], seed)
+        check(thorough, dtype, dim, PROBLEMS[name], seed, trains=True, deviation=1 + seed)
 
 
 def test_budget(quick: Path, prefer: None) -> None:
@@ -119,3 +125,13 @@ def test_budget(quick: Path, prefer: None) -> None:
     assert counters.shuffles == tiles * (blocks * 4 + 4)
     assert (counters.mma, counters.threadgroup_barriers, counters.simdgroup_barriers) == (0, 0, 0)
     assert counters.threadgroup_reads == counters.threadgroup_writes == 0
+
+
+def test_large_probabilities_are_refined(quick: Path, prefer: None) -> None:
+    """Of float16 that trains, in blocks where a probability is more than 1/16; O then takes another product."""
+    plain, dense = 4 * 8 * 2 * 16, {"lengths": (64, 256)}
+    count = functools.partial(check, quick, dim=64, terms=dense, seed=1)
+    assert count("f16", trains=True, deviation=0.01).unit_mma == plain
+    assert count("f16", trains=True, deviation=8).unit_mma > 1.3 * plain
+    assert count("f16", deviation=8).unit_mma == plain
+    assert count("bf16", trains=True, deviation=8).unit_mma == plain

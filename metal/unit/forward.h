@@ -21,6 +21,28 @@ struct OpenRows {
   }
 };
 
+// Whether 11 bits of P are too few for the rule that training obeys: where P is more than this part of its row's sum.
+// In bfloat the rounding of the output hides it.
+constant constexpr float kLargeShare = 1.0f / 16;
+
+template <typename T, typename Rows>
+inline bool needs_refinement(thread const Rows& rows) {
+  if (!is_same_v<T, half> || !has_correction) {
+    return false;
+  }
+  bool is_large = false;
+  MFA_UNROLL
+  for (short r = 0; r < Rows::kTiles; ++r) {
+    float largest = 0;
+    MFA_UNROLL
+    for (short n = 0; n < Rows::kKeyTiles; ++n) {
+      largest = max(largest, max(rows.score[r][n].x, rows.score[r][n].y));
+    }
+    is_large = is_large || largest > kLargeShare * 4 * rows.row[r].sum;  // a quarter of the row's
+  }
+  return simd_any(is_large);
+}
+
 // kMemory: split, Q in registers; shared: read again for every block, from device memory as K and V are.
 template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_unit(FORWARD_ARGUMENTS) {
@@ -28,8 +50,9 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   const ForwardTile<T> tile(
       params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
       key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
-  Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
-                                                              sinks, alibi_slopes, tile.head, true, lane_index);
+  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Rows;
+  Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, true,
+            lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   thread const MaskBlocks& blocks = rules.blocks;
   const GuardedRows<T> own = tile.queries.from(rows.first_row);
@@ -51,10 +74,13 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       rows.multiply_keys(queries.operand, DeviceRows<T>{keys.base, keys.stride, keys.valid});
     }
     rows.softmax(params, rules.in_block(mask_class), first_key);
+    const bool refines = needs_refinement<T>(rows);
     if (is_open) {
-      rows.add_values(OpenRows<T>{values.base, values.stride});
+      const OpenRows<T> open = {values.base, values.stride};
+      multiply_accumulate<T, kValueDim>(rows.out, rows.score, open, rows.lane, refines);
     } else {
-      rows.add_values(DeviceRows<T>{values.base, values.stride, values.valid});
+      const DeviceRows<T> guarded = {values.base, values.stride, values.valid};
+      multiply_accumulate<T, kValueDim>(rows.out, rows.score, guarded, rows.lane, refines);
     }
   }
   rows.store(params, out, lse, correction, tile.head);

@@ -11,10 +11,6 @@
 
 namespace mfa {
 
-// The unit cuts the low 13 bits of a float32 operand off. Half of the last bit that it keeps, added before, makes that
-// rounding: cut, P would lose on average, and O with it.
-inline float rounded(float x) { return as_type<float>(as_type<uint>(x) + 0x1000u); }
-
 // Four neighbours of a row.
 template <typename T>
 inline vec<T, 4> quad_at(thread const Fragment<T>* pair) {
@@ -96,23 +92,46 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
   }
 }
 
-// The quads of row tiles r and r + 1 that columns 8 k .. are left operands with: kTiles of the unit's.
-template <int kTiles, int kRowTiles, int kInnerTiles>
-inline void fill_rounded(thread float4* quads, thread Fragment<float> (&left)[kRowTiles][kInnerTiles], short r,
-                         short k) {
+// The unit cuts the low 13 bits of a float32 operand off. Half of the last bit that it keeps, added before, makes that
+// rounding: cut, P would lose on average, and O with it.
+inline float rounded(float x) { return as_type<float>((as_type<uint>(x) + 0x1000u) & 0xffffe000u); }
+
+// Fragments as left operands: the quads of row tiles r and r + 1 in column tiles k .. k + 3, rounded; or what rounding
+// took.
+template <bool kIsRest, int kRowTiles, int kInnerTiles>
+inline void fill_left(thread float4* quads, thread Fragment<float> (&left)[kRowTiles][kInnerTiles], short r, short k) {
   MFA_UNROLL
-  for (short i = 0; i < 2 * kTiles; ++i) {
+  for (short i = 0; i < 4; ++i) {
     MFA_UNROLL
     for (short e = 0; e < 4; ++e) {
-      quads[i][e] = rounded(left[r + i % 2][k + i / 2 * 2 + e / 2][e % 2]);
+      const float x = left[r + i % 2][k + i / 2 * 2 + e / 2][e % 2];
+      quads[i][e] = kIsRest ? x - rounded(x) : rounded(x);
     }
   }
 }
 
-// C += P B: kInnerTiles * 8 rows of B, kDim of its columns.
+// Of row tiles r and r + 1: one set of columns of C += P B, where `left` are the quads of 32 columns of P.
+template <int kDim, typename T>
+inline void multiply_accumulate_set(thread Fragment<float>* first_rows, thread Fragment<float>* last_rows,
+                                    thread const float4* left, thread Fragment<T> (&b)[4][kSetFragments], short set) {
+  if (!is_whole<kDim>(set)) {
+    const vec<T, 4> right[4] = {quad_at(b[0]), quad_at(b[1]), quad_at(b[2]), quad_at(b[3])};
+    multiply_tiles<16, 32, false>(first_rows, last_rows, left, right);
+    return;
+  }
+  MFA_UNROLL
+  for (short k = 0; k < 4; k += 2) {
+    const vec<T, 4> right[4] = {quad_at(b[k]), quad_at(b[k + 1]), quad_at(b[k] + 2), quad_at(b[k + 1] + 2)};
+    multiply_tiles<32, 16, false>(first_rows, last_rows, left + k, right);
+  }
+}
+
+// C += P B: kInnerTiles * 8 rows of B, kDim of its columns. refines, which is the same for all lanes: P counts with 22
+// bits, in a second product, instead of 11.
 template <typename T, int kDim, int kRowTiles, int kInnerTiles, typename Rows>
 inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim / kFragment],
-                                thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane) {
+                                thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane,
+                                bool refines = false) {
   static_assert(kRowTiles % 2 == 0 && kInnerTiles % 4 == 0, "products are of 16 rows and up to 32 deep");
   MFA_UNROLL
   for (short s = 0; s < sets_of(kDim); ++s) {
@@ -126,19 +145,12 @@ inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim
       }
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; r += 2) {
-        float4 own[4];
-        fill_rounded<2>(own, left, r, k);
-        if (is_whole<kDim>(s)) {
-          MFA_UNROLL
-          for (short half_block = 0; half_block < 2; ++half_block) {
-            thread Fragment<T>* upper = b[2 * half_block];
-            thread Fragment<T>* lower = b[2 * half_block + 1];
-            const vec<T, 4> right[4] = {quad_at(upper), quad_at(lower), quad_at(upper + 2), quad_at(lower + 2)};
-            multiply_tiles<32, 16, false>(&result[r][first], &result[r + 1][first], own + 2 * half_block, right);
-          }
-        } else {
-          const vec<T, 4> right[4] = {quad_at(b[0]), quad_at(b[1]), quad_at(b[2]), quad_at(b[3])};
-          multiply_tiles<16, 32, false>(&result[r][first], &result[r + 1][first], own, right);
+        float4 quads[4];
+        fill_left<false>(quads, left, r, k);
+        multiply_accumulate_set<kDim>(&result[r][first], &result[r + 1][first], quads, b, s);
+        if (refines) {
+          fill_left<true>(quads, left, r, k);
+          multiply_accumulate_set<kDim>(&result[r][first], &result[r + 1][first], quads, b, s);
         }
       }
     }
