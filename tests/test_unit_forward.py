@@ -21,9 +21,6 @@ from mfa import _library
 pytestmark = pytest.mark.simulator
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-# P is rounded to 11 bits, which float16's own rounding of the output does not hide: without gradients the rule allows
-# 2.5 times the error of plain PyTorch instead of 2. With gradients, large P count with 22 bits.
-ALLOWED = {"f16": 1.25, "bf16": 1.0}
 MEMORY = {64: "split", 80: "shared", 128: "shared"}
 AS_STAGED = """
 #define FORWARD_AS_STAGED(dtype, memory, dim)                                                        \\
@@ -95,7 +92,7 @@ def check(
         terms["window"] = (None, 0)
     expected, expected_lse = oracle.attention(query, key, value, **terms)
     plain, plain_lse = oracle.composition(query, key, value, **terms)
-    assert oracle.largest_error(out, expected) <= (1 if trains else ALLOWED[dtype]) * oracle.tolerance(plain, expected)
+    assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
     assert oracle.largest_error(lse, expected_lse) <= oracle.tolerance(plain_lse, expected_lse)
     return sim.launches[-1].counters
 
@@ -118,7 +115,7 @@ def test_thorough(thorough: Path, prefer: None, dtype: str, dim: int, name: str)
 
 def test_budget(quick: Path, prefer: None) -> None:
     """Per 16 queries and 32 keys of D 64 16 products of 16x16x16, 16 loads and 4 shuffles; then Q, and the sums."""
-    counters = check(quick, "f16", 64, {"lengths": (64, 128)}, 1)
+    counters = check(quick, "bf16", 64, {"lengths": (64, 128)}, 1)
     tiles, blocks = 2 * 4, 4
     assert counters.unit_mma == tiles * blocks * 16
     assert counters.fragment_loads == tiles * 32 * (blocks * 16 + 4)
@@ -128,10 +125,11 @@ def test_budget(quick: Path, prefer: None) -> None:
 
 
 def test_large_probabilities_are_refined(quick: Path, prefer: None) -> None:
-    """Of float16 that trains, in blocks where a probability is more than 1/16; O then takes another product."""
+    """Of float16, in blocks where a probability is more than a part of the sum so far; O then takes another product."""
     plain, dense = 4 * 8 * 2 * 16, {"lengths": (64, 256)}
     count = functools.partial(check, quick, dim=64, terms=dense, seed=1)
     assert count("f16", trains=True, deviation=0.01).unit_mma == plain
-    assert count("f16", trains=True, deviation=8).unit_mma > 1.3 * plain
-    assert count("f16", deviation=8).unit_mma == plain
+    served, trained = (count("f16", trains=trains).unit_mma for trains in (False, True))
+    assert plain < served < trained < 1.4 * plain
+    assert count("f16", deviation=8).unit_mma > 1.3 * plain
     assert count("bf16", trains=True, deviation=8).unit_mma == plain

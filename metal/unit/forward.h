@@ -21,15 +21,17 @@ struct OpenRows {
   }
 };
 
-// Whether 11 bits of P are too few for the rule that training obeys: where P is more than this part of its row's sum.
-// In bfloat the rounding of the output hides it.
-constant constexpr float kLargeShare = 1.0f / 16;
+// Of float16, 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum, a smaller
+// one for training, which asks for more. In bfloat the rounding of the output hides it.
+constant constexpr float kLargeShare = 1.0f / 8;
+constant constexpr float kLargeTrainedShare = 1.0f / 16;
 
 template <typename T, typename Rows>
 inline bool needs_refinement(thread const Rows& rows) {
-  if (!is_same_v<T, half> || !has_correction) {
+  if (!is_same_v<T, half>) {
     return false;
   }
+  const float share = has_correction ? kLargeTrainedShare : kLargeShare;
   bool is_large = false;
   MFA_UNROLL
   for (short r = 0; r < Rows::kTiles; ++r) {
@@ -38,7 +40,7 @@ inline bool needs_refinement(thread const Rows& rows) {
     for (short n = 0; n < Rows::kKeyTiles; ++n) {
       largest = max(largest, max(rows.score[r][n].x, rows.score[r][n].y));
     }
-    is_large = is_large || largest > kLargeShare * 4 * rows.row[r].sum;  // a quarter of the row's
+    is_large = is_large || largest > share * 4 * rows.row[r].sum;  // a quarter of the row's
   }
   return simd_any(is_large);
 }
