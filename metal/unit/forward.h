@@ -21,6 +21,24 @@ struct OpenRows {
   }
 };
 
+// ... and of which rows from `valid` on read as zeros: they may hold NaN, and 0 * NaN would reach the output.
+template <typename T>
+struct BoundedRows {
+  const device T* base;
+  long stride;
+  int valid;
+
+  vec<T, 4> quad(short tile, short row, short d) const {
+    return tile * kFragment + row < valid ? OpenRows<T>{base, stride}.quad(tile, row, d) : vec<T, 4>(0);
+  }
+  Octet<T> octet(short tile, short row, short d) const {
+    if (tile * kFragment + row < valid) {
+      return OpenRows<T>{base, stride}.octet(tile, row, d);
+    }
+    return {vec<T, 4>(0), vec<T, 4>(0)};
+  }
+};
+
 // Of float16, 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum, a smaller
 // one for training, which asks for more. In bfloat the rounding of the output hides it.
 constant constexpr float kLargeShare = 1.0f / 8;
@@ -49,21 +67,22 @@ inline bool needs_refinement(thread const Rows& rows) {
 template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_unit(FORWARD_ARGUMENTS) {
   constexpr int kRows = kRowTiles * kFragment;
-  const ForwardTile<T> tile(
-      params, Tile(params, {tile_map, query_starts, key_starts, key_lengths}, position.z, position.y, grid.y), query,
-      key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  const ForwardTile<T> tile(params,
+                            query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position,
+                                       grid.y, kSimdgroups * kRows),
+                            query, key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Rows;
   Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, true,
             lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   thread const MaskBlocks& blocks = rules.blocks;
   const GuardedRows<T> own = tile.queries.from(rows.first_row);
-  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, DeviceRows<T>> queries(
-      DeviceRows<T>{own.base, own.stride, own.valid}, rows.lane);
-  const int end = rows.view.end_block(kBlockKeys);
-  for (int block = rows.view.first_block(kBlockKeys); block < end; ++block) {
-    const int first_key = block * kBlockKeys;
-    const MaskClass mask_class = blocks.classify<kRows, kBlockKeys>(rows.first_row, first_key);
+  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, BoundedRows<T>> queries(
+      BoundedRows<T>{own.base, own.stride, own.valid}, rows.lane);
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row); !walk.is_done();
+       walk.next()) {
+    const int first_key = walk.first;
+    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     if (mask_class == kHidden) {
       continue;
     }
@@ -73,15 +92,15 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     if (is_open) {
       rows.multiply_keys(queries.operand, OpenRows<T>{keys.base, keys.stride});
     } else {
-      rows.multiply_keys(queries.operand, DeviceRows<T>{keys.base, keys.stride, keys.valid});
+      rows.multiply_keys(queries.operand, BoundedRows<T>{keys.base, keys.stride, keys.valid});
     }
-    rows.softmax(params, rules.in_block(mask_class), first_key);
+    rows.softmax(params, rules.in_block(mask_class, walk), first_key);
     const bool refines = needs_refinement<T>(rows);
     if (is_open) {
       const OpenRows<T> open = {values.base, values.stride};
       multiply_accumulate<T, kValueDim>(rows.out, rows.score, open, rows.lane, refines);
     } else {
-      const DeviceRows<T> guarded = {values.base, values.stride, values.valid};
+      const BoundedRows<T> guarded = {values.base, values.stride, values.valid};
       multiply_accumulate<T, kValueDim>(rows.out, rows.score, guarded, rows.lane, refines);
     }
   }
