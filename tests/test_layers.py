@@ -26,6 +26,7 @@ INCLUDES = {
     "csrc/simulator/metal_launcher.cpp": {"csrc/simulator", "csrc/plan", "csrc/metal"},
     "csrc/simulator/mps_device": {"csrc/simulator", "torch", "ATen", "c10"},
     "metal": {"metal", "metal_stdlib"},
+    "metal/unit": {"metal", "MetalPerformancePrimitives"},
 }
 SYSTEM = {"sys", "mach-o"}
 

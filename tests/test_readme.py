@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 import mfa
 from mfa import support
@@ -58,6 +59,12 @@ def bias_gradient() -> None:
     torch.autograd.grad(mfa.attention(QUERY, KEY, VALUE, bias).sum(), bias)
 
 
+def block_mask() -> None:
+    query, key, value = (x.clone().requires_grad_() for x in (QUERY, KEY, VALUE))
+    blocks = create_block_mask(mfa.masks.causal(), None, None, 20, 20, device="cpu")
+    torch.autograd.grad(mfa.attention(query, key, value, block_mask=blocks).sum(), (query, key, value))
+
+
 def merge() -> None:
     parts = [mfa.attention(QUERY, KEY[:, :, s], VALUE[:, :, s], return_lse=True) for s in (slice(9), slice(9, None))]
     mfa.merge_attention(*parts[0], *parts[1])
@@ -90,6 +97,7 @@ REQUESTS = {
     "Dv other than D": lambda: mfa.attention(QUERY, KEY, VALUE[..., :13]),
     "`return_lse`": lambda: mfa.attention(QUERY, KEY, VALUE, return_lse=True),
     "`attn_mask`": lambda: mfa.attention(QUERY, KEY, VALUE, torch.ones(20, 20, dtype=torch.bool).tril()),
+    "`block_mask`, with gradients": block_mask,
     "`softcap`": lambda: mfa.attention(QUERY, KEY, VALUE, softcap=5.0),
     "`alibi_slopes`": lambda: mfa.attention(QUERY, KEY, VALUE, alibi_slopes=torch.ones(4)),
     "`sinks`": lambda: mfa.attention(QUERY, KEY, VALUE, sinks=torch.zeros(4)),
