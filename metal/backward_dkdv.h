@@ -51,7 +51,7 @@ struct BackwardKeys {
     const bool masked = !has_window || !view.sees_all(first_query, kBlockQueries);
     MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
-      const float2 column_lse = *(const threadgroup float2*)(lse + lane.column_of(n));
+      const float2 column_lse = *(const threadgroup float2*)(lse + Lane::column_step(n) + lane.first_column());
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; ++r) {
         const int key_row = first_key + r * kFragment + lane.row;
@@ -83,7 +83,7 @@ struct BackwardKeys {
       multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
       MFA_UNROLL
       for (short n = 0; n < kQueryTiles; ++n) {
-        const float2 column_delta = *(const threadgroup float2*)(delta + lane.column_of(n));
+        const float2 column_delta = *(const threadgroup float2*)(delta + Lane::column_step(n) + lane.first_column());
         MFA_UNROLL
         for (short r = 0; r < kRowTiles; ++r) {
           float2 grad = dp[r][n];

@@ -75,10 +75,13 @@ struct Lane {
 
   // Where the lane's two elements of fragment n of a row of fragments are.
 #ifdef MFA_MATRIX_UNIT
-  int column_of(short n) const { return n / 2 * 16 + 2 * column + n % 2 * 2; }  // unit/products.h
+  static int column_step(short n) { return n / 2 * 16 + n % 2 * 2; }  // unit/products.h
+  int first_column() const { return 2 * column; }
 #else
-  int column_of(short n) const { return n * kFragment + column; }
+  static int column_step(short n) { return n * kFragment; }
+  int first_column() const { return column; }
 #endif
+  int column_of(short n) const { return column_step(n) + first_column(); }
 };
 
 // Four lanes share a row; they differ in bits 0 and 3 of the lane index.

@@ -198,6 +198,15 @@ FORWARD = {
         "rng_state has shape [3]; it must have shape [2]",
     ),
     "slopes": ({"alibi_slopes": ones(3)}, "alibi_slopes has shape [3]; it must have shape [Hq] = [4] or [B,Hq]"),
+    "block mask and bias": (
+        {"bias": ones(1, 1, 5, 7), "block_mask": ones(16, dtype=torch.int32)},
+        "bias and block_mask are both given; at most one may be",
+    ),
+    "dtype of block mask": ({"block_mask": ones(16)}, "block_mask has dtype float32; it must be int32"),
+    "shape of block mask": (
+        {"block_mask": ones(4, 4, dtype=torch.int32)},
+        "block_mask has shape [4, 4]; it must be what pack_block_mask makes",
+    ),
 }
 
 
@@ -205,7 +214,7 @@ FORWARD = {
 @pytest.mark.parametrize("kind", ["cpu", SIMULATOR, "meta"])
 def test_forward_op(changes: dict[str, Any], sentence: str, kind: str) -> None:
     good = {"bias": None, "sinks": None, "alibi_slopes": None, "scale": 1.0, "window_left": None, "window_right": None}
-    made = arguments(**{**good, "softcap": 0.0, "dropout_p": 0.0, "rng_state": None, **changes})
+    made = arguments(**{**good, "softcap": 0.0, "dropout_p": 0.0, "rng_state": None, "block_mask": None, **changes})
     if kind == "meta":
         made = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in made.items()}
     with Device(kind).active(), pytest.raises(RuntimeError) as raised:

@@ -83,7 +83,7 @@ FEATURES: tuple[dict[str, object], ...] = (
 )
 
 
-WIDE = ((320, 320), (500, 400), (512, 512), (576, 512))  # of teams, which have no backward pass
+WIDE = ((320, 320), (500, 400), (512, 512), (576, 512))  # of teams
 
 
 def small() -> Iterator[Case]:
@@ -99,9 +99,13 @@ def small() -> Iterator[Case]:
         yield replace(base, dtype=dtype, head_dim=dim, direct=True, window_right=0, backward="")
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
     for dtype, (dim, value_dim) in product(DTYPES, WIDE):
-        wide = replace(base, dtype=dtype, head_dim=dim, value_dim=value_dim, window_right=0, backward="")
+        wide = replace(base, dtype=dtype, head_dim=dim, value_dim=value_dim, window_right=0)
         yield wide
-        yield replace(wide, query_length=5, key_length=700)
+        yield replace(wide, query_length=5, key_length=700, backward="")
+    for dim in (320, 512):
+        yield replace(base, head_dim=dim, backward="five_gemm", key_heads=2)
+    for dtype, dim in product(DTYPES, (64, 128, 512)):
+        yield replace(base, dtype=dtype, head_dim=dim, bias="blocks", query_length=300, key_length=417)
     for cache in ("same_dtype", "int8"):
         yield Case("small", batch=3, query_heads=8, key_heads=2, query_length=2, key_length=160, head_dim=512,
                    cache=cache, page_size=16, splits=3, window_right=0)  # fmt: skip
@@ -154,7 +158,9 @@ def full() -> Iterator[Case]:
         yield Case("full", dtype, 1, 1, 1, 131072, 131072, dim, window_right=0)
     yield Case("full", "f16", 1, 2, 1, 131072, 131072, 128, direct=True)
     for dtype, (dim, value_dim) in product(DTYPES, WIDE):
-        yield Case("full", dtype, 1, 1, 1, 16384, 16384, dim, value_dim=value_dim)
+        yield Case("full", dtype, 1, 1, 1, 16384, 16384, dim, value_dim=value_dim, backward="automatic")
+    for dtype, dim in product(DTYPES, (64, 128)):
+        yield Case("full", dtype, 1, 4, 2, 8192, 8192, dim, bias="blocks", backward="automatic", heads_checked=2)
 
 
 def huge() -> Iterator[Case]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import standalone
 from .gpu import Gpu
 from .reference import Unit
 
@@ -87,7 +88,10 @@ class Problem:
         if case["bias"] != "none":
             own = (case["batch"], heads, length, keys)
             sizes = [size or full for size, full in zip(case["bias_sizes"], own, strict=True)]
-            if case["bias"] == "mask":
+            if case["bias"] == "blocks":
+                packed = standalone.block_mask(length, keys)
+                self.inputs["bias"], self.dense_mask = packed.data.to(self.device), packed.to_dense()[0].to(self.device)
+            elif case["bias"] == "mask":
                 self.inputs["bias"] = self._mask(*sizes[2:]).expand(sizes).contiguous()
             else:
                 self.inputs["bias"] = self._normal(
@@ -209,7 +213,9 @@ class Problem:
                 scale=case["head_dim"] ** -0.5,
                 **{name: case[name] for name in ("window_left", "window_right", "softcap", "dropout_p")},
             )
-            if "bias" in self.inputs:
+            if case["bias"] == "blocks":
+                unit.bias = self.dense_mask
+            elif "bias" in self.inputs:
                 bias = self.inputs["bias"]
                 bias = bias[batch if bias.shape[0] > 1 else 0]
                 unit.bias = bias[heads] if bias.shape[0] > 1 else bias

@@ -9,6 +9,7 @@ from typing import Any
 
 from mfa import _native
 
+from . import standalone
 from .cases import Case
 
 PARAMS = Path(__file__).parents[2] / "metal" / "params.h"
@@ -60,7 +61,10 @@ def problem(case: Case) -> dict[str, Any]:
     fields["out_strides"] = strides_of(case, case.query_heads, case.query_length, value_dim)
     fields["key_strides"] = strides_of(case, case.key_heads, case.key_length, case.head_dim)
     fields["value_strides"] = strides_of(case, case.key_heads, case.key_length, value_dim)
-    if case.bias != "none":
+    if case.bias == "blocks":
+        words = len(standalone.block_mask(case.query_length, case.key_length).data)
+        fields |= {"bias": "blocks", "bias_words": words}
+    elif case.bias != "none":
         sizes = full_bias_sizes(case)
         steps = [sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1]
         fields |= {"bias": case.bias, "bias_sizes": sizes, "bias_strides": tuple(steps)}

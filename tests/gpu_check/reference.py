@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import standalone
+
 # Scores of a block. With narrow types and gradients a whole head of 2^15 queries and keys: torch sums over all of them.
 SCORES, SCORES_OF_PLAIN_GRADIENTS = 1 << 28, 1 << 30
-
-
-def _dropout() -> Any:
-    """mfa._cpu.dropout by itself: the package may not be there."""
-    path = Path(__file__).parents[2] / "src/mfa/_cpu/dropout.py"
-    spec = importlib.util.spec_from_file_location("mfa_dropout", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass
@@ -121,7 +106,7 @@ class Unit:
             assert self.heads is not None
             assert self.rng_state is not None
             with torch.device(key.device):
-                factors = _dropout().keep_factors(
+                factors = standalone.load("_cpu/dropout.py").keep_factors(
                     self.rng_state, self.heads[heads], rows, slice(0, keys), self.dropout_p, dtype
                 )
             probability = probability * factors
