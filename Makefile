@@ -22,8 +22,8 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find cmake csrc metal -type f -n
 STAMP := $(VENV)/stamp
 TORCH_VERSIONS := $(shell cat tests/torch_versions.txt)
 # Where a test meets more of torch than tensors: what kernels compute doesn't depend on its version.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,append append_ops checkpointing decode_ops diffusers double_backward \
-	dropout errors fidelity_torch generation main merge mps_flash_attn_quantized ops plan public_reports sdpa \
+TORCH_TESTS := $(patsubst %,tests/test_%.py,append append_ops block_attention block_mask checkpointing decode_ops diffusers \
+	double_backward dropout errors fidelity_torch generation main masks merge mps_flash_attn_quantized ops plan public_reports sdpa \
 	sdpa_nested sdpa_opinfo sdpa_policy sdpa_varlen simulator_snippets sizes_from_data torch_func torch_internals \
 	training transformers transformers_kinds varlen_ops)
 FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal') $(wildcard tests/agx_check/*/*.[ch])

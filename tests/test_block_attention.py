@@ -152,20 +152,25 @@ def test_errors() -> None:
             mfa.attention(query, key, value, block_mask=wrong)
 
 
-def test_compiled_without_breaks() -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_compiled_without_breaks(is_packed: bool) -> None:
+    """Masks that nothing has seen before, one after the other through the same compiled function."""
+    torch._dynamo.reset()
     query, key, value = (torch.randn(1, 2, 200, 16, requires_grad=True) for _ in range(3))
-    for block_mask in (
-        create_block_mask(causal, None, None, 200, 200, device="cpu"),
-        mfa.pack_block_mask(create_block_mask(causal, None, None, 200, 200, device="cpu")),
-    ):
 
-        def function(query: Tensor, key: Tensor, value: Tensor, block_mask: Any = block_mask) -> Tensor:
-            return mfa.flex_attention(query, key, value, block_mask=block_mask).sin()
+    def function(query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
+        return mfa.flex_attention(query, key, value, block_mask=block_mask).sin()
 
-        expected = function(query, key, value)
-        found = torch.compile(function, backend="aot_eager", fullgraph=True)(query, key, value)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for mask in (mfa.masks.causal(), mfa.masks.prefix(5), mfa.masks.prefix(100)):
+        block_mask: Any = create_block_mask(mask, None, None, 200, 200, device="cpu")
+        if is_packed:
+            block_mask = mfa.pack_block_mask(block_mask)
+        found = compiled(query, key, value, block_mask)
+        expected = function(query, key, value, block_mask)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), query), torch.autograd.grad(expected.sum(), query))
+        gradients = (torch.autograd.grad(out.sum(), (query, key, value)) for out in (found, expected))
+        torch.testing.assert_close(*gradients)
 
 
 def counted(query: Tensor, key: Tensor, value: Tensor, **terms: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import assume_constant_result
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -94,15 +95,19 @@ def pack_block_mask(block_mask: BlockMask) -> PackedBlockMask:
 _remembered: weakref.WeakKeyDictionary[Any, PackedBlockMask] = weakref.WeakKeyDictionary()
 
 
+@assume_constant_result  # type: ignore[untyped-decorator]
+def _remember(block_mask: Any) -> None:
+    """While torch.compile traces, this runs on the mask itself: what it holds says how large the packed mask is."""
+    if block_mask not in _remembered:
+        _remembered[block_mask] = pack_block_mask(block_mask)
+
+
 def packed(block_mask: Any) -> PackedBlockMask:
     """A PackedBlockMask as it is; a BlockMask packed, once for as long as it lives."""
     if isinstance(block_mask, PackedBlockMask):
         return block_mask
-    found = _remembered.get(block_mask) if type(block_mask).__hash__ is not None else None
-    if found is None:
-        found = pack_block_mask(block_mask)
-        _remembered[block_mask] = found
-    return found
+    _remember(block_mask)
+    return _remembered[block_mask]
 
 
 def _rows_of_blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int]]:
