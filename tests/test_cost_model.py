@@ -122,25 +122,27 @@ def test_the_plan_has_only_kernels_of_the_table(chip: str) -> None:
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("dim", report.HEAD_DIMS)
 def test_forward_is_at_its_goals(dim: int, chip: Chip) -> None:
-    """83% of the peak on M1 and M2, 87% on M3 and M4; causal within 3 points; no pipe worse than MLX's.
+    """87% of the peak on M1 and M2, 88% on M3 and M4; causal within 3 points; no pipe worse than MLX's.
 
-    But latency: at D 64 and 80 fewer threadgroups fit on a core. On M1 and M2 what brings K's elements together takes 2
-    to 4 points.
+    But latency at D 80, where a thread takes 122 registers.
     """
     dense, causal = report.shape(dim), report.shape(dim, causal=True)
     (ours,) = model.forward(TABLE, dense, chip)
     share = report.utilisation(dense, 2, ours.seconds, chip)
-    assert share >= (0.87 if chip.has_side_pipe else 0.83)
+    assert share >= (0.88 if chip.has_side_pipe else 0.87)
     assert abs(share - report.utilisation(causal, 2, model.seconds(model.forward(TABLE, causal, chip)), chip)) < 0.03
     theirs = report.steel(TABLE, dense, chip).pipes
-    assert {name for name, seconds in ours.pipes.items() if seconds > theirs[name] * 1.0001} <= {"latency"}
+    worse = {name for name, seconds in ours.pipes.items() if seconds > theirs[name] * 1.0001}
+    assert worse <= ({"latency"} if dim == 80 else set())
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("dim", report.BACKWARD_DIMS)
 def test_backward_is_at_its_goal(dim: int, chip: Chip) -> None:
+    """85% of the peak up to D 128; 78% by teams."""
     problem = report.shape(dim)
-    assert report.utilisation(problem, 5, model.seconds(model.backward(TABLE, problem, chip)), chip) >= 0.75
+    share = report.utilisation(problem, 5, model.seconds(model.backward(TABLE, problem, chip)), chip)
+    assert share >= (0.845 if dim <= 128 else 0.78)
 
 
 def test_two_row_tiles_have_an_alternative_of_one() -> None:
