@@ -11,6 +11,7 @@ import torch
 from conftest import Device
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from largest import Largest
 from strategies import DTYPES, TIMES, Problem, problems
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -225,20 +226,12 @@ def test_contents_that_no_mask_has_read_nothing_else() -> None:
             torch.autograd.grad(out.sum(), (query, key, value))
 
 
-@pytest.mark.simulator
-def test_nothing_of_the_lengths_product_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 16384 tokens: the largest tensor that any op makes is far from Lq x Lk."""
+def test_nothing_of_the_lengths_product_is_made() -> None:
+    """At 16384 tokens: the largest tensor that any op makes is far from Lq x Lk bytes."""
     length = 16384
-    sizes: list[int] = []
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            sizes.extend(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-            return result
-
     block_mask = create_block_mask(causal, None, None, length, length, device="cpu")
-    with Largest():
-        packed = mfa.pack_block_mask(block_mask)
-    assert max(sizes) <= 2**22 < length * length // 32
-    assert packed.data.numel() * 32 < length * length // 16
+    for make in (lambda: mfa.pack_block_mask(block_mask), lambda: mfa.PackedBlockMask.of(causal, block_mask.shape)):
+        with Largest() as made:
+            packed = make()
+        assert made.nbytes <= 8 * 128 * length <= length * length // 16
+        assert packed.data.numel() * 32 < length * length // 16

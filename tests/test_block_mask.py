@@ -43,6 +43,7 @@ def test_what_is_packed_is_the_mask(
     expected = create_mask(mask, *sizes, device="cpu")
     assert found.shape == sizes
     assert torch.equal(found.to_dense(), expected)
+    assert torch.equal(PackedBlockMask.of(mask, sizes).to_dense(), expected)
     lists = Lists.of(found.data)
     header = lists.header
     assert len(found.data) == header["size"]

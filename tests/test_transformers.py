@@ -19,6 +19,7 @@ hf = pytest.importorskip("transformers", reason="transformers isn't installed")
 from transformers import masking_utils  # noqa: E402 (after the skip)
 
 import mfa.transformers  # noqa: E402
+from mfa.transformers import _mask  # noqa: E402
 
 mfa.transformers.register()
 
@@ -244,6 +245,7 @@ MASKS = {
     padding=st.none() | st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=2),
     skip=st.booleans(),
     as_tensor=st.booleans(),
+    is_long=st.booleans(),
 )
 def test_mask_is_that_of_transformers(
     kind: str,
@@ -253,6 +255,7 @@ def test_mask_is_that_of_transformers(
     padding: list[tuple[int, int]] | None,
     skip: bool,
     as_tensor: bool,
+    is_long: bool,
 ) -> None:
     length = offsets[1] + lengths[1]
     rows = [[left <= key < length - right for key in range(length)] for left, right in padding or ()]
@@ -267,7 +270,11 @@ def test_mask_is_that_of_transformers(
         "allow_is_bidirectional_skip": skip and "bidirectional" in kind,
     }
     expected = masking_utils.sdpa_mask(**terms | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    mask = mfa.transformers.mask(**terms, allow_is_causal_skip=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_mask, "LONG", 1 if is_long else 100)
+        mask = mfa.transformers.mask(**terms, allow_is_causal_skip=False)
+    if is_long and lengths[0] > 1:
+        assert isinstance(mask, mfa.transformers.Mask)
     if mask is None:
         assert expected.all()
         return
@@ -304,15 +311,18 @@ def test_without_a_mask(length_q: int) -> None:
             assert_close(ours, sdpa(module, query, key, value, None, **terms)[0])
 
 
-@pytest.mark.parametrize("kind", ["none", "bool", "float", "mask"])
-def test_position_bias(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "mask", "blocks"])
+def test_position_bias(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_mask, "LONG", 2)
     query, key, value = torch.randn(3, 2, 4, 6, 16)
     bias = torch.randn(1, 4, 6, 6, requires_grad=True)
     seen = torch.rand(2, 1, 6, 6) > 0.4
     seen[..., 0] = True
     masks = {"none": None, "bool": seen, "float": torch.randn(2, 1, 6, 6)}
     padding = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
-    masks["mask"] = mfa.transformers.mask(batch_size=2, q_length=6, kv_length=6, attention_mask=padding)
+    terms = {"batch_size": 2, "q_length": 6, "kv_length": 6}
+    masks["mask"] = mfa.transformers.mask(**terms, attention_mask=padding)
+    masks["blocks"] = mfa.transformers.mask(**terms, mask_function=MASKS["chunked"](4))
     sdpa = hf.AttentionInterface()["sdpa"]
     results = []
     for function in (mfa.transformers.attention, sdpa):

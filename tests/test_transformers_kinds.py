@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from largest import Largest
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 hf = pytest.importorskip("transformers", reason="transformers isn't installed")
 
 from transformers import masking_utils  # noqa: E402 (after the skip)
-from transformers_models import make, paddings, results  # noqa: E402
+from transformers_models import arguments, make, paddings, results  # noqa: E402
 
 import mfa.transformers  # noqa: E402
 from mfa import _log  # noqa: E402
+from mfa.transformers import _mask  # noqa: E402
 
 mfa.transformers.register()
 SDPA = hf.AttentionInterface()["sdpa"]
@@ -179,9 +181,11 @@ def same_sequence() -> Tensor:
 
 
 def packed_terms(kind: str) -> dict[str, Any]:
-    """Of a mask: plain, with padding, or made from position_ids, which begin anew within a sequence of STARTS."""
+    """Of a mask: plain, with padding, made from position_ids that begin anew within a sequence of STARTS, or blocks."""
     padding = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool() if kind == "padding" else None
     function = masking_utils.sliding_window_causal_mask_function(2)
+    if kind == "blocks":
+        function = masking_utils.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.int64))
     if kind == "positions":
         positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
         function = masking_utils.and_masks(
@@ -194,9 +198,12 @@ def packed_terms(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("eager_only", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "padding", "positions"])
-def test_lengths_and_a_mask_both_count(compiled: bool, eager_only: bool, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "padding", "positions", "blocks"])
+def test_lengths_and_a_mask_both_count(
+    compiled: bool, eager_only: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
+    monkeypatch.setattr(_mask, "LONG", 2)
     query, key, value = torch.randn(3, 2, 4, 6, 16)
     terms = packed_terms(kind)
     seen = masking_utils.sdpa_mask(**terms) & same_sequence()
@@ -280,3 +287,38 @@ def test_models_with_an_indexer(name: str, compiled: bool) -> None:
     model = ours(reference, compiled)
     for mask in (None, *(mask for _, mask in paddings())):
         check_close(results(model, mask), results(reference, mask))
+
+
+IMAGES = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(("name", "extra"), [("llama4_text", {}), ("gemma3", {"token_type_ids": IMAGES})])
+def test_long_masks_that_are_no_windows_are_blocks(
+    name: str, extra: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, and images whose tokens see each other: results and gradients, without a matrix."""
+    reference = make(name)
+    model = ours(reference, compiled=False)
+    monkeypatch.setattr(_mask, "LONG", 2)
+    monkeypatch.setattr(mfa.transformers.Mask, "matrix", None)
+    expected = reference(**arguments(reference), **extra).logits
+    for _, padding in paddings():
+        found, known = (m(**arguments(m), attention_mask=padding, **extra).logits for m in (model, reference))
+        check_close([found[padding.bool()]], [known[padding.bool()]])
+        assert float((known - expected).abs().max()) > 0.1  # what is hidden counts
+    for m in (model, reference):
+        m(**arguments(m), **extra).logits.square().mean().backward()
+    gradients = ([p.grad for p in m.parameters() if p.grad is not None] for m in (model, reference))
+    check_close(*gradients)
+
+
+def test_a_long_mask_makes_no_matrix() -> None:
+    length = 4096
+    function = masking_utils.chunked_causal_mask_function(1000, torch.zeros(1, dtype=torch.int64))
+    padding = torch.arange(length)[None] >= 7
+    terms = {"batch_size": 1, "q_length": length, "kv_length": length, "mask_function": function}
+    with Largest() as made:
+        mask = mfa.transformers.mask(**terms, attention_mask=padding)
+    assert isinstance(mask, mfa.transformers.Mask)
+    assert made.nbytes <= 8 * 128 * length <= length * length // 4
+    assert torch.equal(mask & True, masking_utils.sdpa_mask(**terms, attention_mask=padding))

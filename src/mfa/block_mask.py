@@ -6,14 +6,12 @@ in part has a bit per score besides, and a class for each of its tiles of 16 x 1
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -42,6 +40,7 @@ HEADER = (
     "size",  # of all
 )
 _TABLE_COLUMNS = 8
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch entry, head, query and key
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,21 @@ class PackedBlockMask:
 
     data: Tensor
     shape: tuple[int, int, int, int]
+
+    @classmethod
+    def of(
+        cls, mask_mod: MaskMod, shape: tuple[int, int, int, int], device: torch.device | str = "cpu"
+    ) -> PackedBlockMask:
+        """Asks `mask_mod` for every score, 128 queries at a time; `create_block_mask` makes a matrix [B,H,Lq,Lk] first.
+
+        Args:
+            mask_mod: torch's: of batch entry, head, query and key, whether it is seen. What it reads is on `device`.
+            shape: (B, H, Lq, Lk); B and H are 1 where all batch entries or heads share the mask.
+        """
+        batch, heads, length_q, length_k = shape
+        every = (batch, heads, _count(length_q, BLOCK), _count(length_k, BLOCK))
+        states = torch.full(every, _MIXED, dtype=torch.uint8, device=device)
+        return _pack(mask_mod, (BLOCK, BLOCK), states, shape)
 
     def to(self, device: torch.device | str) -> PackedBlockMask:
         """The mask on another device."""
@@ -86,28 +100,24 @@ def pack_block_mask(block_mask: BlockMask) -> PackedBlockMask:
     if any(size % TILE for size in sizes):
         raise ValueError(f"block_mask has BLOCK_SIZE {tuple(sizes)}; both must be multiples of {TILE}")
     batch, heads = block_mask.kv_num_blocks.shape[:2]
-    shape = (batch, heads, *block_mask.seq_lengths)
-    states = _states(block_mask)
-    found = [_row(block_mask, states, shape, b, h, i) for b, h, i in _rows_of_blocks(shape)]
-    return PackedBlockMask(_packed(shape, found, states.device), shape)
-
-
-_remembered: weakref.WeakKeyDictionary[Any, PackedBlockMask] = weakref.WeakKeyDictionary()
-
-
-@assume_constant_result  # type: ignore[untyped-decorator]
-def _remember(block_mask: Any) -> None:
-    """While torch.compile traces, this runs on the mask itself: what it holds says how large the packed mask is."""
-    if block_mask not in _remembered:
-        _remembered[block_mask] = pack_block_mask(block_mask)
+    return _pack(block_mask.mask_mod, sizes, _states(block_mask), (batch, heads, *block_mask.seq_lengths))
 
 
 def packed(block_mask: Any) -> PackedBlockMask:
     """A PackedBlockMask as it is; a BlockMask packed, once for as long as it lives."""
     if isinstance(block_mask, PackedBlockMask):
         return block_mask
-    _remember(block_mask)
-    return _remembered[block_mask]
+    from ._remembered import remembered  # brings torch._dynamo, as torch's module of BlockMask does
+
+    return remembered(block_mask)
+
+
+def _pack(
+    mask_mod: MaskMod, sizes: tuple[int, int], states: Tensor, shape: tuple[int, int, int, int]
+) -> PackedBlockMask:
+    """`states` [B,H,..] are of blocks of `sizes`; where one is mixed, `mask_mod` says which scores are seen."""
+    found = [_row(mask_mod, sizes, states, shape, b, h, i) for b, h, i in _rows_of_blocks(shape)]
+    return PackedBlockMask(_packed(shape, found, states.device), shape)
 
 
 def _rows_of_blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int]]:
@@ -139,12 +149,20 @@ def _states(block_mask: BlockMask) -> Tensor:
 _Row = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _row(block_mask: BlockMask, states: Tensor, shape: tuple[int, int, int, int], b: int, h: int, row: int) -> _Row:
+def _row(
+    mask_mod: MaskMod,
+    sizes: tuple[int, int],
+    states: Tensor,
+    shape: tuple[int, int, int, int],
+    b: int,
+    h: int,
+    row: int,
+) -> _Row:
     device, (_, _, length_q, length_k) = states.device, shape
     q = torch.arange(row * BLOCK, (row + 1) * BLOCK, device=device)
     tiles_q = torch.arange(row * _TILES, (row + 1) * _TILES, device=device) * TILE
     tiles_k = torch.arange(_count(length_k, BLOCK) * _TILES, device=device) * TILE
-    size_q, size_k = block_mask.BLOCK_SIZE
+    size_q, size_k = sizes
     # A tile behind the end is whatever its neighbours are: nobody asks.
     tile_states = states[b, h][(tiles_q.clamp(max=length_q - 1) // size_q)][
         :, tiles_k.clamp(max=length_k - 1) // size_k
@@ -155,7 +173,7 @@ def _row(block_mask: BlockMask, states: Tensor, shape: tuple[int, int, int, int]
     mixed = (seen & ~whole).nonzero().squeeze(1)
     keys = mixed[:, None] * BLOCK + torch.arange(BLOCK, device=device)
     bits = tile_states[mixed].repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
-    bits = (bits == _OPEN) | ((bits == _MIXED) & _evaluated(block_mask.mask_mod, b, h, q, keys, length_q, length_k))
+    bits = (bits == _OPEN) | ((bits == _MIXED) & _evaluated(mask_mod, b, h, q, keys, length_q, length_k))
     exists = (q < length_q)[:, None] & (keys < length_k)[:, None]
     tiles = (len(mixed), _TILES, TILE, _TILES, TILE)
     some = (bits & exists).view(tiles).any(4).any(2)
@@ -171,7 +189,7 @@ def _row(block_mask: BlockMask, states: Tensor, shape: tuple[int, int, int, int]
     return listed, numbers[listed], classes[listed], (bits & exists)[remains]
 
 
-def _evaluated(mask_mod: Any, b: int, h: int, q: Tensor, keys: Tensor, length_q: int, length_k: int) -> Tensor:
+def _evaluated(mask_mod: MaskMod, b: int, h: int, q: Tensor, keys: Tensor, length_q: int, length_k: int) -> Tensor:
     """bool [blocks,128,128], of queries q [128] and keys [blocks,128]; positions behind the ends are the last ones."""
     if keys.numel() == 0:
         return torch.zeros((0, BLOCK, BLOCK), dtype=torch.bool, device=keys.device)

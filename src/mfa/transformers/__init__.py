@@ -5,7 +5,8 @@
 
 transformers asks two functions: `mask`, once per forward pass, which keys a query may see, and `attention`, in each
 layer, for the result. Ours say what may be seen as a window, a row of keys and sequences in a row, as long as that is
-all there is to say: causal, sliding, padded and packed attention then need no L x L matrix.
+all there is to say: causal, sliding, padded and packed attention then need no L x L matrix. A long mask that says more
+(chunks, images whose tokens see each other) is a block mask.
 """
 
 from typing import Any
@@ -136,8 +137,11 @@ def attention(
         out = attention_varlen(*flat, *cu_seqlens, *longest, window=window, **terms)  # type: ignore[call-overload]
         return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
-    window, bias = (None, None), attention_mask
-    if known is not None:
+    window, bias, blocks = (None, None), attention_mask, None
+    if known is not None and known.blocks is not None:
+        is_all = seen is None and starts is None and position_bias is None
+        blocks, bias = (known.blocks, None) if is_all else (None, known.matrix())
+    elif known is not None:
         window, bias = (known.window, known.keys) if known.sequences is None else (window, known.matrix())
     elif attention_mask is None and causal and query.shape[2] > 1 and not _sees_all(module):
         diagonal = query.shape[2] - key.shape[2]  # 0 in the upper left
@@ -158,7 +162,7 @@ def attention(
     if bias is not None and bias.dtype not in (torch.bool, torch.float32, query.dtype):
         bias = bias.to(query.dtype)
     grouped = query.shape[1] != key.shape[1]
-    out = mfa_attention(query, key, value, bias, enable_gqa=grouped, window=window, **terms)
+    out = mfa_attention(query, key, value, bias, enable_gqa=grouped, window=window, block_mask=blocks, **terms)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -167,7 +171,7 @@ def _is_window(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> boo
     if not isinstance(attention_mask, Mask):
         return attention_mask is None
     is_aligned = query.shape[2] == key.shape[2] or (attention_mask.window == (None, None) and query.shape[0] == 1)
-    return attention_mask.keys is None and is_aligned
+    return attention_mask.keys is None and attention_mask.blocks is None and is_aligned
 
 
 def _sees_all(module: torch.nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Masks for transformers, kept as what they say, where that is a window, a row of keys and sequences in a row."""
+"""Masks for transformers, kept as what they say: a window, a row of keys and sequences in a row, or blocks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,9 +8,12 @@ from torch import Tensor
 from transformers import masking_utils as hf
 
 from .. import _torch
+from ..block_mask import PackedBlockMask
 from ._models import attends_by_itself, is_eager_only, refuse
 
 _Window = tuple[int | None, int | None]
+# Of queries and keys; below, a matrix costs less than to pack it.
+LONG = 4096
 
 
 class Mask(Tensor):
@@ -23,6 +26,7 @@ class Mask(Tensor):
     window: _Window  # relative to the lower right
     keys: Tensor | None  # bool [B,1,1,Lk]
     sequences: Tensor | None  # integers [B,L], Lq = Lk = L: tokens see their own sequence
+    blocks: PackedBlockMask | None  # [B,1,Lq,Lk], all that there is to say
     _matrix: Tensor | None
     _starts: tuple[Tensor | None, Tensor] | None
 
@@ -35,10 +39,12 @@ class Mask(Tensor):
         keys: Tensor | None,
         sequences: Tensor | None = None,
         dtype: torch.dtype = torch.bool,
+        blocks: PackedBlockMask | None = None,
     ) -> "Mask":
         # Should its own elements ever be seen, then they hide everything, and no model gives sense.
         made: Mask = torch.full((1, 1, 1, 1), _hidden(dtype), dtype=dtype, device=device).expand(*size).as_subclass(cls)
-        made.window, made.keys, made.sequences, made._matrix, made._starts = window, keys, sequences, None, None
+        made.window, made.keys, made.sequences, made.blocks = window, keys, sequences, blocks
+        made._matrix, made._starts = None, None
         return made
 
     @classmethod
@@ -57,6 +63,8 @@ class Mask(Tensor):
             diagonal = torch.arange(length_q, device=self.device)[:, None] + (length_k - length_q)
             key = torch.arange(length_k, device=self.device)
             seen = torch.ones((1, 1, length_q, length_k), dtype=torch.bool, device=self.device)
+            if self.blocks is not None:
+                seen = self.blocks.to_dense()
             left, right = self.window
             if left is not None:
                 seen = seen & (key >= diagonal - left)
@@ -118,9 +126,12 @@ def mask(**terms: Any) -> Tensor | None:
     # For a single query sdpa_mask has None or a row of keys already. A static cache's q_offset is the device's to know.
     is_worth_it = terms.get("q_length", 1) > 1 or (eager_only and not isinstance(terms.get("q_offset"), Tensor))
     if is_worth_it and not is_tracing:
+        as_dtype = terms.get("dtype", torch.float32) if eager_only else torch.bool
         reach = _reach(terms.get("mask_function", hf.causal_mask_function))
         if reach is not None and (reach.sequences is not None or not reach.is_remapped):
-            return _lazy_mask(reach, terms.get("dtype", torch.float32) if eager_only else torch.bool, **terms)
+            return _lazy_mask(reach, as_dtype, **terms)
+        if min(terms["q_length"], terms["kv_length"]) >= LONG:
+            return _blocks(as_dtype, **terms)
     dense: Tensor | None
     if eager_only:
         dense = hf.eager_mask(**{**terms, "allow_is_bidirectional_skip": False})
@@ -167,6 +178,28 @@ def _lazy_mask(
         visible = keys if right is None else keys[:, : max(0, kv_length + right)]
         keys = None if visible.all() else keys[:, None, None]
     return Mask.of((batch_size, 1, q_length, kv_length), device, (left, right), keys, reach.sequences, as_dtype)
+
+
+def _blocks(
+    as_dtype: torch.dtype,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = hf.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Mask:
+    """What a function says that no `_Reach` can, and the padding."""
+    keys = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if keys is not None:
+        mask_function = hf.and_masks(mask_function, hf.padding_mask_function(keys.to(torch.bool)))
+    shape = (batch_size, 1, q_length, kv_length)
+    packed = PackedBlockMask.of(lambda b, h, q, k: mask_function(b, h, q + q_offset, k + kv_offset), shape, device)
+    return Mask.of(shape, device, (None, None), None, None, as_dtype, packed)
 
 
 # A mask function is a closure; those with the same code say the same. Not all are in transformers 5.0.
