@@ -336,6 +336,23 @@ def test_chunks_have_gradients() -> None:
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [300, 512])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_wide_heads(head_dim: int, dtype: torch.dtype, device: Device) -> None:
+    inputs = [random(1, 2, length, head_dim, dtype=dtype, device=device.type, grad=True) for length in (21, 34, 34)]
+    out_grad = random(1, 2, 21, head_dim, dtype=dtype)
+    with device.active():
+        out = flash.flash_attention(*inputs, is_causal=True)
+        grads = torch.autograd.grad(out, inputs, out_grad.to(device.type))
+    check(out, inputs, {"is_causal": True})
+    known = []
+    for reference, wider in ((attention, torch.float64), (composition, torch.float32)):
+        leaves = [tensor.detach().cpu().to(wider).requires_grad_() for tensor in inputs]
+        known.append(torch.autograd.grad(reference(*leaves, is_causal=True)[0], leaves, out_grad.to(wider)))
+    for grad, exact, plain in zip(grads, *known, strict=True):
+        assert largest_error(grad.cpu(), exact) <= tolerance(plain.to(dtype), exact, gradient=True)
+
+
 # -- replace_sdpa ---------------------------------------------------------------------------------------------------
 
 
