@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from mfa.block_mask import BLOCK, TILE, Lists, PackedBlockMask, pack_block_mask, packed
+from mfa._remembered import remembered
+from mfa.block_mask import BLOCK, TILE, Lists, PackedBlockMask, pack_block_mask
 
 
 def random_mask(density: float, seed: int, sizes: tuple[int, int, int, int]) -> Any:
@@ -106,10 +107,9 @@ def test_memory_is_that_of_what_is_seen_in_part() -> None:
 
 def test_a_block_mask_is_packed_once() -> None:
     block_mask = create_block_mask(causal, None, None, 200, 200, device="cpu")
-    assert packed(block_mask) is packed(block_mask)
-    one = pack_block_mask(block_mask)
-    assert packed(one) is one
-    assert isinstance(one, PackedBlockMask)
+    one = remembered(block_mask)
+    assert remembered(block_mask) is one
+    assert torch.equal(one.data, pack_block_mask(block_mask).data)
 
 
 def test_errors() -> None:

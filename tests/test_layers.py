@@ -54,11 +54,12 @@ IMPORTS = {
     "_simulation.py": {"_library.py", "_native"},
     "simulator.py": {"_simulation.py", "_library.py", "_torch.py", "_native"},
     "_checks": {"_checks", "_arguments.py", "_simulation.py", "_torch.py"},
+    "_remembered.py": {"block_mask.py"},
     "_cpu": {"_cpu", "_checks", "_arguments.py", "_log.py", "block_mask.py", "quantize.py/quantize_kv"},
     "_ops": {*BELOW, "_library.py"},
     "_parallel": {*BELOW, "_parallel", "merge.py/merge_attention"},
     # The functions that users call, each by itself.
-    "attention.py": BELOW,
+    "attention.py": {*BELOW, "_remembered.py"},
     "varlen.py": BELOW,
     "kv_cache.py": BELOW,
     "checkpointing.py": {"_ops/__init__.py/ops"},

@@ -313,6 +313,29 @@ def test_training_step_of_gemma_4() -> None:
         torch.testing.assert_close(parameter.grad, reference.grad)
 
 
+@pytest.mark.simulator
+def test_training_step_of_deepseek_v4() -> None:
+    """Layers with a sink per head, and compressed keys behind the window's, at its own D of 512."""
+    pytest.importorskip("transformers", reason="transformers isn't installed")
+    import transformers_models
+
+    config = transformers_models.tiny(transformers_models.CONFIG_MAPPING["deepseek_v4"], "deepseek_v4")
+    config.head_dim, config.index_head_dim = 512, 64  # the index has as many rotated dimensions: 512 / 8
+    mfa.transformers.register()
+    torch.manual_seed(0)
+    kind = transformers_models.model_class("deepseek_v4")
+    eager, ours = (kind._from_config(config, attn_implementation=attention).eval() for attention in ("eager", "mfa"))
+    ours.load_state_dict(eager.state_dict())
+    tokens = torch.randint(3, config.vocab_size, (2, 11))
+    eager(input_ids=tokens, labels=tokens).loss.backward()
+    with mfa.simulate() as sim:
+        ours(input_ids=tokens, labels=tokens).loss.backward()
+    assert any("backward_dkdv_f32_d512" in launch.kernel for launch in sim.launches)
+    for reference, parameter in zip(eager.parameters(), ours.parameters(), strict=True):
+        if reference.grad is not None:
+            torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-6)
+
+
 # -- caches ---------------------------------------------------------------------------------------------------------
 
 

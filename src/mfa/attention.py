@@ -19,7 +19,7 @@ from ._cpu.forward import attention_forward
 from ._ops import LIBRARY, ops, sharding
 from ._ops.autocast import autocast
 from ._ops.dense import nothing_listens
-from .block_mask import PackedBlockMask, check_fits, packed
+from .block_mask import PackedBlockMask, check_fits
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -150,7 +150,7 @@ def attention(
         dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
         scale = None if scale is None else as_number("scale", scale)
         left, right = as_window(window)
-        mask = None if block_mask is None else packed(block_mask)
+        mask = None if block_mask is None else _packed(block_mask)
         given = Dense(
             query=query,
             key=key,
@@ -185,6 +185,15 @@ def attention(
     if not has_batch:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
+
+
+def _packed(block_mask: Any) -> PackedBlockMask:
+    """A PackedBlockMask as it is; a BlockMask packed, once for as long as it lives."""
+    if isinstance(block_mask, PackedBlockMask):
+        return block_mask
+    from ._remembered import remembered  # brings torch._dynamo, as torch's module of BlockMask does
+
+    return remembered(block_mask)
 
 
 def _plain_arguments(

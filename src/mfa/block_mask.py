@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -101,15 +101,6 @@ def pack_block_mask(block_mask: BlockMask) -> PackedBlockMask:
         raise ValueError(f"block_mask has BLOCK_SIZE {tuple(sizes)}; both must be multiples of {TILE}")
     batch, heads = block_mask.kv_num_blocks.shape[:2]
     return _pack(block_mask.mask_mod, sizes, _states(block_mask), (batch, heads, *block_mask.seq_lengths))
-
-
-def packed(block_mask: Any) -> PackedBlockMask:
-    """A PackedBlockMask as it is; a BlockMask packed, once for as long as it lives."""
-    if isinstance(block_mask, PackedBlockMask):
-        return block_mask
-    from ._remembered import remembered  # brings torch._dynamo, as torch's module of BlockMask does
-
-    return remembered(block_mask)
 
 
 def _pack(
