@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 import mfa
 
 attention = mfa.attention
+since_2_13 = pytest.mark.skipif(torch.__version__ < (2, 13), reason="refused by a sentence, below")
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def test_errors() -> None:
             mfa.attention(query, key, value, block_mask=wrong)
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("is_packed", [pytest.param(False, marks=since_2_13), True])
 def test_compiled_without_breaks(is_packed: bool) -> None:
     """Masks that nothing has seen before, one after the other through the same compiled function."""
     torch._dynamo.reset()
@@ -172,6 +173,16 @@ def test_compiled_without_breaks(is_packed: bool) -> None:
         torch.testing.assert_close(found, expected)
         gradients = (torch.autograd.grad(out.sum(), (query, key, value)) for out in (found, expected))
         torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 13), reason="torch compiles it")
+def test_compiling_a_block_mask_says_what_to_give() -> None:
+    torch._dynamo.reset()
+    query, key, value = torch.randn(3, 1, 2, 40, 16)
+    block_mask = create_block_mask(causal, None, None, 40, 40, device="cpu")
+    compiled = torch.compile(mfa.flex_attention, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"mfa\.pack_block_mask"):
+        compiled(query, key, value, block_mask=block_mask)
 
 
 def counted(query: Tensor, key: Tensor, value: Tensor, **terms: Any) -> Any:

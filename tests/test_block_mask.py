@@ -39,7 +39,11 @@ def test_what_is_packed_is_the_mask(
     case: tuple[Any, tuple[int, int, int, int], tuple[int, int]], has_full_blocks: bool
 ) -> None:
     mask, sizes, block = case
-    given_mask = create_block_mask(mask, *sizes, device="cpu", BLOCK_SIZE=block, separate_full_blocks=has_full_blocks)
+    given_mask = create_block_mask(mask, *sizes, device="cpu", BLOCK_SIZE=block)
+    if not has_full_blocks:
+        every = torch.arange(-(-sizes[3] // block[1]), dtype=torch.int32).expand(*given_mask.kv_num_blocks.shape, -1)
+        counts = torch.full_like(given_mask.kv_num_blocks, every.shape[-1])
+        given_mask = BlockMask.from_kv_blocks(counts, every, BLOCK_SIZE=block, mask_mod=mask, seq_lengths=sizes[2:])
     found = pack_block_mask(given_mask)
     expected = create_mask(mask, *sizes, device="cpu")
     assert found.shape == sizes

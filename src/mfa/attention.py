@@ -187,10 +187,20 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+_PACKS_IN_EAGER_ONLY = str(torch.__version__).startswith(
+    ("2.10.", "2.11.", "2.12.")
+)  # where torch.compile asks functions about constants only
+
+
 def _packed(block_mask: Any) -> PackedBlockMask:
     """A PackedBlockMask as it is; a BlockMask packed, once for as long as it lives."""
     if isinstance(block_mask, PackedBlockMask):
         return block_mask
+    if _PACKS_IN_EAGER_ONLY and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"block_mask is a BlockMask, of which torch {torch.__version__} can't compile what it holds; "
+            "give what mfa.pack_block_mask makes of it"
+        )
     from ._remembered import remembered  # brings torch._dynamo, as torch's module of BlockMask does
 
     return remembered(block_mask)

@@ -184,12 +184,15 @@ def _evaluated(mask_mod: MaskMod, b: int, h: int, q: Tensor, keys: Tensor, lengt
     """bool [blocks,128,128], of queries q [128] and keys [blocks,128]; positions behind the ends are the last ones."""
     if keys.numel() == 0:
         return torch.zeros((0, BLOCK, BLOCK), dtype=torch.bool, device=keys.device)
-    batch, head = (torch.tensor(number, device=keys.device) for number in (b, h))
-    over_keys = torch.vmap(lambda i, j: mask_mod(batch, head, i, j), (None, 0))
-    over_queries = torch.vmap(over_keys, (0, None))
-    found = torch.vmap(over_queries, (None, 0))(q.clamp(max=length_q - 1), keys.clamp(max=length_k - 1))
-    seen: Tensor = found.to(torch.bool)
-    return seen
+    from torch.nn.attention.flex_attention import create_mask
+
+    queries, flat = q.clamp(max=length_q - 1), keys.clamp(max=length_k - 1).flatten()
+    found = create_mask(
+        lambda batch, head, i, j: mask_mod(batch + b, head + h, queries[i], flat[j]),
+        *(1, 1, BLOCK, flat.numel()),
+        device=str(keys.device),
+    )
+    return found.to(torch.bool).view(BLOCK, -1, BLOCK).transpose(0, 1)
 
 
 def _words(values: Tensor, width: int) -> Tensor:
