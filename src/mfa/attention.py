@@ -187,9 +187,8 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-_PACKS_IN_EAGER_ONLY = str(torch.__version__).startswith(
-    ("2.10.", "2.11.", "2.12.")
-)  # where torch.compile asks functions about constants only
+# There torch.compile asks functions about constants only.
+_PACKS_IN_EAGER_ONLY = str(torch.__version__).startswith(("2.10.", "2.11.", "2.12."))
 
 
 def _packed(block_mask: Any) -> PackedBlockMask:
