@@ -62,8 +62,9 @@ class Mask(Tensor):
             batch, _, length_q, length_k = self.shape
             diagonal = torch.arange(length_q, device=self.device)[:, None] + (length_k - length_q)
             key = torch.arange(length_k, device=self.device)
-            seen = torch.ones((1, 1, length_q, length_k), dtype=torch.bool, device=self.device)
-            if self.blocks is not None:
+            if self.blocks is None:
+                seen = torch.ones((1, 1, length_q, length_k), dtype=torch.bool, device=self.device)
+            else:
                 seen = self.blocks.to_dense()
             left, right = self.window
             if left is not None:
