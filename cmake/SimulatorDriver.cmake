@@ -66,10 +66,12 @@ function(add_simulated_metal target)
   add_dependencies(${target} mfa_backend_objects)
   add_dependencies(mfa_simulated mfa_backend_objects)
 
-  # A "metallib" on Linux names a library for the simulator; without a name, the one of the driver's settings.
+  # A "metallib" on Linux names a library for the simulator: see csrc/simulator/driver/library.cpp.
   file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/mfa.metallib" "mfa-simulator-metallib\n")
+  file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/mfa_metal4.metallib" "mfa-simulator-metallib\n+_metal4\n")
   install(TARGETS mfa_driver mfa_simulated DESTINATION mfa)
-  install(FILES "${CMAKE_CURRENT_BINARY_DIR}/mfa.metallib" DESTINATION mfa)
+  install(FILES "${CMAKE_CURRENT_BINARY_DIR}/mfa.metallib" "${CMAKE_CURRENT_BINARY_DIR}/mfa_metal4.metallib"
+          DESTINATION mfa)
 endfunction()
 
 if(NOT MFA_METAL_CPP_DIR)

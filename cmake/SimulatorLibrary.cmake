@@ -1,10 +1,14 @@
-# add_simulator_library(name MODE fast|count|asan SOURCES a.metal ... [INCLUDE_DIRECTORIES dir ...] [DEFINITIONS X=1 ...])
+# add_simulator_library(name MODE fast|count|asan SOURCES a.metal ... [STANDARD metal4.0] [INCLUDE_DIRECTORIES dir ...]
+#                       [DEFINITIONS X=1 ...])
 # compiles each .metal for the simulator, rebuilt when a header changes, and links them to a shared library `name` against
 # the target mfa_simulator. A warning is an error. Needs the package ziglang; see csrc/simulator/translate.py.
 set(MFA_TRANSLATE "${CMAKE_CURRENT_LIST_DIR}/../csrc/simulator/translate.py")
 
 function(add_simulator_library name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "MODE" "SOURCES;INCLUDE_DIRECTORIES;DEFINITIONS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "MODE;STANDARD" "SOURCES;INCLUDE_DIRECTORIES;DEFINITIONS")
+  if(NOT arg_STANDARD)
+    set(arg_STANDARD metal3.1)
+  endif()
   list(TRANSFORM arg_INCLUDE_DIRECTORIES PREPEND -I)
   list(TRANSFORM arg_DEFINITIONS PREPEND -D)
   cmake_path(ABSOLUTE_PATH MFA_TRANSLATE NORMALIZE OUTPUT_VARIABLE translate)
@@ -18,7 +22,7 @@ function(add_simulator_library name)
     set(object "${directory}/${stem}.o")
     add_custom_command(
       OUTPUT "${object}"
-      COMMAND "${Python_EXECUTABLE}" "${translate}" --mode ${arg_MODE} --strict ${arg_INCLUDE_DIRECTORIES} ${arg_DEFINITIONS}
+      COMMAND "${Python_EXECUTABLE}" "${translate}" --mode ${arg_MODE} --standard ${arg_STANDARD} --strict ${arg_INCLUDE_DIRECTORIES} ${arg_DEFINITIONS}
               --depfile "${object}.d" -o "${object}" "${source}"
       DEPENDS "${source}" "${translate}"
       DEPFILE "${object}.d"

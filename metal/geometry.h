@@ -3,8 +3,9 @@
 
 namespace mfa {
 
-// How fragments of K and V reach a SIMD-group; in a team, which shares rows (team.h), as staged.
-enum Path { staged, direct, team };
+// How fragments of K and V reach a SIMD-group; in a team, which shares rows (team.h), as staged; on the matrix unit
+// (unit/), as direct.
+enum Path { staged, direct, team, unit };
 constexpr int kTeamMembers = 4;
 
 // That a threadgroup owns.
@@ -58,15 +59,15 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, int value_dim, int block_queries,
                                         int block_keys, int element_size) {
   // K and V of a team take turns; beside them are the members' partial scores.
-  return path == direct    ? 0
-         : path == team    ? block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
-                                                 padded_row_bytes(value_dim, element_size, octets)) +
-                                 kTeamMembers * block_queries * block_keys * int(sizeof(float))
-         : memory == split ? block_keys * (padded_row_bytes(head_dim, element_size, pairs) +
-                                           padded_row_bytes(value_dim, element_size, octets))
-                           : block_queries * padded_row_bytes(head_dim, element_size, octets) +
-                                 block_keys * larger(padded_row_bytes(head_dim, element_size, pairs),
-                                                     padded_row_bytes(value_dim, element_size, octets));
+  return path == direct || path == unit ? 0
+         : path == team                 ? block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
+                                                              padded_row_bytes(value_dim, element_size, octets)) +
+                                              kTeamMembers * block_queries * block_keys * int(sizeof(float))
+         : memory == split              ? block_keys * (padded_row_bytes(head_dim, element_size, pairs) +
+                                                        padded_row_bytes(value_dim, element_size, octets))
+                                        : block_queries * padded_row_bytes(head_dim, element_size, octets) +
+                                              block_keys * larger(padded_row_bytes(head_dim, element_size, pairs),
+                                                                  padded_row_bytes(value_dim, element_size, octets));
 }
 
 // K and V of a block of keys, and their scales. Those of a team as above.

@@ -52,7 +52,7 @@ IMPORTS = {
     "_metal.py": {"_library.py", "_log.py", "_native"},
     # The one door: what the simulator enters itself in. None but applications import the simulator.
     "_simulation.py": {"_library.py", "_native"},
-    "simulator.py": {"_simulation.py", "_library.py", "_torch.py", "_native"},
+    "simulator.py": {"_simulation.py", "_library.py", "_log.py", "_torch.py", "_native"},
     "_checks": {"_checks", "_arguments.py", "_simulation.py", "_torch.py"},
     "_remembered.py": {"block_mask.py"},
     "_cpu": {"_cpu", "_checks", "_arguments.py", "_log.py", "block_mask.py", "quantize.py/quantize_kv"},

@@ -14,7 +14,7 @@ import instructions
 import translate
 from rewrite import rewrite
 
-SOURCES = sorted(METAL.glob("*.metal"))
+SOURCES = sorted(METAL.rglob("*.metal"))
 # One of each kind that multiplies; both ways to hold Q, sums in parts (f32), a half set at the end (80).
 INSTANCES = {
     "FORWARD(f16, staged, split, 64, 64, 8, 2, 32)": "forward.h",
@@ -30,9 +30,14 @@ INSTANCES = {
 }
 
 
+def standard_of(source: Path) -> str:
+    return "metal4.0" if source.parent.name == "unit" else "metal3.1"
+
+
 def preprocessed(source: Path) -> str:
     with tempfile.TemporaryDirectory() as directory:
-        return translate.preprocess(source, directory, [f"-D{name}" for name in translate.PREDEFINED], None, source)
+        flags = [f"-D{name}" for name in translate.PREDEFINED]
+        return translate.preprocess(source, directory, flags, None, source, standard_of(source))
 
 
 def host_names(source: Path) -> list[str]:
@@ -53,21 +58,26 @@ def unoptimised(source: Path) -> str:
         file.write_text(rewrite(preprocessed(source)))
         shim = ["-isystem", str(translate.MSL / "freestanding"), "-include", str(translate.MSL / "shim.h")]
         flags = ["-w", "-O2", "-DMFA_SIM_FAST", "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm"]
-        translate.run([*translate.compiler(), *translate.LANGUAGE, *shim, *flags, str(file), "-o", str(output)])
+        language = translate.of_standard(translate.LANGUAGE, standard_of(source))
+        flags += ["-DMFA_SIM_UNIT_LAYOUT=10"] if standard_of(source) == "metal4.0" else []
+        translate.run([*translate.compiler(), *language, *shim, *flags, str(file), "-o", str(output)])
         return output.read_text()
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(METAL).with_suffix("")))
 def test_matrices_exist_only_around_a_product(source: Path) -> None:
-    """Metal's own type is never a member, and a variable only in multiply_add (and in what it calls)."""
+    """Metal's own types are never members, and variables only in one product, or what it calls."""
     ir = unoptimised(source)
-    types = re.findall(r"^(%.*) = type .*simdgroup_matrix", ir, re.MULTILINE)
+    types = re.findall(r"^(%.*) = type .*(?:simdgroup_matrix|cooperative_tensor)", ir, re.MULTILINE)
     assert types == []
+    products = ("multiply_add", "simdgroup_multiply", "multiply_tiles", "mpp")
     for name, body in re.findall(r"^define [^@]*@(\w+)\((.*?)^\}", ir, re.MULTILINE | re.DOTALL):
-        matrices = re.findall(r"= alloca (.*simdgroup_matrix[^,]*)", body)
-        assert all(matrix.startswith('%"struct.metal::simdgroup_matrix') for matrix in matrices), name
-        assert not matrices or "multiply_add" in name or "simdgroup_multiply" in name, name
+        matrices = re.findall(r"= alloca (.*(?:simdgroup_matrix|cooperative_tensor)[^,]*)", body)
+        assert all(
+            re.match('%"(struct|class).metal::(simdgroup_matrix|cooperative_tensor)', one) for one in matrices
+        ), name
+        assert not matrices or any(product in name for product in products), name
 
 
 @pytest.mark.simulator

@@ -12,6 +12,7 @@ import pytest
 
 CMAKE = Path(__file__).parent.parent / "cmake"
 NAME = "com.apple.dt.toolchain.Metal.32023.883"
+SDK = "26.2"
 # MACHINE: `bundled` with Xcode; `component`, which xcrun finds once it is there; `named`, which only TOOLCHAINS finds.
 XCRUN = f"""#!/bin/sh
 [ "$1 $2" = "-sdk macosx" ] || exit 2
@@ -21,6 +22,7 @@ case $MACHINE in
     named) [ -f downloaded ] && [ "$TOOLCHAINS" = {NAME} ] ;;
     *) false ;;
 esac || {{ echo "missing Metal Toolchain" >&2; exit 72; }}
+[ "$3" = --show-sdk-version ] && echo "${{SDK:-{SDK}}}"
 while [ $# -gt 0 ]; do
     case $1 in
         -o) echo "$*" > "$2" ;;
@@ -41,6 +43,7 @@ cmake_minimum_required(VERSION 3.26)
 project(p LANGUAGES NONE)
 include("{cmake}/MetalLibrary.cmake")
 add_metal_library(mfa STANDARD metal3.1 DEPLOYMENT_TARGET 14.0 SOURCES k.metal)
+add_metal_library(mfa_metal4 STANDARD metal4.0 DEPLOYMENT_TARGET 26.2 LEAST_SDK 26.2 SOURCES k.metal)
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a Mac has xcrun")
@@ -102,6 +105,21 @@ def test_cmake_builds_a_metallib(machine: str, folder: Path, cmake: tuple[str, .
         assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "mfa.dir" / "k.air").read_text() == f"-o {folder}/mfa.dir/k.air\n"
     assert (folder / "mfa.metallib").exists()
+    assert (folder / "mfa_metal4.metallib").exists()
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_cmake_skips_metal_4_with_an_older_sdk(
+    required: bool, folder: Path, cmake: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDK", "26.1")
+    done = run(folder, "bundled", *cmake, "-S", ".", "-B", folder, f"-DMFA_REQUIRE_METALLIB={required}")
+    assert done.returncode == required
+    message = " ".join(done.stderr.split())  # CMake breaks lines
+    assert "No mfa_metal4.metallib: it needs the SDK of macOS 26.2, and this is that of 26.1." in message
+    if not required:
+        assert run(folder, "bundled", *cmake, "--build", folder).returncode == 0
+        assert [library.name for library in folder.glob("*.metallib")] == ["mfa.metallib"]
 
 
 @pytest.mark.parametrize("required", [True, False])

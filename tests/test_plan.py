@@ -32,7 +32,8 @@ from mfa import _native as native
 
 def test_catalogue_rows_are_those_of_the_table() -> None:
     assert len(CATALOGUE) == len(native.catalogue()), "two instances share a name"
-    rows = re.findall(r"^([A-Z_]+)\((\w+), ", (METAL / "instances.def").read_text(), re.M)
+    tables = (METAL / "instances.def").read_text() + (METAL / "unit" / "instances.def").read_text()
+    rows = re.findall(r"^([A-Z_]+)\((\w+), ", tables, re.M)
     expected = [
         f"tile_map_of_{of}" if macro == "TILE_MAP" else f"{macro.removesuffix('_TEAM').lower()}_{of}"
         for macro, of in rows
@@ -58,7 +59,7 @@ def test_catalogue_rows_are_launchable() -> None:
         owners = row.simdgroups // members
         assert tiles is None or row.rows == 8 * int(tiles[1]) * owners
         if row.kind == "forward":
-            assert (row.threadgroup_memory == 0) == (row.path == "direct")
+            assert (row.threadgroup_memory == 0) == (row.path in ("direct", "unit"))
 
 
 def attention_launch(plan: native.Plan, problem: dict[str, Any]) -> native.Launch:
@@ -188,8 +189,8 @@ def test_instance_holds_the_problem_at_least_cost(problem: dict[str, Any]) -> No
     row = CATALOGUE[launch.kernel]
     assert row.dtype == problem["dtype"]
     assert (row.head_dim, row.value_dim) == bucket(problem)
-    if (row.kind, row.path) == ("forward", "direct"):  # has no code for tails
-        assert problem["family"] in ("apple9", "apple10")
+    if row.kind == "forward" and row.path in ("direct", "unit"):  # have no code for tails
+        assert problem["family"] in ("apple9", "apple10")[row.path == "unit" :]
         assert launch.constants["is_aligned"]
         assert launch.constants["is_exact_head"]
 
@@ -212,12 +213,22 @@ def test_every_dimension_has_an_instance(family: str, dtype: str) -> None:
                 assert launch.kernel in CATALOGUE
 
 
-def test_newer_families_read_aligned_float32_directly() -> None:
-    def path(**problem: Any) -> str:
-        problem = {"dtype": "f32", "query_length": 256, "key_length": 64, "head_dim": 64, "value_dim": 64} | problem
-        [launch] = native.plan(**problem).launches
-        return str(CATALOGUE[launch.kernel].path)
+def path(**problem: Any) -> str:
+    problem = {"dtype": "f32", "query_length": 256, "key_length": 64, "head_dim": 64, "value_dim": 64} | problem
+    [launch] = native.plan(**problem).launches
+    return str(CATALOGUE[launch.kernel].path)
 
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+def test_m5_runs_16_bits_on_the_matrix_unit(dim: int, dtype: str) -> None:
+    own = {"dtype": dtype, "head_dim": dim, "value_dim": dim}
+    assert [path(family=family, **own) for family in FAMILIES] == ["staged", "staged", "staged", "unit"]
+    for other in ({"aligned": False}, {"head_dim": dim - 8}, {"value_dim": dim - 8}, {"dtype": "f32"}):
+        assert path(family="apple10", **own | other) == path(family="apple9", **own | other) != "unit"
+
+
+def test_newer_families_read_aligned_float32_directly() -> None:
     assert [path(family=family) for family in FAMILIES] == ["staged", "staged", "direct", "direct"]
     assert path(family="apple9", dtype="f16") == "staged"
     assert path(family="apple9", aligned=False) == "staged"

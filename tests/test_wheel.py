@@ -34,8 +34,11 @@ FILES = {
     "mfa/libmfa_simulated.so",
     "mfa/libmfa_simulator.so",
     "mfa/libmfa_kernels_count.so",
+    "mfa/libmfa_kernels_count_metal4.so",
     "mfa/libmfa_kernels_fast.so",
+    "mfa/libmfa_kernels_fast_metal4.so",
     "mfa/mfa.metallib",
+    "mfa/mfa_metal4.metallib",
 }
 RUNS = """
 import mfa, torch

@@ -72,6 +72,8 @@ metal::JsonObject info() {
   if (!why_not.empty()) return json;
 
   const MetalLauncher& launcher = process_launcher();
+  json.add("planned_family", "apple" + std::to_string(static_cast<int>(launcher.family())));
+  json.add("why_no_unit", launcher.library().why_no_unit());
   json.add("metallib", launcher.library().description());
   json.add("archive", launcher.archive().file().string());
   json.add("pipelines_compiled", static_cast<std::int64_t>(launcher.pipelines().compiled()));

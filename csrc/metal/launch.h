@@ -1,6 +1,7 @@
 // A plan on the GPU: bind, dispatch on torch's own encoder. No commit, no wait, no copy.
 #pragma once
 
+#include <algorithm>
 #include <filesystem>
 
 #include "metal/archive.h"
@@ -20,7 +21,10 @@ class MetalLauncher final : public Launcher {
   MetalLauncher(metal::TorchQueue& queue, const std::filesystem::path& library_directory,
                 const std::filesystem::path& cache_directory);
 
-  Family family() const override { return device_.family; }
+  // Of the kernels that there are: M5's are in a library of their own, and without it M5 runs M3's.
+  Family family() const override {
+    return library_.why_no_unit().empty() ? device_.family : std::min(device_.family, Family::apple9);
+  }
   void run(const Plan& plan, const Arguments& arguments) override;
 
   void precompile(const Launch& launch) { pipelines_.get(launch); }

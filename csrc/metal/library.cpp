@@ -6,16 +6,23 @@
 #include <vector>
 
 #include "metal/hash.h"
+#include "metal/unit_layout.h"
 
 namespace mfa::metal {
 namespace {
 
-// Kernels for Metal 4's tensor operations. Below macOS 26.2 their data layout is another one; before generation 17 (M5)
-// no hardware gains from them.
-constexpr const char* kMetal4Library = "mfa_metal4.metallib";
+constexpr const char* kUnitLibrary = "mfa_metal4.metallib";
 constexpr const char* kLibrary = "mfa.metallib";
 
-bool runs_metal4(const Device& device) { return device.generation >= 17 && device.is_system_at_least(26, 2); }
+// Why a GPU can't run the kernels for the matrix unit (metal/unit/); empty if it may.
+std::string why_not_on(const Device& device) {
+  if (device.generation < 17) return "this GPU has none";
+  // As MLX has it: of M5's generation, phones' chips don't gain from it.
+  if (device.generation == 17 && device.architecture.ends_with('p')) return "this GPU is a phone's";
+  // Before, Metal's tensor operations have another data layout.
+  if (!device.is_system_at_least(26, 2)) return "it needs macOS 26.2 or later, and this is " + device.system;
+  return "";
+}
 
 std::set<std::string> names_of(MTL::Library& library) {
   std::set<std::string> names;
@@ -27,31 +34,45 @@ std::set<std::string> names_of(MTL::Library& library) {
 }  // namespace
 
 Library::Library(const Device& device, const std::filesystem::path& directory, Notes& notes)
-    : device_(device.handle.get()), hash_(kHashStart) {
+    : device_(device.handle.get()), hash_(kHashStart), why_no_unit_(why_not_on(device)) {
   const Pool pool;
-  if (runs_metal4(device) && std::filesystem::exists(directory / kMetal4Library))
-    load(directory / kMetal4Library, notes);
-  load(directory / kLibrary, notes);
-  if (!units_.empty()) return;
-  embed();
-  notes.add("no usable " + std::string(kLibrary) +
-            ": kernels are compiled from source when they are first used, which "
-            "takes seconds; a wheel, or a build with Xcode's Metal toolchain, has them compiled");
+  if (why_no_unit_.empty()) {
+    try {
+      const NS::SharedPtr<MTL::Library> library = open(directory / kUnitLibrary);
+      why_no_unit_ = test_unit_layout(*device_, *library.get());
+      if (why_no_unit_.empty()) add(directory / kUnitLibrary, library);
+    } catch (const std::runtime_error& error) {
+      why_no_unit_ = error.what();
+    }
+    if (!why_no_unit_.empty()) notes.add("the matrix unit is not used: " + why_no_unit_);
+  }
+  try {
+    add(directory / kLibrary, open(directory / kLibrary));
+  } catch (const std::runtime_error& error) {
+    notes.add(error.what());
+    embed();
+    notes.add("no usable " + std::string(kLibrary) +
+              ": kernels are compiled from source when they are first used, which "
+              "takes seconds; a wheel, or a build with Xcode's Metal toolchain, has them compiled");
+  }
 }
 
-void Library::load(const std::filesystem::path& file, Notes& notes) {
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream) return notes.add("there is no " + file.string());
+NS::SharedPtr<MTL::Library> Library::open(const std::filesystem::path& file) const {
+  if (!std::filesystem::exists(file)) throw std::runtime_error("there is no " + file.string());
   NS::Error* error = nullptr;
-  NS::SharedPtr<MTL::Library> library = NS::TransferPtr(device_->newLibrary(file_url(file.string()), &error));
-  if (!library) return notes.add(file.string() + " can't be loaded: " + text_of(error));
+  auto library = NS::TransferPtr(device_->newLibrary(file_url(file.string()), &error));
+  if (!library) throw std::runtime_error(file.string() + " can't be loaded: " + text_of(error));
+  return library;
+}
 
+void Library::add(const std::filesystem::path& file, const NS::SharedPtr<MTL::Library>& library) {
+  std::ifstream stream(file, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator(stream), {}};
   hash_ = hash_of(bytes, hash_);
   description_ += (description_.empty() ? "" : ", ") + file.string();
   Unit& unit = units_.emplace_back();
   unit.kernels = names_of(*library.get());
-  unit.library = std::move(library);
+  unit.library = library;
 }
 
 void Library::embed() {
@@ -62,7 +83,7 @@ void Library::embed() {
     unit.source = source.text;
     unit.kernels.insert(source.kernels.begin(), source.kernels.end());
   }
-  description_ = "compiled from source at run time";
+  description_ += (description_.empty() ? "" : ", ") + std::string("compiled from source at run time");
 }
 
 void Library::compile(Unit& unit) {
@@ -83,7 +104,7 @@ MTL::Library& Library::of(const std::string& kernel) {
   }
   throw std::runtime_error(
       "kernel " + kernel +
-      (units_.front().source ? " is in none of the sources that mfa carries" : " is missing from " + description_));
+      (units_.back().source ? " is in none of the sources that mfa carries" : " is missing from " + description_));
 }
 
 NS::SharedPtr<MTL::Function> Library::function(const Launch& launch) {

@@ -31,6 +31,8 @@ class Library {
   // A kernel specialised by its constants. Throws std::runtime_error.
   NS::SharedPtr<MTL::Function> function(const Launch& launch);
 
+  // Why no kernels for the matrix unit are here; empty if they are.
+  const std::string& why_no_unit() const { return why_no_unit_; }
   std::uint64_t hash() const { return hash_; }                     // of everything that can be compiled
   const std::string& description() const { return description_; }  // paths, or where the source came from
 
@@ -44,7 +46,8 @@ class Library {
     std::set<std::string> kernels;
   };
 
-  void load(const std::filesystem::path& file, Notes& notes);
+  NS::SharedPtr<MTL::Library> open(const std::filesystem::path& file) const;  // throws std::runtime_error
+  void add(const std::filesystem::path& file, const NS::SharedPtr<MTL::Library>& library);
   void embed();
   void compile(Unit& unit);
   MTL::Library& of(const std::string& kernel);  // compiles one source at most
@@ -53,6 +56,7 @@ class Library {
   std::deque<Unit> units_;  // in order of preference
   std::uint64_t hash_;
   std::string description_;
+  std::string why_no_unit_;
 };
 
 }  // namespace mfa::metal

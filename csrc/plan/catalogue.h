@@ -1,4 +1,4 @@
-// metal/instances.def as rows: what kernels exist, and what a launch must know of each.
+// metal/instances.def and metal/unit/instances.def as rows: what kernels exist, and what a launch must know of each.
 #pragma once
 
 #include "../metal/geometry.h"
@@ -154,6 +154,7 @@ inline constexpr Instance kInstances[] = {
   {"combine_" #dtype "_t" #threads, Kind::combine, DType::dtype, 0, 0, threads / 32, 0, 0, 0},
 #define TILE_MAP(of, simdgroups) \
   {"tile_map_of_" #of "_s" #simdgroups, Kind::tile_map_of_##of, DType::f16, 0, 0, simdgroups, 0, 0, 4 * simdgroups},
+#define MFA_INSTANCES_WITH_UNIT
 #include "../metal/instances.def"
 };
 

@@ -87,26 +87,29 @@ constexpr bool every_row_has_an_instance() {
 }
 static_assert(every_row_has_an_instance(), "tuning.def names an instance that instances.def does not have");
 
+// Such kernels have no code for tails.
+constexpr bool takes_exact_only(Path path) { return path == direct || path == unit; }
+
 constexpr bool fits(int dim, int bucket) { return dim == 0 || dim == bucket; }  // 0: the kernel takes any
 
 std::vector<const Instance*> preferred;  // before the rows of tuning.def, newest first
 
-const Instance* find_preferred(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
+const Instance* find_preferred(Kind kind, const Problem& problem, Bucket bucket, bool is_exact) {
   for (const Instance* instance : preferred)
     if (instance->kind == kind && instance->dtype == problem.dtype && fits(instance->head_dim, bucket.head_dim) &&
-        fits(instance->value_dim, bucket.value_dim) && (instance->path != direct || takes_direct))
+        fits(instance->value_dim, bucket.value_dim) && (is_exact || !takes_exact_only(instance->path)))
       return instance;
   return nullptr;
 }
 
 }  // namespace
 
-const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct) {
-  if (const Instance* instance = find_preferred(kind, problem, bucket, takes_direct)) return instance;
+const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool is_exact) {
+  if (const Instance* instance = find_preferred(kind, problem, bucket, is_exact)) return instance;
   for (const Tuning& row : kTuning)
     if (row.kind == kind && row.family <= problem.family && row.dtype == problem.dtype &&
         fits(row.head_dim, bucket.head_dim) && fits(row.value_dim, bucket.value_dim) &&
-        (row.path != direct || takes_direct))
+        (is_exact || !takes_exact_only(row.path)))
       return find_instance(row);
   return nullptr;
 }

@@ -8,9 +8,10 @@
 
 namespace mfa {
 
-// The first row for this kind of kernel that serves the family and the bucket; null if there is none. A kind that has
-// no direct path, or doesn't care for Dv, ignores that argument.
-const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool takes_direct = false);
+// The first row for this kind of kernel that serves the family and the bucket; null if there is none. is_exact: rows
+// are aligned, and D and Dv are the bucket's. A kind that has only paths with code for tails, or doesn't care for Dv,
+// ignores that argument.
+const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool is_exact = false);
 
 // The one instance of a kind, or of a kind and dtype, that tuning.def has no choice of.
 const Instance& the_instance(Kind kind, std::optional<DType> dtype = std::nullopt);

@@ -59,6 +59,7 @@ class Simulator {
 
   std::vector<SimulatedLaunch> launches() const { return launcher_.launches(); }
   std::optional<std::string> finding() const { return launcher_.finding(); }
+  std::vector<std::string> notes() const { return launcher_.notes(); }
   void clear() { launcher_.clear(); }
 
  private:
@@ -85,6 +86,7 @@ void bind_simulator(nb::module_& m) {
       .def("exit", &Simulator::exit, "Puts the previous simulator back; nothing when not active.")
       .def_prop_ro("launches", &Simulator::launches)
       .def_prop_ro("finding", &Simulator::finding, "The text of the last dispatch that failed.")
+      .def_prop_ro("notes", &Simulator::notes, "What is unusual, and why.")
       .def("clear", &Simulator::clear, "Forgets launches and finding.");
 }
 #endif

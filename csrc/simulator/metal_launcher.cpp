@@ -1,6 +1,9 @@
 #include "metal_launcher.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <filesystem>
 #include <stdexcept>
 
 #include "driver/control.h"
@@ -105,11 +108,18 @@ bool is_instrumented(const std::string& kernel_library) {
   return mfa_sim_is_instrumented(library) != 0;
 }
 
+// Where this library lies, and the metallibs with it.
+std::filesystem::path own_directory() {
+  Dl_info info{};
+  if (!dladdr(reinterpret_cast<void*>(&own_directory), &info)) return {};
+  return std::filesystem::path(info.dli_fname).parent_path();
+}
+
 }  // namespace
 
 struct SimulatorLauncher::Backend {
   metal::TorchQueue queue{stream_functions()};
-  MetalLauncher launcher{queue, {}, {}};  // kernels "from source", no archive
+  MetalLauncher launcher{queue, own_directory(), {}};  // no archive
 };
 
 SimulatorLauncher::SimulatorLauncher(const std::string& kernel_library, Family family, std::uint32_t checks,
@@ -122,6 +132,10 @@ SimulatorLauncher::SimulatorLauncher(const std::string& kernel_library, Family f
   const Configured configured(kernel_library_, family_, checks_, seed_);
   backend_ = std::make_unique<Backend>();
 }
+
+Family SimulatorLauncher::family() const { return backend_->launcher.family(); }
+
+std::vector<std::string> SimulatorLauncher::notes() const { return backend_->launcher.notes().messages(); }
 
 SimulatorLauncher::~SimulatorLauncher() {
   const std::lock_guard process(process_mutex);

@@ -25,11 +25,12 @@ class __attribute__((visibility("default"))) SimulatorLauncher final : public La
   SimulatorLauncher(const std::string& kernel_library, Family family, std::uint32_t checks, std::uint64_t seed);
   ~SimulatorLauncher() override;
 
-  Family family() const override { return family_; }
+  Family family() const override;
   void run(const Plan& plan, const Arguments& arguments) override;
 
   std::vector<SimulatedLaunch> launches() const;
   std::optional<std::string> finding() const;  // what was wrong with the last run that failed
+  std::vector<std::string> notes() const;      // what is unusual, and why
   void clear();                                // forgets launches and finding
 
  private:

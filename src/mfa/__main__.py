@@ -14,7 +14,7 @@ def info() -> None:
     why_not, why_not_simulated = gpu.pop("why_not"), simulator.why_not()
     backend = _metal.info() or {}
     facts = {
-        **gpu,
+        **{name.replace("_", " "): fact for name, fact in gpu.items()},
         "archive": backend.get("archive"),  # of compiled pipelines
         "system": platform.platform(),
         "mps tensors": f"no: {why_not}" if why_not else "yes",

@@ -15,6 +15,7 @@ class DeviceInfo:
     name: str | None
     cores: int | None
     metallib: str | None  # the compiled kernels in use
+    matrix_unit: str | None  # of M5: "used", or why not; None where nothing can be used
     torch: str  # version
     why_not: str | None  # why `mps` tensors can't be used here; None if they can
 
@@ -35,6 +36,11 @@ def device_info() -> DeviceInfo:
         name=gpu.get("name") or None,
         cores=torch.backends.mps.get_core_count() if has_mps else None,
         metallib=gpu.get("metallib") or None,
+        matrix_unit=f"not used: {gpu['why_no_unit']}"
+        if gpu.get("why_no_unit")
+        else "used"
+        if "why_no_unit" in gpu
+        else None,
         torch=torch.__version__,
         why_not="; ".join(reasons) or None,
     )

@@ -29,7 +29,7 @@ def precompile(
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; it must be torch.float16, torch.bfloat16 or torch.float32")
     problem = {
-        "family": _info()["family"],
+        "family": _info()["planned_family"],
         "dtype": _DTYPES[dtype],
         "query_length": _LENGTH,
         "key_length": _LENGTH,

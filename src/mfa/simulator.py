@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _library, _simulation, _torch
+from . import _library, _log, _simulation, _torch
 from ._simulation import why_not as why_not
 
 if TYPE_CHECKING:
@@ -161,4 +161,7 @@ def simulate(
 
     kernels = "mfa_kernels_count" if counters or names else "mfa_kernels_fast"
     path = os.fspath(kernel_library) if kernel_library is not None else str(_library.path_of(kernels))
-    return Simulation(_native.Simulator(path, family, list(names), seed), counters)
+    simulator = _native.Simulator(path, family, list(names), seed)
+    for note in simulator.notes:
+        _log.once(note)
+    return Simulation(simulator, counters)

@@ -44,6 +44,8 @@ def family_of(instance: _native.Instance) -> str:
 def pipelines() -> list[Pipeline]:
     found = []
     for instance in _native.catalogue():
+        if instance.path == "unit":  # M1 has no such instruction
+            continue
         variants = VARIANTS.get(instance.kind, {"": ()})
         shared = instance.path == "team"
         if instance.kind == "backward_dkdv" and not shared and instance.head_dim + instance.value_dim > 256:

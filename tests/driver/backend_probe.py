@@ -1,8 +1,9 @@
 """One process of tests/mps/test_backend.py: what the backend says of a device, as JSON.
 
-python -m driver.backend_probe PRESENT FAMILY OS_MAJOR OS_MINOR [DEVICES]
+python -m driver.backend_probe PRESENT FAMILY OS_MAJOR OS_MINOR [DEVICES [VARIANT]]
 """
 
+import ctypes
 import json
 import sys
 
@@ -14,9 +15,10 @@ from mfa import _metal
 from . import stand_in
 
 
-def main(present: str, family: str, major: str, minor: str, devices: str = "1") -> None:
+def main(present: str, family: str, major: str, minor: str, devices: str = "1", variant: str = "g") -> None:
     stand_in.DRIVER.library.mfa_driver_set_device(int(present), int(family), int(major), int(minor))
     stand_in.DRIVER.library.mfa_driver_set_device_count(int(devices))
+    stand_in.DRIVER.library.mfa_driver_set_variant(ctypes.c_char(variant.encode()))
     info = _metal.info() or {}
     query, key, value = (torch.randn(1, 2, 20, 64, device="mps") for _ in range(3))
     exact = torch.nn.functional.scaled_dot_product_attention(query.cpu(), key.cpu(), value.cpu())

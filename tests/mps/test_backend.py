@@ -164,15 +164,36 @@ def test_a_damaged_metallib_is_not_used(bare: Path) -> None:
     assert "can't be loaded: Invalid library file" in report["info"]["notes"][0]
 
 
-@pytest.mark.parametrize("device", [M1, M5])
-def test_metal_4s_library_is_for_m5_and_macos_26_2(device: tuple[str, ...], bare: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "why_not"),
+    {
+        M5: "",
+        M1: "this GPU has none",
+        ("1", "10", "26", "1"): "it needs macOS 26.2 or later, and this is ",
+        (*M5, "1", "p"): "this GPU is a phone's",
+    }.items(),
+)
+def test_the_matrix_unit_is_for_m5_and_macos_26_2(device: tuple[str, ...], why_not: str, bare: Path) -> None:
     libraries = [bare / "mfa_metal4.metallib", bare / "mfa.metallib"]
     for file in libraries:
-        file.write_text("mfa-simulator-metallib\n")  # see csrc/simulator/driver/library.cpp
+        shutil.copy(_library.metallib().with_name(file.name), file)
     report = probe(bare, *device)
     assert report["result"] < 1e-5
-    assert report["info"]["metallib"] == ", ".join(map(str, libraries if device == M5 else libraries[1:]))
-    assert report["info"]["generation"] == (17 if device == M5 else 13)
+    info = report["info"]
+    assert info["metallib"] == ", ".join(map(str, libraries[bool(why_not) :]))
+    assert info["generation"] == (13 if device == M1 else 17)
+    assert info["planned_family"] == ("apple7" if device == M1 else "apple9" if why_not else "apple10")
+    assert info["why_no_unit"].startswith(why_not)
+    assert bool(info["why_no_unit"]) == bool(why_not)
+
+
+def test_m5_runs_m3s_kernels_from_source(bare: Path) -> None:
+    """Without metallibs."""
+    info = probe(bare, *M5)["info"]
+    assert (info["family"], info["planned_family"]) == ("apple10", "apple9")
+    missing = f"there is no {bare / 'mfa_metal4.metallib'}"
+    assert info["why_no_unit"] == missing
+    assert info["notes"][0] == f"the matrix unit is not used: {missing}"
 
 
 def test_a_torch_without_mps_is_named() -> None:

@@ -57,6 +57,9 @@ void mfa_driver_set_device(int present, int family, int os_major, int os_minor) 
     s.os_minor = os_minor;
   });
 }
+void mfa_driver_set_variant(char letter) {
+  change([=](Settings& s) { s.variant = letter; });
+}
 void mfa_driver_set_device_count(int count) {
   change([=](Settings& s) { s.devices = count; });
 }

@@ -20,6 +20,7 @@ void mfa_driver_set_execution(int execution);
 // Not present until this says so; with `present` 2 the GPU is listed, but Metal has no default, as it is in a process
 // without Core Graphics.
 void mfa_driver_set_device(int present, int family, int os_major, int os_minor);
+void mfa_driver_set_variant(char letter);  // the last one of the architecture's name
 // Of two devices the first is the system's default, and torch's stream is on the second. Before the stream's first use.
 void mfa_driver_set_device_count(int count);
 void mfa_driver_set_kernel_library(const char* path);

@@ -32,7 +32,7 @@ void* architecture(Device*) {
   return instance->handle();
 }
 void* architecture_name(Architecture*) {
-  return give_autoreleased(make<String>(format("applegpu_g%dg", kGenerations[family_row()])));
+  return give_autoreleased(make<String>(format("applegpu_g%d%c", kGenerations[family_row()], settings().variant)));
 }
 
 void* name(Device* self) { return give_autoreleased(make<String>(device_name(*self))); }

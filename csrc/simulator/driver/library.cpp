@@ -20,7 +20,7 @@ constexpr const char* kDomain = "MTLLibraryErrorDomain";
 enum : std::int64_t { kUnsupported = 1, kInternal = 2, kCompileFailure = 3, kFunctionNotFound = 5 };
 
 // A Linux "metallib" is a text: this line, then the name of a shared library, relative to the file; without one, the
-// library of the settings.
+// library of the settings; with a name that begins with +, the one beside it whose name ends so.
 constexpr const char* kMagic = "mfa-simulator-metallib\n";
 
 void* load(Device* device, const std::string& path, void** error) {
@@ -31,6 +31,11 @@ void* load(Device* device, const std::string& path, void** error) {
   return nullptr;
 }
 
+// "x/libkernels.so", "_metal4" -> "x/libkernels_metal4.so".
+std::string beside(std::string path, const std::string& ending) {
+  return path.insert(std::min(path.rfind('.'), path.size()), ending);
+}
+
 void* load_metallib(Device* device, const std::string& text, const std::string& directory, void** error) {
   if (!text.starts_with(kMagic)) {
     set_error(error, kDomain, kUnsupported, "Invalid library file");
@@ -39,6 +44,7 @@ void* load_metallib(Device* device, const std::string& text, const std::string& 
   std::string name = text.substr(std::string(kMagic).size());
   name.erase(std::min(name.find('\n'), name.size()));
   if (name.empty()) return load(device, settings().kernel_library, error);
+  if (name[0] == '+') return load(device, beside(settings().kernel_library, name.substr(1)), error);
   return load(device, name[0] == '/' ? name : directory + name, error);
 }
 

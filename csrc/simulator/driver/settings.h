@@ -15,8 +15,9 @@ enum class Execution {
 struct Settings {
   bool present = false;  // false: MTLCreateSystemDefaultDevice() returns null, as on a machine without a GPU
   bool has_default = true;
-  int devices = 1;  // or 2
-  int family = 7;   // Apple GPU family, of all devices
+  int devices = 1;     // or 2
+  int family = 7;      // Apple GPU family, of all devices
+  char variant = 'g';  // last letter of the architecture's name; p: of phones
   int os_major = 15, os_minor = 0;
   std::string kernel_library;  // what newLibrary with source or an unnamed metallib stands for
   Execution execution = Execution::eager;

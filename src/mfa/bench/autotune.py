@@ -28,6 +28,7 @@ from . import against_aten
 TUNABLE = {"forward": "TUNE_FORWARD", "backward_dkdv": "TUNE_DKDV", "backward_dq": "TUNE_DQ"}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _FAMILIES = ("apple7", "apple8", "apple9", "apple10")
+_FIRST = {"direct": "apple9", "unit": "apple10"}  # family that runs a path
 # Seconds of an instance's problem, with the instance preferred.
 Clock = Callable[[_native.Instance], float]
 
@@ -60,10 +61,11 @@ def row_of(instance: _native.Instance, family: str) -> str:
 
 
 def choices(family: str) -> dict[Bucket, list[_native.Instance]]:
-    """The buckets with more than one instance; a direct one runs on M3 and later only."""
+    """The buckets with more than one instance; a direct one runs on M3 and later only, one of the unit on M5."""
     found: dict[Bucket, list[_native.Instance]] = {}
     for instance in _native.catalogue():
-        if instance.kind in TUNABLE and (instance.path == "staged" or family in ("apple9", "apple10")):
+        first = _FIRST.get(instance.path, _FAMILIES[0])
+        if instance.kind in TUNABLE and _FAMILIES.index(first) <= _FAMILIES.index(family):
             bucket = Bucket(instance.kind, instance.dtype, instance.head_dim, instance.value_dim)
             found.setdefault(bucket, []).append(instance)
     return {bucket: instances for bucket, instances in found.items() if len(instances) > 1}
