@@ -71,12 +71,11 @@ def test_matrices_exist_only_around_a_product(source: Path) -> None:
     ir = unoptimised(source)
     types = re.findall(r"^(%.*) = type .*(?:simdgroup_matrix|cooperative_tensor)", ir, re.MULTILINE)
     assert types == []
+    own = r'%"(struct|class)\.metal::(simdgroup_matrix|cooperative_tensor)'
     products = ("multiply_add", "simdgroup_multiply", "multiply_tiles", "mpp")
     for name, body in re.findall(r"^define [^@]*@(\w+)\((.*?)^\}", ir, re.MULTILINE | re.DOTALL):
         matrices = re.findall(r"= alloca (.*(?:simdgroup_matrix|cooperative_tensor)[^,]*)", body)
-        assert all(
-            re.match('%"(struct|class).metal::(simdgroup_matrix|cooperative_tensor)', one) for one in matrices
-        ), name
+        assert all(re.match(own, one) for one in matrices), name
         assert not matrices or any(product in name for product in products), name
 
 

@@ -31,16 +31,13 @@ def device_info() -> DeviceInfo:
     if not has_mps:
         reasons.append("torch finds no MPS device")
     gpu = backend or {}
+    why_no_unit = gpu.get("why_no_unit")
     return DeviceInfo(
         family=gpu.get("family") or None,
         name=gpu.get("name") or None,
         cores=torch.backends.mps.get_core_count() if has_mps else None,
         metallib=gpu.get("metallib") or None,
-        matrix_unit=f"not used: {gpu['why_no_unit']}"
-        if gpu.get("why_no_unit")
-        else "used"
-        if "why_no_unit" in gpu
-        else None,
+        matrix_unit=None if why_no_unit is None else f"not used: {why_no_unit}" if why_no_unit else "used",
         torch=torch.__version__,
         why_not="; ".join(reasons) or None,
     )
