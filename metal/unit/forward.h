@@ -4,40 +4,9 @@
 
 #define MFA_MATRIX_UNIT
 #include "../forward.h"
+#include "rows.h"
 
 namespace mfa {
-
-// Rows in device memory of which all are there, aligned and of the instance's head dimension.
-template <typename T>
-struct OpenRows {
-  const device T* base;
-  long stride;
-
-  vec<T, 4> quad(short tile, short row, short d) const {
-    return load_quad(base + (tile * kFragment + row) * stride + d);
-  }
-  Octet<T> octet(short tile, short row, short d) const {
-    return load_octet(base + (tile * kFragment + row) * stride + d);
-  }
-};
-
-// ... and of which rows from `valid` on read as zeros: they may hold NaN, and 0 * NaN would reach the output.
-template <typename T>
-struct BoundedRows {
-  const device T* base;
-  long stride;
-  int valid;
-
-  vec<T, 4> quad(short tile, short row, short d) const {
-    return tile * kFragment + row < valid ? OpenRows<T>{base, stride}.quad(tile, row, d) : vec<T, 4>(0);
-  }
-  Octet<T> octet(short tile, short row, short d) const {
-    if (tile * kFragment + row < valid) {
-      return OpenRows<T>{base, stride}.octet(tile, row, d);
-    }
-    return {vec<T, 4>(0), vec<T, 4>(0)};
-  }
-};
 
 // Of float16, 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum, a smaller
 // one for training, which asks for more. In bfloat the rounding of the output hides it.
