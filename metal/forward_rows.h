@@ -20,6 +20,7 @@ struct Forward {
   Fragment<float> score[kRowTiles][kKeyTiles];
   Fragment<float> out[kRowTiles][kValueDim / kFragment];
   SoftmaxRow row[kRowTiles];
+  float block_sum[kRowTiles];   // what this lane added to a row's sum last
   float slope_log2[kRowTiles];  // ALiBi
   Lane lane;
   Sequence sequence;
@@ -54,11 +55,17 @@ struct Forward {
     multiply_transposed<T, kHeadDim>(score, queries, keys, lane);
   }
 
-  // P = softmax step of the scores that S makes.
+  // Whether the scores of a block are S * scale, all of them seen. max(S) * scale is the largest only for a scale that
+  // is not negative.
+  bool is_open(constant AttentionParams& params, thread const Scores<T>& scores, int first_key) const {
+    return !(scores.are_modified() || params.scale_log2 < 0 || !view.sees_all(first_key, kBlockKeys));
+  }
+
+  // P = softmax step of the scores that S makes. kIsOpen: the block is known to be open.
+  template <bool kIsOpen = false>
   void softmax(constant AttentionParams& params, Rules<T> rules, int first_key) {
     float scale = params.scale_log2;
-    // max(S) * scale is the largest scaled score only for a scale that is not negative.
-    if (rules.scores.are_modified() || scale < 0 || !view.sees_all(first_key, kBlockKeys)) {
+    if (!kIsOpen && !is_open(params, rules.scores, first_key)) {
       modify_and_mask(params, rules.scores, first_key);
       scale = 1;
     }
@@ -91,6 +98,7 @@ struct Forward {
         }
       }
       row[r].add(sum);
+      block_sum[r] = sum;
     }
   }
 

@@ -3,3 +3,7 @@
 #pragma once
 
 #define MFA_UNROLL _Pragma("clang loop unroll(full)")
+
+// So many steps at a time.
+#define MFA_UNROLL_BY(count) MFA_PRAGMA(clang loop unroll_count(count))
+#define MFA_PRAGMA(text) _Pragma(#text)

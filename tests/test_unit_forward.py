@@ -6,6 +6,7 @@ The plan doesn't know these kernels yet: a library has them under the names of s
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import oracle
 import pytest
 import torch
 from plan_problems import METAL
-from simulator_engine import build_kernels
+from simulator_engine import ROOT, build_kernels
 
 import mfa
 from mfa import _library
+
+sys.path.insert(0, str(ROOT / "csrc" / "simulator"))
+import instructions
 
 pytestmark = pytest.mark.simulator
 
@@ -122,6 +126,36 @@ def test_budget(quick: Path, prefer: None) -> None:
     assert counters.shuffles == tiles * (blocks * 4 + 4)
     assert (counters.mma, counters.threadgroup_barriers, counters.simdgroup_barriers) == (0, 0, 0)
     assert counters.threadgroup_reads == counters.threadgroup_writes == 0
+
+
+# Additions and multiplications (fused ones are one) and loads of a lane, per 16 queries and 32 keys. A hand count gives
+# 51 and 18, 55 and 42; MLX 0.32.4 has 94 and 43, 128 and 88, with 16 shuffles.
+OPEN_BLOCK = {("f16", 64): (44, 16), ("bf16", 64): (42, 16), ("f16", 128): (44, 40), ("bf16", 128): (42, 40)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_instructions_of_an_open_block(dtype: str, dim: int) -> None:
+    """In a kernel with a window as well: an open block has no code for it, nor for rows that are not there."""
+    row = f"FORWARD({dtype}, unit, {MEMORY[dim]}, {dim}, {dim}, 4, 2, 32)"
+    source = f'#include "unit/forward.h"\nnamespace mfa {{\n{row}\n}}\n'
+    true = ["is_aligned", "is_exact_head", "writes_lse", "has_correction", "has_window"]
+    function = instructions.kernel_of(instructions.emit(source, [METAL], true, standard="metal4.0"))
+    step = instructions.step_of(function)
+    blocks = instructions.usual_blocks(function, *instructions.main_loop(function))
+    usual = [(i, times) for name, times in blocks.items() for i in function.blocks[name]]
+    operations = sum(times * instructions.classify(i)[1] for i, times in usual if is_sum_or_product(i))
+    most_operations, loads = OPEN_BLOCK[dtype, dim]
+    assert operations <= most_operations
+    counts = step.counts
+    assert (counts["load"], counts["unit_mma"], counts["shuffle"], counts["exp"]) == (loads, dim // 4, 4, 16)
+    assert counts["reduce"] == (dtype == "f16")  # the vote on refinement
+    assert counts["store"] == counts["barrier"] == counts["conversion"] == counts["move"] == 0
+    assert step.registers <= 112  # beside addresses and counters
+
+
+def is_sum_or_product(instruction: instructions.Instruction) -> bool:
+    return instruction.opcode in ("fadd", "fsub", "fmul") or "@llvm.fma." in instruction.text
 
 
 def test_large_probabilities_are_refined(quick: Path, prefer: None) -> None:

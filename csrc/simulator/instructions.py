@@ -37,7 +37,7 @@ VALUE = r"(<[^<>]*>|[^\s,]+)"  # an operand: of a vector's constant, all of it
 # What it takes to bring one of two elements from elsewhere beside the other, in one of two operands that come from the
 # same two vectors: three instructions swap two elements. Listings of Mesa's AGX backend have as many.
 MOVES_PER_OPERAND = 1.5
-PRODUCTS = ("mma", "mixed_mma", "wide_mma")
+PRODUCTS = ("mma", "mixed_mma", "wide_mma", "unit_mma")
 FLOATS = {"fadd", "fsub", "fmul", "fdiv", "fneg", "fcmp"}
 
 
@@ -175,7 +175,8 @@ def classify(instruction: Instruction) -> tuple[str, int]:
         return ("integer", 1) if " i1 " in text else ("free", 0)
     if opcode == "call":
         if " asm " in text:
-            return opaque(text), 1
+            kind = opaque(text)
+            return kind, int(re.findall(r" i32 (\d+)", text)[0]) if kind == "unit_mma" else 1
         name = re.search(r"@([\w.]+)\(", text)
         callee = name[1] if name else ""
         if "barrier" in callee:
@@ -199,7 +200,7 @@ def classify(instruction: Instruction) -> tuple[str, int]:
 
 
 def opaque(text: str) -> str:
-    """mma (both operands of 16 bits), mixed_mma, wide_mma (both of 32), shuffle or reduce."""
+    """mma (both operands of 16 bits), mixed_mma, wide_mma (both of 32), unit_mma, shuffle or reduce."""
     name, inputs = re.search(r'asm (?:sideeffect )?"(\w+)[^"]*", "[^"]*"\((.*)\)', text).groups()  # type: ignore[union-attr]
     if name != "mma":
         return str(name)
@@ -225,35 +226,69 @@ class Step:
 
 
 def main_loop(function: Function) -> tuple[str, set[str]]:
-    """The latch and the blocks of the smallest loop that multiplies."""
-    multiplying = {name for name, block in function.blocks.items() for i in block if is_product(i)}
-    return min((loop for loop in function.loops() if loop[1] & multiplying), key=lambda loop: len(loop[1]))
+    """The latch and the blocks of the smallest loop that multiplies; in a kernel for the matrix unit, where that may be
+    a loop over the head dimension, of the smallest that exponentiates."""
+    kinds = ("exp",) if uses_unit(function) else PRODUCTS
+    wanted = {name for name, block in function.blocks.items() for i in block if classify(i)[0] in kinds}
+    return min((loop for loop in function.loops() if loop[1] & wanted), key=lambda loop: len(loop[1]))
 
 
-def step_of(function: Function) -> Step:
-    latch, body = main_loop(function)
-    kinds = {name: [classify(i) for i in function.blocks[name]] for name in body}
+def uses_unit(function: Function) -> bool:
+    return any(classify(i)[0] == "unit_mma" for block in function.blocks.values() for i in block)
+
+
+def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, int]:
+    """Those that every step runs, and how often."""
     header = next(name for name in function.order if name in body)
+    usual = usual_arms(function, {name: [classify(i) for i in function.blocks[name]] for name in body})
+    if uses_unit(function):
+        # A product that a branch leaves out is an exception too: of what rounding took from P.
+        inner = [loop for loop in function.loops() if loop[1] < body]
+        return {
+            name: math.prod(trips(function, inner_latch) for inner_latch, blocks in inner if name in blocks)
+            for name in body
+            if not function.reaches(header, latch, without=name, inside=body) or name in usual
+        }
     multiplying = [name for name in body if any(map(is_product, function.blocks[name]))]
-    counts: Counter[str] = Counter()
-    exceptions = 0
-    atoms = Atoms(function)
-    counted = []
-    usual = usual_arms(function, kinds)
-    for name in body:
+    return {
+        name: 1
+        for name in body
         # Between two products, or between a product and the ends of the loop, there is no way round it.
-        is_passed = any(
+        if any(
             not function.reaches(start, end, without=name, inside=body)
             for product in multiplying
             for start, end in ((header, product), (product, latch))
         )
-        if is_passed or any(moves_data(i) for i in function.blocks[name]) or name in usual:
-            for kind, width in kinds[name]:
-                counts[kind] += width
-            counts["load"] -= merged_loads(function.blocks[name])
-            counted += function.blocks[name]
-        else:
-            exceptions += sum(width for _, width in kinds[name])
+        or any(moves_data(i) for i in function.blocks[name])
+        or name in usual
+    }
+
+
+def trips(function: Function, latch: str) -> int:
+    """How often a loop runs that counts from a constant to another one."""
+    of = {i.result: i for block in function.blocks.values() for i in block if i.result}
+    condition = of[function.blocks[latch][-1].operands[0]]
+    if condition.text.startswith("phi i1"):  # whether this is the first time
+        return 2
+    last, end = re.fullmatch(r"icmp eq \w+ %(\d+), (\d+)", condition.text).groups()  # type: ignore[union-attr]
+    counter, step = re.fullmatch(r"add (?:nuw |nsw )*\w+ %(\d+), (\d+)", of[last].text).groups()  # type: ignore[union-attr]
+    (start,) = re.search(r"\[ (\d+), ", of[counter].text).groups()  # type: ignore[union-attr]
+    return (int(end) - int(start)) // int(step)
+
+
+def step_of(function: Function) -> Step:
+    latch, body = main_loop(function)
+    usual = usual_blocks(function, latch, body)
+    counts: Counter[str] = Counter()
+    counted = []
+    for name, times in usual.items():
+        for instruction in function.blocks[name]:
+            kind, width = classify(instruction)
+            counts[kind] += times * width
+        counts["load"] -= times * merged_loads(function.blocks[name])
+        counted += function.blocks[name]
+    exceptions = sum(classify(i)[1] for name in body - usual.keys() for i in function.blocks[name])
+    atoms = Atoms(function)
     counts["move"] = math.ceil(MOVES_PER_OPERAND * len(assembled_operands(counted, atoms)))
     del counts["free"]
     return Step(counts, exceptions, -(-most_alive(function, body, atoms) // 2))
@@ -387,7 +422,9 @@ class Atoms:
         operands = [self.of.get(name, []) for name in instruction.operands]
         if opcode in ("extractelement", "extractvalue") and operands:
             index = int(text.rsplit(" ", 1)[1]) if re.search(r" \d+$", text) else 0
-            return operands[0][index : index + 1]
+            struct = re.match(r"extractvalue \{ ([^}]*) \}", text)
+            width = len(types_of(struct[1].split(", ")[index])) if struct else 1
+            return operands[0][index * width : (index + 1) * width]  # the fields of a struct are alike
         if opcode == "insertelement" and re.search(r" \d+$", text):
             width, index = len(result_type(instruction)), int(text.rsplit(" ", 1)[1])
             vector, scalar = re.match(rf"insertelement <[^>]+> {VALUE}, \S+ {VALUE},", text).groups()  # type: ignore[union-attr]
@@ -423,14 +460,20 @@ class Atoms:
         return set()
 
 
-def emit(source: str, include_dirs: Sequence[str | Path], constants: Iterable[str], flat: bool = False) -> str:
+def emit(
+    source: str,
+    include_dirs: Sequence[str | Path],
+    constants: Iterable[str],
+    flat: bool = False,
+    standard: str = "metal3.1",
+) -> str:
     """LLVM IR of MSL text; function constants named in `constants` are true, the others false."""
     true = set(constants)
     flags = [f"-D{name}" for name in translate.PREDEFINED] + [f"-I{path}" for path in include_dirs]
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "kernel.metal"
         file.write_text(source)
-        text = rewrite(translate.preprocess(file, directory, flags, None, file))
+        text = rewrite(translate.preprocess(file, directory, flags, None, file, standard))
         text = re.sub(
             r"static constexpr ::mfa_sim::FunctionConstant<(\w+), [^;]*> (\w+)\{\};",
             lambda match: f"static constexpr {match[1]} {match[2]} = {'true' if match[2] in true else 'false'};",
@@ -440,7 +483,9 @@ def emit(source: str, include_dirs: Sequence[str | Path], constants: Iterable[st
         translated.write_text(text)
         shim = ["-isystem", str(translate.MSL / "freestanding"), "-include", str(translate.MSL / "shim.h")]
         shim += ["-DMFA_SIM_FLAT"] if flat else []
-        command = [*translate.compiler(), *translate.LANGUAGE, "-march=x86-64-v3", *OPTIONS.split(), *shim]
+        shim += ["-DMFA_SIM_UNIT_LAYOUT=10"] if standard == "metal4.0" else []
+        language = translate.of_standard(translate.LANGUAGE, standard)
+        command = [*translate.compiler(), *language, "-march=x86-64-v3", *OPTIONS.split(), *shim]
         translate.run([*command, str(translated), "-S", "-emit-llvm", "-o", str(output)])
         return output.read_text()
 
@@ -448,4 +493,4 @@ def emit(source: str, include_dirs: Sequence[str | Path], constants: Iterable[st
 def kernel_of(module: str) -> Function:
     """The function of a module that multiplies matrices most."""
     functions = [text.splitlines() for text in re.findall(r"^define .*?^\}", module, re.DOTALL | re.MULTILINE)]
-    return Function(max(functions, key=lambda lines: sum('asm "mma' in line for line in lines)))
+    return Function(max(functions, key=lambda lines: len(re.findall(r'asm "(?:unit_)?mma', "".join(lines)))))

@@ -13,6 +13,7 @@ namespace mfa {
 constant constexpr float kLargeShare = 1.0f / 8;
 constant constexpr float kLargeTrainedShare = 1.0f / 16;
 
+// Each lane's own P against its own part of the sum, a quarter of the row's.
 template <typename T, typename Rows>
 inline bool needs_refinement(thread const Rows& rows) {
   if (!is_same_v<T, half>) {
@@ -22,14 +23,27 @@ inline bool needs_refinement(thread const Rows& rows) {
   bool is_large = false;
   MFA_UNROLL
   for (short r = 0; r < Rows::kTiles; ++r) {
-    float largest = 0;
-    MFA_UNROLL
-    for (short n = 0; n < Rows::kKeyTiles; ++n) {
-      largest = max(largest, max(rows.score[r][n].x, rows.score[r][n].y));
+    const float limit = share * 4 * rows.row[r].sum;
+    if (has_dropout || rows.block_sum[r] > limit) {  // else none is larger; dropout has scaled P since
+      float largest = 0;
+      MFA_UNROLL
+      for (short n = 0; n < Rows::kKeyTiles; ++n) {
+        largest = max(largest, max(rows.score[r][n].x, rows.score[r][n].y));
+      }
+      is_large = is_large || largest > limit;
     }
-    is_large = is_large || largest > share * 4 * rows.row[r].sum;  // a quarter of the row's
   }
   return simd_any(is_large);
+}
+
+// One block of keys. An open one has neither bounds of rows nor a mask.
+template <bool kIsOpen, int kValueDim, typename T, typename Rows, typename Queries>
+inline void add_block(constant AttentionParams& params, thread Rows& rows, thread const Queries& queries,
+                      thread const ForwardTile<T>& tile, Rules<T> rules, int first_key) {
+  rows.multiply_keys(queries, unit_rows<kIsOpen>(tile.keys.from(first_key)));
+  rows.template softmax<kIsOpen>(params, rules, first_key);
+  multiply_accumulate<T, kValueDim>(rows.out, rows.score, unit_rows<kIsOpen>(tile.values.from(first_key)), rows.lane,
+                                    needs_refinement<T>(rows));
 }
 
 // kMemory: split, Q in registers; shared: read again for every block, from device memory as K and V are.
@@ -40,37 +54,27 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
                             query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position,
                                        grid.y, kSimdgroups * kRows),
                             query, key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
-  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Rows;
-  Rows rows(params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, true,
-            lane_index);
+  Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
+                                                              sinks, alibi_slopes, tile.head, true, lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
-  thread const MaskBlocks& blocks = rules.blocks;
   const GuardedRows<T> own = tile.queries.from(rows.first_row);
-  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, BoundedRows<T>> queries(
-      BoundedRows<T>{own.base, own.stride, own.valid}, rows.lane);
-  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row); !walk.is_done();
-       walk.next()) {
-    const int first_key = walk.first;
-    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, rows.first_row, first_key);
-    if (mask_class == kHidden) {
-      continue;
+  typedef conditional_t<kMemory == split, BoundedRows<T>, ClampedRows<T>> OwnRows;
+  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, OwnRows> queries(
+      OwnRows{own.base, own.stride, own.valid}, rows.lane);
+  BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row);
+  for (;; walk.next()) {
+    MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
+    // Open blocks have a loop of their own, without a branch.
+    while (rows.is_open(params, rules.in_block(mask_class).scores, walk.first)) {
+      add_block<true, kValueDim>(params, rows, queries.operand, tile, rules, walk.first);
+      walk.next();
+      mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
     }
-    const GuardedRows<T> keys = tile.keys.from(first_key);
-    const GuardedRows<T> values = tile.values.from(first_key);
-    const bool is_open = keys.valid >= kBlockKeys;
-    if (is_open) {
-      rows.multiply_keys(queries.operand, OpenRows<T>{keys.base, keys.stride});
-    } else {
-      rows.multiply_keys(queries.operand, BoundedRows<T>{keys.base, keys.stride, keys.valid});
+    if (walk.is_done()) {
+      break;
     }
-    rows.softmax(params, rules.in_block(mask_class, walk), first_key);
-    const bool refines = needs_refinement<T>(rows);
-    if (is_open) {
-      const OpenRows<T> open = {values.base, values.stride};
-      multiply_accumulate<T, kValueDim>(rows.out, rows.score, open, rows.lane, refines);
-    } else {
-      const BoundedRows<T> guarded = {values.base, values.stride, values.valid};
-      multiply_accumulate<T, kValueDim>(rows.out, rows.score, guarded, rows.lane, refines);
+    if (mask_class != kHidden) {
+      add_block<false, kValueDim>(params, rows, queries.operand, tile, rules.in_block(mask_class, walk), walk.first);
     }
   }
   rows.store(params, out, lse, correction, tile.head);

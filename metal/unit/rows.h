@@ -38,4 +38,29 @@ struct BoundedRows {
   }
 };
 
+// Rows from `valid` on read as the last one, without a branch: for left operands, whose rows are those of results, of
+// which nobody looks at these. At least one row is valid.
+template <typename T>
+struct ClampedRows {
+  const device T* base;
+  long stride;
+  int valid;
+
+  OpenRows<T> of(short tile, short row) const {
+    return {base + min(tile * kFragment + row, valid - 1) * stride, stride};
+  }
+  vec<T, 4> quad(short tile, short row, short d) const { return of(tile, row).quad(0, 0, d); }
+  Octet<T> octet(short tile, short row, short d) const { return of(tile, row).octet(0, 0, d); }
+};
+
+// Rows of a block: open or bounded.
+template <bool kIsOpen, typename T>
+inline conditional_t<kIsOpen, OpenRows<T>, BoundedRows<T>> unit_rows(GuardedRows<T> rows) {
+  if constexpr (kIsOpen) {
+    return {rows.base, rows.stride};
+  } else {
+    return {rows.base, rows.stride, rows.valid};
+  }
+}
+
 }  // namespace mfa

@@ -79,6 +79,26 @@ MFA_SIM_UNCHECKED MFA_SIM_INLINE V add_products(V sum, const int* left, const V*
   return sum;
 }
 
+#ifdef MFA_SIM_STATIC
+// A share as an inline assembly takes it, which has few operands: in vectors of 16 bytes.
+template <typename T, int N>
+struct Packed {
+  static constexpr int kWidth = 16 / sizeof(T);
+  static_assert(N <= 4 * kWidth, "a product of more than 16 x 32");
+  typedef T Vector __attribute__((ext_vector_type(kWidth)));
+  Vector at[4] = {};
+
+  MFA_SIM_INLINE explicit Packed(const Share<T, N>& share) {
+    for (int i = 0; i < N; ++i) at[i / kWidth][i % kWidth] = share.at[i];
+  }
+  MFA_SIM_INLINE Share<T, N> share() const {
+    Share<T, N> share;
+    for (int i = 0; i < N; ++i) share.at[i] = at[i / kWidth][i % kWidth];
+    return share;
+  }
+};
+#endif
+
 // A product of kM x kN x kK. L, R, D: element types.
 template <int kM, int kN, int kK, bool kIsLeftTransposed, bool kIsRightTransposed, bool kAccumulates, typename L,
           typename R, typename D>
@@ -145,9 +165,20 @@ struct UnitProduct {
       }
     }
 #endif
+#ifdef MFA_SIM_STATIC
+    const Packed<L, Left::kCapacity> a(left);
+    const Packed<R, Right::kCapacity> b(right);
+    Packed<D, Destination::kCapacity> d(destination);
+    __asm__("unit_mma %0"
+            : "+x"(d.at[0]), "+x"(d.at[1]), "+x"(d.at[2]), "+x"(d.at[3])
+            : "x"(a.at[0]), "x"(a.at[1]), "x"(a.at[2]), "x"(a.at[3]), "x"(b.at[0]), "x"(b.at[1]), "x"(b.at[2]),
+              "x"(b.at[3]), "i"(kProducts));
+    return d.share();
+#else
     Argument argument{left, right, destination};
     mfa_sim_collective(&multiply_lanes, &argument, MFA_SIM_UNIT, kProducts, "matmul2d::run", file, line);
     return argument.destination;
+#endif
   }
 };
 
