@@ -55,17 +55,17 @@ struct Forward {
     multiply_transposed<T, kHeadDim>(score, queries, keys, lane);
   }
 
-  // Whether the scores of a block are S * scale, all of them seen. max(S) * scale is the largest only for a scale that
-  // is not negative.
-  bool is_open(constant AttentionParams& params, thread const Scores<T>& scores, int first_key) const {
-    return !(scores.are_modified() || params.scale_log2 < 0 || !view.sees_all(first_key, kBlockKeys));
+  // Whether the scores of a block are S * scale, all of them seen, for all rows of a view. max(S) * scale is the
+  // largest only for a scale that is not negative.
+  bool is_open(constant AttentionParams& params, thread const Scores<T>& scores, View rows, int first_key) const {
+    return !(scores.are_modified() || params.scale_log2 < 0 || !rows.sees_all(first_key, kBlockKeys));
   }
 
   // P = softmax step of the scores that S makes. kIsOpen: the block is known to be open.
   template <bool kIsOpen = false>
   void softmax(constant AttentionParams& params, Rules<T> rules, int first_key) {
     float scale = params.scale_log2;
-    if (!kIsOpen && !is_open(params, rules.scores, first_key)) {
+    if (!kIsOpen && !is_open(params, rules.scores, view, first_key)) {
       modify_and_mask(params, rules.scores, first_key);
       scale = 1;
     }

@@ -3,14 +3,19 @@
 
 namespace mfa {
 
-// How fragments of K and V reach a SIMD-group; in a team, which shares rows (team.h), as staged; on the matrix unit
-// (unit/), as direct.
-enum Path { staged, direct, team, unit };
+// How fragments of K and V reach a SIMD-group; in a team, which shares rows (team.h), as staged. And on the matrix
+// unit, where they do so directly (unit/forward.h, unit/forward_team.h).
+enum Path { staged, direct, team, unit, unit_team };
 constexpr int kTeamMembers = 4;
 
+// SIMD-groups that share rows.
+constexpr int members_of(Path path, int head_dim) {
+  return path == team ? kTeamMembers : path == unit_team ? (head_dim <= 256 ? 2 : 4) : 1;
+}
+
 // That a threadgroup owns.
-constexpr int rows_of(Path path, int simdgroups, int row_tiles) {
-  return 8 * row_tiles * (path == team ? simdgroups / kTeamMembers : simdgroups);
+constexpr int rows_of(Path path, int head_dim, int simdgroups, int row_tiles) {
+  return 8 * row_tiles * simdgroups / members_of(path, head_dim);
 }
 
 // Threadgroup memory of a staged kernel. split: K and V side by side, Q in registers. shared: K and V take turns in one
@@ -59,15 +64,17 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, int value_dim, int block_queries,
                                         int block_keys, int element_size) {
   // K and V of a team take turns; beside them are the members' partial scores.
+  // Of a team on the matrix unit, these alone, of two blocks.
   return path == direct || path == unit ? 0
-         : path == team                 ? block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
-                                                              padded_row_bytes(value_dim, element_size, octets)) +
-                                              kTeamMembers * block_queries * block_keys * int(sizeof(float))
-         : memory == split              ? block_keys * (padded_row_bytes(head_dim, element_size, pairs) +
-                                                        padded_row_bytes(value_dim, element_size, octets))
-                                        : block_queries * padded_row_bytes(head_dim, element_size, octets) +
-                                              block_keys * larger(padded_row_bytes(head_dim, element_size, pairs),
-                                                                  padded_row_bytes(value_dim, element_size, octets));
+         : path == unit_team ? 2 * members_of(path, head_dim) * block_queries * block_keys * int(sizeof(float))
+         : path == team      ? block_keys * larger(padded_row_bytes(head_dim, element_size, quads),
+                                                   padded_row_bytes(value_dim, element_size, octets)) +
+                                   kTeamMembers * block_queries * block_keys * int(sizeof(float))
+         : memory == split   ? block_keys * (padded_row_bytes(head_dim, element_size, pairs) +
+                                             padded_row_bytes(value_dim, element_size, octets))
+                             : block_queries * padded_row_bytes(head_dim, element_size, octets) +
+                                   block_keys * larger(padded_row_bytes(head_dim, element_size, pairs),
+                                                       padded_row_bytes(value_dim, element_size, octets));
 }
 
 // K and V of a block of keys, and their scales. Those of a team as above.

@@ -41,18 +41,19 @@ struct Instance {
 };
 
 inline constexpr Instance kInstances[] = {
-#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                      \
-  {"forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,  \
-   Kind::forward,                                                                                                 \
-   DType::dtype,                                                                                                  \
-   head_dim,                                                                                                      \
-   value_dim,                                                                                                     \
-   simdgroups,                                                                                                    \
-   rows_of(Path::path, simdgroups, row_tiles),                                                                    \
-   block_keys,                                                                                                    \
-   forward_threadgroup_bytes(Path::path, Memory::memory, head_dim, value_dim,                                     \
-                             rows_of(Path::path, simdgroups, row_tiles), block_keys, element_size(DType::dtype)), \
-   Path::path,                                                                                                    \
+#define FORWARD(dtype, path, memory, head_dim, value_dim, simdgroups, row_tiles, block_keys)                     \
+  {"forward_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys, \
+   Kind::forward,                                                                                                \
+   DType::dtype,                                                                                                 \
+   head_dim,                                                                                                     \
+   value_dim,                                                                                                    \
+   simdgroups,                                                                                                   \
+   rows_of(Path::path, head_dim, simdgroups, row_tiles),                                                         \
+   block_keys,                                                                                                   \
+   forward_threadgroup_bytes(Path::path, Memory::memory, head_dim, value_dim,                                    \
+                             rows_of(Path::path, head_dim, simdgroups, row_tiles), block_keys,                   \
+                             element_size(DType::dtype)),                                                        \
+   Path::path,                                                                                                   \
    Memory::memory},
 #define BACKWARD_DELTA(dtype, simdgroups)     \
   {"backward_delta_" #dtype "_s" #simdgroups, \
@@ -136,17 +137,17 @@ inline constexpr Instance kInstances[] = {
   {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
 #define MASK_BLOCKS(dtype, simdgroups) \
   {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
-#define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                                  \
-  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,      \
-   Kind::decode,                                                                                                     \
-   DType::dtype,                                                                                                     \
-   head_dim,                                                                                                         \
-   value_dim,                                                                                                        \
-   simdgroups,                                                                                                       \
-   rows_of(Path::path, simdgroups, row_tiles),                                                                       \
-   block_keys,                                                                                                       \
-   decode_threadgroup_bytes(Path::path, head_dim, value_dim, rows_of(Path::path, simdgroups, row_tiles), block_keys, \
-                            element_size(DType::dtype)),                                                             \
+#define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                                \
+  {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,    \
+   Kind::decode,                                                                                                   \
+   DType::dtype,                                                                                                   \
+   head_dim,                                                                                                       \
+   value_dim,                                                                                                      \
+   simdgroups,                                                                                                     \
+   rows_of(Path::path, head_dim, simdgroups, row_tiles),                                                           \
+   block_keys,                                                                                                     \
+   decode_threadgroup_bytes(Path::path, head_dim, value_dim, rows_of(Path::path, head_dim, simdgroups, row_tiles), \
+                            block_keys, element_size(DType::dtype)),                                               \
    Path::path},
 #define APPEND(dtype, simdgroups) \
   {"append_" #dtype "_s" #simdgroups, Kind::append, DType::dtype, 0, 0, simdgroups, simdgroups, 0, 0},

@@ -23,7 +23,7 @@ constexpr Tuning kTuning[] = {
 #define TUNE_FORWARD(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_keys) \
   {Family::family, Kind::forward, DType::dtype,                                                   \
    head_dim,       value_dim,     Path::path,                                                     \
-   held,           simdgroups,    rows_of(Path::path, simdgroups, row_tiles),                     \
+   held,           simdgroups,    rows_of(Path::path, head_dim, simdgroups, row_tiles),           \
    block_keys},
 #define TUNE_DELTA(family, dtype, simdgroups) \
   {Family::family, Kind::backward_delta, DType::dtype, 0, 0, staged, held, simdgroups, 4 * simdgroups, 0},

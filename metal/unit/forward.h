@@ -36,14 +36,21 @@ inline bool needs_refinement(thread const Rows& rows) {
   return simd_any(is_large);
 }
 
-// One block of keys. An open one has neither bounds of rows nor a mask.
+// P of the scores that S makes, and O += P V. An open block has neither bounds of rows nor a mask.
+template <bool kIsOpen, int kValueDim, typename T, typename Rows>
+inline void add_values(constant AttentionParams& params, thread Rows& rows, GuardedRows<T> values, Rules<T> rules,
+                       int first_key) {
+  rows.template softmax<kIsOpen>(params, rules, first_key);
+  multiply_accumulate<T, kValueDim>(rows.out, rows.score, unit_rows<kIsOpen>(values), rows.lane,
+                                    needs_refinement<T>(rows));
+}
+
+// One block of keys.
 template <bool kIsOpen, int kValueDim, typename T, typename Rows, typename Queries>
 inline void add_block(constant AttentionParams& params, thread Rows& rows, thread const Queries& queries,
                       thread const ForwardTile<T>& tile, Rules<T> rules, int first_key) {
   rows.multiply_keys(queries, unit_rows<kIsOpen>(tile.keys.from(first_key)));
-  rows.template softmax<kIsOpen>(params, rules, first_key);
-  multiply_accumulate<T, kValueDim>(rows.out, rows.score, unit_rows<kIsOpen>(tile.values.from(first_key)), rows.lane,
-                                    needs_refinement<T>(rows));
+  add_values<kIsOpen, kValueDim>(params, rows, tile.values.from(first_key), rules, first_key);
 }
 
 // kMemory: split, Q in registers; shared: read again for every block, from device memory as K and V are.
@@ -65,7 +72,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   for (;; walk.next()) {
     MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
     // Open blocks have a loop of their own, without a branch.
-    while (rows.is_open(params, rules.in_block(mask_class).scores, walk.first)) {
+    while (rows.is_open(params, rules.in_block(mask_class).scores, rows.view, walk.first)) {
       add_block<true, kValueDim>(params, rows, queries.operand, tile, rules, walk.first);
       walk.next();
       mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
