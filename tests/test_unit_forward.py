@@ -1,23 +1,32 @@
-"""metal/unit/, the forward pass on M5's matrix unit, in the simulator: right by the numerics rule, and without a race.
-
-The plan doesn't know these kernels yet: a library has them under the names of staged ones with the same tiles.
-"""
+"""metal/unit/, the forward pass on M5's matrix unit, in the simulator: right by the numerics rule, without a race, and
+as cheap as a hand count says."""
 
 from __future__ import annotations
 
-import functools
+import math
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import oracle
 import pytest
+import test_attention
+import test_varlen
 import torch
+from conftest import Device
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
 from plan_problems import METAL
-from simulator_engine import ROOT, build_kernels
+from serving import Packed, packed_problems
+from simulator_engine import ROOT
+from strategies import Problem, problems
+from test_block_attention import Blocked, block_mask_of
+from test_dropout import check as check_dropout
+from torch import Tensor
 
 import mfa
-from mfa import _library
 
 sys.path.insert(0, str(ROOT / "csrc" / "simulator"))
 import instructions
@@ -25,107 +34,197 @@ import instructions
 pytestmark = pytest.mark.simulator
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
-MEMORY = {64: "split", 80: "shared", 128: "shared"}
-AS_STAGED = """
-#define FORWARD_AS_STAGED(dtype, memory, dim)                                                        \\
-  template [[host_name("forward_" #dtype "_d" #dim "_v" #dim "_staged_s4_r2_k32")]] [[kernel]]       \\
-  decltype(forward_unit<dtype, memory, dim, dim, 4, 2, 32>) forward_unit<dtype, memory, dim, dim, 4, 2, 32>;
-"""
+# (D, Dv): of a SIMD-group by itself, and of teams of two and of four.
+ALONE = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128))
+PAIRS = ((192, 192), (256, 256))
+TEAMS = ((320, 320), (384, 384), (512, 512), (576, 512))
+DIMS = (*ALONE, *PAIRS, *TEAMS)
+LENGTHS = (1, 15, 16, 17, 32, 33, 63, 64, 65, 97, 130)
+HEADS = ((1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3))  # batch, heads of keys, queries per head of keys
+LARGEST_PRODUCT = 6_000_000  # multiply-accumulates
 
 
-def built(directory: Path, dims: tuple[int, ...], mode: str = "count", metal: Path = METAL) -> Path:
-    sources = [directory / f"{dtype}.metal" for dtype in DTYPES]
-    for source in sources:
-        rows = "".join(f"FORWARD_AS_STAGED({source.stem}, {MEMORY[dim]}, {dim})\n" for dim in dims)
-        source.write_text(f'#include "unit/forward.h"\n{AS_STAGED}namespace mfa {{\n{rows}}}\n')
-    return build_kernels(sources, directory / "unit.so", mode=mode, include_dirs=[metal], standard="metal4.0")
+@dataclass(frozen=True)
+class M5(Device):
+    """The simulator of an M5, and what it ran."""
+
+    name: str = "simulator"
+    family: str = "apple10"
+    kernels: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def active(self, seed: int = 0) -> Iterator[mfa.Simulation]:  # type: ignore[override]
+        with super().active(seed) as sim:  # type: ignore[attr-defined]
+            yield sim
+        self.kernels.extend(launch.kernel for launch in sim.launches)
 
 
-@pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory.mktemp("unit"), (64,))
+def usual(*values: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from((values[0],) * len(values) + values)
 
 
-@pytest.fixture(scope="session")
-def thorough(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory.mktemp("unit"), tuple(MEMORY))
+@st.composite
+def dense_problems(draw: st.DrawFn) -> Problem:
+    """Of every feature, and of rows that the kernels take: aligned, of a bucket's head dimension."""
+    batch, key_heads, group = draw(st.sampled_from(HEADS))
+    lengths = draw(st.sampled_from(LENGTHS)), draw(st.sampled_from(LENGTHS))
+    pairs = batch * key_heads * group * lengths[0] * lengths[1]
+    head_dim, value_dim = draw(st.sampled_from([dims for dims in DIMS if pairs * dims[0] <= LARGEST_PRODUCT]))
+    return replace(
+        draw(problems(dtypes=tuple(DTYPES.values()))),
+        batch=batch,
+        key_heads=key_heads,
+        group=group,
+        query_length=lengths[0],
+        key_length=lengths[1],
+        head_dim=head_dim,
+        value_dim=value_dim,
+        layouts=draw(st.tuples(*[usual("contiguous", "transposed", "one head", "one batch")] * 3)),
+        scale=draw(usual(None, 0.0, -1 / math.sqrt(head_dim), 4 / math.sqrt(head_dim))),
+    )
 
 
-@pytest.fixture
-def prefer() -> Iterator[None]:
-    yield
-    _library.prefer_instance(None)
+@st.composite
+def blocked_problems(draw: st.DrawFn) -> Blocked:
+    block = st.integers(1, 12).map(lambda n: 16 * n)
+    return Blocked(
+        **replace(draw(dense_problems()), bias=("bool", (False, False, False, False))).__dict__,
+        density=draw(st.sampled_from((0.0, 0.2, 0.5, 0.9, 2.0))),
+        alike=(draw(st.booleans()), draw(st.booleans())),
+        block=(draw(block), draw(block)),
+    )
 
 
-# Terms of mfa.attention, with `lengths` and, of grouped heads, `group`.
-PROBLEMS: dict[str, dict] = {
-    "dense": {"lengths": (64, 64)},
-    "ragged": {"lengths": (77, 131), "group": 2},
-    "causal": {"lengths": (100, 100), "is_causal": True},
-    "window": {"lengths": (65, 97), "window": (30, 9)},
-    "bias": {"lengths": (65, 96), "bias": "float"},
-    "mask": {"lengths": (70, 97), "bias": "bool"},
-    "softcap": {"lengths": (33, 64), "softcap": 4.0},
-    "alibi": {"lengths": (50, 70), "alibi_slopes": True},
-    "sinks": {"lengths": (50, 70), "sinks": True},
+@st.composite
+def sequences(draw: st.DrawFn) -> Packed:
+    problem = draw(packed_problems(dtypes=tuple(DTYPES.values())))
+    pairs = problem.key_heads * problem.group * sum(a * b for a, b in problem.lengths)
+    dims = draw(st.sampled_from([dims for dims in DIMS if pairs * dims[0] <= LARGEST_PRODUCT] or [DIMS[0]]))
+    return replace(problem, dims=dims, uses=draw(usual("all keys", "some")))
+
+
+def check_random(shard: int, count: int, strategy: st.SearchStrategy[Any], check: Callable[[Any, M5], None]) -> None:
+    """Of `count` problems, most run on the unit: not those of few queries of grouped heads."""
+    device = M5()
+
+    @seed(shard)
+    @settings(max_examples=count)
+    @given(strategy)
+    def holds(problem: Any) -> None:
+        check(problem, device)
+
+    holds()
+    ran = [kernel for kernel in device.kernels if kernel.startswith(("forward", "decode"))]
+    assert sum("_unit_" in kernel for kernel in ran) > 0.7 * len(ran)
+
+
+def check_trained(problem: Problem, device: M5) -> None:
+    """With a query that requires a gradient, so that the kernel writes the correction and refines more often."""
+    attention = mfa.attention
+
+    def trained(query: Tensor, *others: Tensor, **terms: Any) -> list[Tensor]:
+        return [x.detach() for x in attention(query.detach().requires_grad_(), *others, **terms)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mfa, "attention", trained)
+        test_attention.check(problem, device)
+
+
+def check_blocked(problem: Blocked, device: M5) -> None:
+    """Its mask as block mask."""
+    attention = mfa.attention
+
+    def blocked(*tensors: Tensor, attn_mask: Tensor, **terms: Any) -> Any:
+        return attention(*tensors, **terms, block_mask=block_mask_of(attn_mask, problem.block, "cpu"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mfa, "attention", blocked)
+        test_attention.check(problem, device)
+
+
+KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, M5], None]]] = {
+    "served": (dense_problems(), test_attention.check),
+    "trained": (dense_problems(), check_trained),
+    "blocked": (blocked_problems(), check_blocked),
+    "packed": (sequences(), test_varlen.check),
 }
 
 
-def check(
-    library: Path, dtype: str, dim: int, terms: dict, seed: int, *, trains: bool = False, deviation: float = 1
-) -> mfa.Counters:
-    """`deviation` is that of Q."""
-    terms, generator = dict(terms), torch.Generator().manual_seed(seed)
-    (length_q, length_k), heads, group = terms.pop("lengths"), 2, terms.pop("group", 1)
-    shapes = [(1, heads, length_q, dim), *[(1, heads // group, length_k, dim)] * 2]
-    query, key, value = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in shapes)
-    query = (deviation * query).requires_grad_(trains)
-    if kind := terms.pop("bias", None):
-        noise = torch.randn(1, heads, length_q, length_k, generator=generator)
-        terms["bias"] = noise > -0.5 if kind == "bool" else noise.to(DTYPES[dtype])
-    for name in {"alibi_slopes", "sinks"} & terms.keys():
-        terms[name] = torch.rand(heads, generator=generator)
-    own = {"attn_mask" if name == "bias" else name: term for name, term in terms.items()}
-    kernel = f"forward_{dtype}_d{dim}_v{dim}_staged_s4_r2_k32"
-    _library.prefer_instance(kernel)
-    checks = ("races", "bounds", "uninitialised")
-    with mfa.simulate("apple10", checks=checks, seed=seed, kernel_library=library) as sim:
-        out, lse = mfa.attention(query, key, value, return_lse=True, enable_gqa=group > 1, **own)
-    assert sim.launches[-1].kernel == kernel
-    if terms.pop("is_causal", False):
-        terms["window"] = (None, 0)
-    expected, expected_lse = oracle.attention(query, key, value, **terms)
-    plain, plain_lse = oracle.composition(query, key, value, **terms)
-    assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
-    assert oracle.largest_error(lse, expected_lse) <= oracle.tolerance(plain_lse, expected_lse)
-    return sim.launches[-1].counters
-
-
-@pytest.mark.parametrize("name", ["ragged", "causal", "mask"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_quick(quick: Path, prefer: None, dtype: str, name: str) -> None:
-    check(quick, dtype, 64, PROBLEMS[name], 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_problems(kind: str) -> None:
+    check_random(0, 8, *KINDS[kind])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("dim", MEMORY)
+@pytest.mark.parametrize("shard", range(1, 6))
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_random_problems(kind: str, shard: int) -> None:
+    check_random(shard, 30, *KINDS[kind])
+
+
+@pytest.mark.slow
+def test_dropout() -> None:
+    """Values and gradients."""
+
+    @seed(0)
+    @settings(max_examples=20)
+    @given(dense_problems(), st.sampled_from((0.1, 0.5, 0.9)))
+    def holds(problem: Problem, dropout_p: float) -> None:
+        check_dropout(problem, dropout_p, "apple10")
+
+    holds()
+
+
+def launch(
+    dtype: str,
+    dims: tuple[int, int],
+    lengths: tuple[int, int],
+    *,
+    trains: bool = False,
+    deviation: float = 1,
+    **terms: Any,
+) -> mfa.Launch:
+    """Of one head; `deviation` is that of Q."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((lengths[0], dims[0]), (lengths[1], dims[0]), (lengths[1], dims[1]))
+    query, key, value = (torch.randn(1, 1, *shape, generator=generator).to(DTYPES[dtype]) for shape in shapes)
+    with mfa.simulate("apple10") as sim:
+        mfa.attention((deviation * query).requires_grad_(trains), key, value, **terms)
+    (found,) = sim.launches
+    return found
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_thorough(thorough: Path, prefer: None, dtype: str, dim: int, name: str) -> None:
-    for seed in range(3):
-        check(thorough, dtype, dim, PROBLEMS[name], seed)
-        check(thorough, dtype, dim, PROBLEMS[name], seed, trains=True, deviation=1 + seed)
+@pytest.mark.parametrize("dims", DIMS)
+def test_products_and_threadgroup_memory(dims: tuple[int, int], dtype: str) -> None:
+    """Products as the matrices have. A SIMD-group by itself meets nobody; of a team each writes its part of S, 2 KB per
+    block, reads those of the others, and waits once."""
+    length, blocks, simdgroups = 128, 4, 4 if dims in ALONE else 8
+    members = 1 if dims in ALONE else 2 if dims in PAIRS else 4
+    found = launch(dtype, dims, (length, length), deviation=0.01)  # so that nothing is refined
+    counters, tiles = found.counters, length // 16
+    assert counters.unit_mma == length * length * sum(dims) // 4096
+    assert (counters.mma, counters.simdgroup_barriers) == (0, 0)
+    assert counters.shuffles == tiles * members * (4 * blocks + 4)
+    path = "unit" if members == 1 else "unit_team"
+    assert found.kernel == f"forward_{dtype}_d{dims[0]}_v{dims[1]}_{path}_s{simdgroups}_r2_k32"
+    if members == 1:
+        assert counters.threadgroup_barriers == counters.threadgroup_reads == counters.threadgroup_writes == 0
+        assert found.threadgroup_memory == 0
+    else:
+        assert counters.threadgroup_barriers == tiles * members * blocks
+        assert counters.threadgroup_write_bytes == tiles * members * blocks * 2048
+        assert counters.threadgroup_read_bytes == tiles * members * blocks * 2048 * (members - 1)
+        assert found.threadgroup_memory == 32 * 1024
 
 
-def test_budget(quick: Path, prefer: None) -> None:
-    """Per 16 queries and 32 keys of D 64 16 products of 16x16x16, 16 loads and 4 shuffles; then Q, and the sums."""
-    counters = check(quick, "bf16", 64, {"lengths": (64, 128)}, 1)
-    tiles, blocks = 2 * 4, 4
-    assert counters.unit_mma == tiles * blocks * 16
-    assert counters.fragment_loads == tiles * 32 * (blocks * 16 + 4)
-    assert counters.shuffles == tiles * (blocks * 4 + 4)
-    assert (counters.mma, counters.threadgroup_barriers, counters.simdgroup_barriers) == (0, 0, 0)
-    assert counters.threadgroup_reads == counters.threadgroup_writes == 0
+def test_loads() -> None:
+    """Per 16 queries and 32 keys of D 64 16 loads; then Q."""
+    assert launch("bf16", (64, 64), (64, 128)).counters.fragment_loads == 4 * 32 * (4 * 16 + 4)
+
+
+def test_a_team_without_rows_does_nothing() -> None:
+    assert launch("bf16", (256, 256), (17, 64)).counters.unit_mma == 2 * 2 * 64
 
 
 # Additions and multiplications (fused ones are one) and loads of a lane, per 16 queries and 32 keys. A hand count gives
@@ -137,7 +236,7 @@ OPEN_BLOCK = {("f16", 64): (44, 16), ("bf16", 64): (42, 16), ("f16", 128): (44, 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_instructions_of_an_open_block(dtype: str, dim: int) -> None:
     """In a kernel with a window as well: an open block has no code for it, nor for rows that are not there."""
-    row = f"FORWARD({dtype}, unit, {MEMORY[dim]}, {dim}, {dim}, 4, 2, 32)"
+    row = f"FORWARD({dtype}, unit, {'split' if dim == 64 else 'shared'}, {dim}, {dim}, 4, 2, 32)"
     source = f'#include "unit/forward.h"\nnamespace mfa {{\n{row}\n}}\n'
     true = ["is_aligned", "is_exact_head", "writes_lse", "has_correction", "has_window"]
     function = instructions.kernel_of(instructions.emit(source, [METAL], true, standard="metal4.0"))
@@ -158,12 +257,33 @@ def is_sum_or_product(instruction: instructions.Instruction) -> bool:
     return instruction.opcode in ("fadd", "fsub", "fmul") or "@llvm.fma." in instruction.text
 
 
-def test_large_probabilities_are_refined(quick: Path, prefer: None) -> None:
-    """Of float16, in blocks where a probability is more than a part of the sum so far; O then takes another product."""
-    plain, dense = 4 * 8 * 2 * 16, {"lengths": (64, 256)}
-    count = functools.partial(check, quick, dim=64, terms=dense, seed=1)
-    assert count("f16", trains=True, deviation=0.01).unit_mma == plain
-    served, trained = (count("f16", trains=trains).unit_mma for trains in (False, True))
-    assert plain < served < trained < 1.4 * plain
-    assert count("f16", deviation=8).unit_mma > 1.3 * plain
-    assert count("bf16", trains=True, deviation=8).unit_mma == plain
+@pytest.mark.parametrize("trains", [False, True])
+def test_large_probabilities_are_refined(trains: bool) -> None:
+    """Of float16, in blocks where a probability is more than a share of the sum so far; O then takes another product.
+    One key of the 32 that a block has weighs so much more than the others that it has that share, or just not, of what
+    a lane knows: its own eight keys, for a quarter of the sum."""
+    share = 1 / 16 if trains else 1 / 8
+    limit = 7 * 4 * share / (1 - 4 * share)
+    for weight, refined in ((0.97 * limit, 0), (1.03 * limit, 8)):
+        query, key = torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 32, 64)
+        value = torch.randn(1, 1, 32, 64, generator=torch.Generator().manual_seed(1))
+        query[..., 0], key[:, :, 5, 0] = 8, math.log(weight)
+        query, key, value = (tensor.half() for tensor in (query, key, value))
+        with mfa.simulate("apple10") as sim:
+            out = mfa.attention(query.clone().requires_grad_(trains), key, value).detach()
+        assert sim.counters.unit_mma == 16 + refined
+        expected, plain = (function(query, key, value)[0] for function in (oracle.attention, oracle.composition))
+        summands = oracle.attention(query, key, value.abs())[0]
+        assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected, summands=summands)
+
+
+def test_how_often_probabilities_are_refined() -> None:
+    plain = 4 * 8 * 16
+
+    def count(dtype: str = "f16", **terms: Any) -> int:
+        return launch(dtype, (64, 64), (64, 256), **terms).counters.unit_mma
+
+    assert count(trains=True, deviation=0.01) == plain
+    assert plain < count() < count(trains=True) < 1.4 * plain
+    assert count(deviation=8) > 1.3 * plain
+    assert count("bf16", trains=True, deviation=8) == plain
