@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoding import decode, encode
 
 TYPES = {"f32": ("float", 3e-6), "f16": ("half", 2e-3), "bf16": ("bfloat", 2e-2)}  # MSL scalar, largest error
 
@@ -35,20 +36,6 @@ def fetch(project: str, version: str, *options: str) -> Path:
         if done.returncode != 0:
             pytest.skip(f"{project}=={version} can't be fetched: {done.stderr.strip().splitlines()[-1:]}")
     return next(cache.glob(pattern))
-
-
-def encode(x: np.ndarray, dtype: str) -> np.ndarray:
-    """float64 -> the bits of the format; bfloat as uint16, rounded to nearest even."""
-    if dtype == "bf16":
-        bits = x.astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return x.astype(np.float16 if dtype == "f16" else np.float32)
-
-
-def decode(x: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bf16":
-        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return x.astype(np.float64)
 
 
 @dataclass(frozen=True)

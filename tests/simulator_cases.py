@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from fidelity import decode, encode
+from encoding import decode, encode
 
 LANES = 32
 THREADS = 64

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fidelity import TYPES, Problem, decode, encode, error, fetch, strides
+from encoding import decode, encode
+from fidelity import TYPES, Problem, error, fetch, strides
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 from test_fidelity_mlx import steel_params, unpack
 from test_fidelity_torch import COMMON

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fidelity import TYPES, Problem, encode, error, fetch, strides
+from encoding import encode
+from fidelity import TYPES, Problem, error, fetch, strides
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 
 pytestmark = pytest.mark.simulator

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fidelity import TYPES, Problem, encode, error, prefill_header, strides
+from encoding import encode
+from fidelity import TYPES, Problem, error, prefill_header, strides
 from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
 
 pytestmark = pytest.mark.simulator

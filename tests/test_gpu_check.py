@@ -90,10 +90,17 @@ def test_a_wrong_bit_of_a_cache_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "kernel"), [("append_bf16", ""), ("forward_f16", "forward_f16_d64_v64_staged_s4_r2_k32"), ("tile_map", "")]
+    ("file", "kernel"),
+    [
+        ("append_bf16", ""),
+        ("forward_f16", "forward_f16_d64_v64_staged_s4_r2_k32"),
+        ("tile_map", ""),
+        ("unit/forward_bf16", "forward_bf16_d64_v64_unit_s4_r2_k32"),
+    ],
 )
 def test_kernels_compile_to_ptx(file: str, kernel: str) -> None:
-    source = translate_source(ROOT / f"metal/{file}.metal", include_dirs=[ROOT / "metal"])
+    standard = "metal4.0" if file.startswith("unit/") else "metal3.1"
+    source = translate_source(ROOT / f"metal/{file}.metal", include_dirs=[ROOT / "metal"], standard=standard)
     kernel = kernel or min(source.kernels)
     ptx = compile_ptx(source, Pipeline(kernel, (2, 3), 128))
     assert f".entry {kernel}(" in ptx

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fidelity import decode, encode
+from encoding import decode, encode
 from simulator_cases import LANES, NUMPY, THREADS, Case, integer_cases, math_cases, simd_cases, vector_cases, vote_cases
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
 

@@ -3,94 +3,38 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fidelity import decode, encode
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
+from unit_products import PRODUCTS, Product, source_of
 
 pytestmark = pytest.mark.simulator
 
-SCALARS = {"f16": "half", "bf16": "bfloat", "f32": "float", "i8": "int8_t", "u8": "uchar", "i32": "int"}
-INTEGERS = {"i8": np.int8, "u8": np.uint8, "i32": np.int32}
 M5, OLDER = 10, 9
+SHUFFLES = Path(__file__).parents[1] / "csrc/simulator/cuda/unit_product.h"
 
 
-@dataclass(frozen=True)
-class Product:
-    types: str  # of left, right and destination
-    shape: tuple[int, int, int]  # m, n, k
-    left: bool = False  # stored transposed
-    right: bool = False
-    accumulates: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"{self.types}_{'x'.join(map(str, self.shape))}_{self.left:d}{self.right:d}{self.accumulates:d}"
-
-    @property
-    def instance(self) -> str:
-        types = ", ".join(SCALARS[dtype] for dtype in self.types.split("_"))
-        numbers = ", ".join(str(int(n)) for n in (*self.shape, self.left, self.right, self.accumulates))
-        return f'INSTANTIATE("{self.name}", {types}, {numbers})\n'
+def by_shuffles(text: str) -> str:
+    """The kernels with the product as an NVIDIA GPU makes it."""
+    header = re.sub(r"^#(include|pragma once).*", "", SHUFFLES.read_text(), flags=re.MULTILINE)
+    types = "kM, kN, kK, kLeft, kRight, kAccumulates, A, B, D"
+    call = f"sum.elements = ::mfa_sim::Shuffled<{types}>::run(left.elements, right.elements, sum.elements, nullptr, 0);"
+    return header.replace("UnitProduct", "Shuffled") + text.replace("op.run(left, right, sum);", call)
 
 
-PRODUCTS = [
-    Product("f16_f16_f32", (16, 32, 16), right=True),
-    Product("f32_f16_f32", (16, 32, 16)),
-    Product("bf16_bf16_f32", (16, 16, 32), right=True),
-    Product("f32_bf16_f32", (16, 16, 32)),
-    Product("f32_f32_f32", (16, 32, 16), left=True),
-    Product("f16_f16_f16", (16, 32, 16), accumulates=False),
-    Product("bf16_bf16_bf16", (32, 16, 16), left=True, right=True),
-    Product("f16_bf16_f32", (32, 32, 32), left=True),
-    Product("i8_i8_i32", (16, 32, 16)),
-    Product("u8_u8_i32", (16, 16, 32), right=True),
-]
-
-
-@pytest.fixture(scope="session", params=[M5, OLDER], ids=["m5", "older"])
+@pytest.fixture(scope="session", params=["m5", "older", "shuffles"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Library, int]:
     source = tmp_path_factory.mktemp("unit") / "products.metal"
-    source.write_text(
-        Path(__file__).with_name("simulator_unit.metal").read_text() + "".join(p.instance for p in PRODUCTS)
-    )
-    options = {"standard": "metal4.0", "unit_layout": request.param}
-    return open_library(build_kernels([source], source.with_suffix(".so"), **options)), request.param
-
-
-def cut(x: np.ndarray) -> np.ndarray:
-    """float64 -> what the unit sees of it as float32."""
-    return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-
-
-def f32(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32).astype(np.float64)
-
-
-def multiplied(left: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The unit's order of sums, rounded to float32 at each step."""
-    total = start
-    for k in range(0, left.shape[1], 16):
-        terms = left[:, k : k + 16, None] * right[None, k : k + 16]
-        pairs = f32(terms[:, 0::2] + terms[:, 1::2])
-        quads = f32(pairs[:, :4] + pairs[:, 4:])
-        for j in range(4):
-            total = f32(total + quads[:, j])
-    return total
-
-
-def matrix(dtype: str, rows: int, columns: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """As the kernel reads it, and in float64 as the unit sees it."""
-    if dtype in INTEGERS:
-        limits = np.iinfo(np.int16 if dtype == "i32" else INTEGERS[dtype])
-        x = generator.integers(limits.min, limits.max, (rows, columns), endpoint=True).astype(INTEGERS[dtype])
-        return x, x.astype(np.float64)
-    x = encode(generator.standard_normal((rows, columns)), dtype)
-    return x, decode(x, dtype)
+    text = source_of(PRODUCTS)
+    source.write_text(by_shuffles(text) if request.param == "shuffles" else text)
+    layout = OLDER if request.param == "older" else M5
+    options = {"standard": "metal4.0", "unit_layout": layout}
+    return open_library(build_kernels([source], source.with_suffix(".so"), **options)), layout
 
 
 def places(layout: int, product: Product) -> np.ndarray:
@@ -119,23 +63,15 @@ def places(layout: int, product: Product) -> np.ndarray:
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
 def test_product(library: tuple[Library, int], product: Product, seed: int) -> None:
     """Bit for bit, wherever the layout puts the elements."""
-    m, n, k = product.shape
-    types, generator = product.types.split("_"), np.random.default_rng(seed)
-    (a, left), (b, right), (d, start) = (
-        matrix(dtype, rows, columns, generator)
-        for dtype, rows, columns in zip(types, (m, k, m), (k, n, n), strict=True)
-    )
-    left, right = (cut(x) if dtype == "f32" else x for x, dtype in zip((left, right), types[:2], strict=True))
-    start = start if product.accumulates else np.zeros((m, n))
-    expected = left @ right + start if types[2] == "i32" else multiplied(left, right, start)
-    stored = [np.ascontiguousarray(x.T if flag else x) for x, flag in ((a, product.left), (b, product.right))]
-    got_places = np.full((32, (m * k + k * n + m * n) // 32, 2), -1, np.int32)
+    a, b, d, expected = product.problem(seed)
+    got_places = np.full((32, (a.size + b.size + d.size) // 32, 2), -1, np.int32)
     counters = library[0].dispatch(
-        product.name, grid=(1,), group=(32,), arguments=[*stored, d, got_places], checks=RACES | BOUNDS, seed=seed
+        product.name, grid=(1,), group=(32,), arguments=[a, b, d, got_places], checks=RACES | BOUNDS, seed=seed
     )
-    np.testing.assert_array_equal(d, expected if types[2] == "i32" else encode(expected, types[2]))
+    np.testing.assert_array_equal(d, expected)
     np.testing.assert_array_equal(got_places, places(library[1], product))
-    assert (counters["unit_mma"], counters["mma"]) == (m * n * k // 4096, 0)
+    by_shuffles = counters["shuffles"] > 0
+    assert (counters["unit_mma"], counters["mma"]) == (0 if by_shuffles else math.prod(product.shape) // 4096, 0)
 
 
 def test_operands_of_float_lose_13_bits(library: tuple[Library, int]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc/simulator/cuda"))
 import translate_cuda  # noqa: E402
 from translate_cuda import Pipeline, Source  # noqa: E402
+from unit_products import PRODUCTS, source_of  # noqa: E402
 
 from . import others, plans  # noqa: E402
 from .cases import GROUPS, Case  # noqa: E402
@@ -37,6 +38,15 @@ def pipelines_of(entries: Iterable[dict[str, Any]]) -> set[Pipeline]:
         for plan in ("forward", "backward")
         for launch in entry.get(plan, {"launches": []})["launches"]
     }
+
+
+def products_source(pipelines: Iterable[Pipeline], directory: Path) -> Iterator[Source]:
+    """The products on the matrix unit that are among the pipelines, of a file that is written."""
+    names = {pipeline.kernel for pipeline in pipelines}
+    if products := [product for product in PRODUCTS if product.name in names]:
+        file = directory / "products.metal"
+        file.write_text(source_of(products))
+        yield translate_cuda.translate_source(file, standard="metal4.0")
 
 
 def assemble(ptx: str, output: Path, architecture: str) -> str:
@@ -130,13 +140,11 @@ def counter_pipelines(entries: Iterable[dict[str, Any]]) -> set[Pipeline]:
 def build(directory: Path, groups: Sequence[str], architecture: str, *, counters: bool, tensor_core: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     entries = [plans.plan(case) for group in groups for case in GROUPS[group]()]
-    sources = [
-        translate_cuda.translate_source(path, include_dirs=[ROOT / "metal"])
-        for path in sorted((ROOT / "metal").glob("*.metal"))
-    ]
+    sources = list(translate_cuda.translate_kernels(ROOT / "metal"))
     pipelines = pipelines_of(entries)
     counted = counter_entries() if counters else []
     with tempfile.TemporaryDirectory() as headers:
+        sources += products_source(pipelines, Path(headers))
         if counters:
             sources += [others.mlx_source(Path(headers)), others.torch_source(Path(headers))]
             pipelines |= counter_pipelines(counted)

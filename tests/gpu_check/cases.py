@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from unit_products import PRODUCTS
+
 DTYPES = ("f16", "bf16", "f32")
 
 
@@ -43,13 +45,18 @@ class Case:
     new_tokens: int = 0  # append so many to the cache, instead of attending
     rotary: int = 0  # R of the queries and keys that come with them; pairs are `interleaved`
     heads_checked: int = 0  # 0: all; else so many (batch, key head), the first and the last among them
+    family: str = ""  # of the GPU that is planned for; "": that of plan()
+    unit_product: str = ""  # instead of attention one product on the matrix unit: its name in unit_products.py
 
     @property
     def name(self) -> str:
+        if self.unit_product:
+            return f"{self.group} product {self.unit_product}"
         size = f"B{self.batch} H{self.query_heads}/{self.key_heads} L{self.query_length}x{self.key_length}"
         dims = f"D{self.head_dim}" + (f"/{self.value_dim}" if self.value_dim else "")
         words = [self.group, self.dtype, size, dims]
         for label, value in (
+            ("family", self.family or None),
             ("left", self.window_left),
             ("right", self.window_right),
             ("softcap", self.softcap or None),
@@ -212,6 +219,31 @@ def repeated() -> Iterator[Case]:
     yield Case("repeat", "f16", 8, 32, 8, 1, 8192, 128, cache="int8", page_size=16, window_right=0)
 
 
+UNIT_DIMS = (64, 80, 96, 128)
+
+
+def unit() -> Iterator[Case]:
+    """On M5's matrix unit, at sizes that sanitizers can bear: the products themselves, each kernel, features."""
+    for each in PRODUCTS:
+        yield Case("unit", unit_product=each.name)
+    base = Case("unit", family="apple10", query_length=77, key_length=131, backward="seven_gemm")
+    for dtype, dim in product(("f16", "bf16"), UNIT_DIMS):
+        yield replace(base, dtype=dtype, head_dim=dim, window_right=0)
+    for dtype, feature in product(("f16", "bf16"), FEATURES):
+        yield replace(base, dtype=dtype, **feature)  # type: ignore[arg-type]
+    for dim in UNIT_DIMS:
+        yield replace(base, head_dim=dim, bias="blocks", query_length=300, key_length=417, backward="")
+    yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
+
+
+def unit_full() -> Iterator[Case]:
+    """The same at full size."""
+    for dtype, dim, length, right in product(("f16", "bf16"), UNIT_DIMS, (2048, 8192), (None, 0)):
+        batch, key_heads = (4, 8) if length == 2048 else (1, 2)
+        yield Case("unit_full", dtype, batch, 8, key_heads, length, length, dim, window_right=right, heads_checked=4,
+                   backward="automatic" if length == 2048 else "", family="apple10")  # fmt: skip
+
+
 GROUPS = {
     "small": small,
     "repeat": repeated,
@@ -220,4 +252,6 @@ GROUPS = {
     "features": features,
     "full": full,
     "huge": huge,
+    "unit": unit,
+    "unit_full": unit_full,
 }

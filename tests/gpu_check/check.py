@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from unit_products import PRODUCTS
 
 from . import standalone
 from .gpu import Gpu
@@ -358,8 +359,34 @@ def check(problem: Problem) -> dict[str, Any]:
     }
 
 
+def check_unit_product(gpu: Gpu, entry: dict[str, Any]) -> dict[str, Any]:
+    """The bits of the matrix unit, in its order of sums."""
+    start = time.monotonic()
+    (product,) = (each for each in PRODUCTS if each.name == entry["case"]["unit_product"])
+    differing = set()
+    for seed in range(REPEATS):
+        *matrices, expected = product.problem(seed)
+        operands = [torch.from_numpy(x).to(gpu.device) for x in matrices]
+        places = torch.empty(sum(x.size for x in matrices), 2, dtype=torch.int32, device=gpu.device)
+        gpu.launch(product.name, [], (1, 1, 1), 32, dict(enumerate([*operands, places])))
+        differing |= set() if (operands[2].cpu().numpy() == expected).all() else {f"seed {seed}"}
+    return {
+        "name": entry["name"],
+        "passes": not differing,
+        "differing": sorted(differing),
+        "seconds": [round(time.monotonic() - start, 3), 0],
+    }
+
+
 def verdict(problem: Problem) -> dict[str, Any]:
     return check_appended(problem) if problem.case["new_tokens"] else check(problem)
+
+
+def check_entry(gpu: Gpu, entry: dict[str, Any]) -> dict[str, Any]:
+    if entry["case"]["unit_product"]:
+        return check_unit_product(gpu, entry)
+    problem = Problem(gpu, entry)
+    return repeats(problem) if entry["case"]["group"] == "repeat" else verdict(problem)
 
 
 def gathered(problem: Problem, name: str, parts: list[Tensor], got: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -416,9 +443,7 @@ def run(directory: Path, groups: Sequence[str] | None, report: Path | None) -> i
         if groups and entry["case"]["group"] not in groups:
             continue
         try:
-            problem = Problem(gpu, entry)
-            results.append(repeats(problem) if entry["case"]["group"] == "repeat" else verdict(problem))
-            del problem
+            results.append(check_entry(gpu, entry))
         except (RuntimeError, KeyError, FileNotFoundError) as error:
             traceback.print_exc(limit=-3)
             results.append({"name": entry["name"], "passes": False, "error": str(error).splitlines()[0]})

@@ -54,6 +54,8 @@ def problem(case: Case) -> dict[str, Any]:
     names = "dtype batch query_heads key_heads query_length key_length head_dim window_left window_right"
     fields: dict[str, Any] = {name: getattr(case, name) for name in names.split()}
     fields = {name: value for name, value in fields.items() if value is not None}
+    if case.family:
+        fields["family"] = case.family
     value_dim = case.value_dim or case.head_dim
     fields |= {"value_dim": value_dim, "scale": case.head_dim**-0.5, "softcap": case.softcap, "has_sinks": case.sinks}
     fields |= {"alibi": "per_head" if case.alibi else "none", "dropout_p": case.dropout_p, "sequences": case.sequences}
@@ -149,6 +151,9 @@ def append_fields(case: Case) -> dict[str, Any]:
 
 
 def plan(case: Case) -> dict[str, Any]:
+    if case.unit_product:
+        launch = {"kernel": case.unit_product, "constants": [], "grid": (1, 1, 1), "group": (32, 1, 1)}
+        return {"case": asdict(case), "name": case.name, "forward": {"launches": [launch]}}
     if case.new_tokens:
         fields = problem(replace(case, interleaved=False)) | cache_fields(case) | append_fields(case)
         if not case.rotary:

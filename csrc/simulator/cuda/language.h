@@ -11,9 +11,12 @@
 #define MFA_SIM_UNCHECKED
 #define MFA_SIM_INLINE inline __attribute__((always_inline))
 #define MFA_SIM_COLLECTIVE inline __attribute__((always_inline, convergent))
+#define MFA_SIM_SITE const char *mfa_sim_file = nullptr, int mfa_sim_line = 0
+#define MFA_SIM_HERE mfa_sim_file, mfa_sim_line
 #define MFA_SIM_COUNT_EXP(n) ((void)0)
 #define mfa_sim_count_fragment_load() ((void)0)
 #define mfa_sim_count_conversion(n) ((void)0)
+#define mfa_sim_fail(...) __builtin_trap()
 
 #include "../msl/freestanding/stddef.h"
 #include "../msl/freestanding/stdint.h"

@@ -42,5 +42,7 @@ MFA_SIM_INLINE float tanh_of(float x) {
 #include "lanes.h"
 #include "simd.h"
 #include "matrix.h"
+#include "unit_product.h"
+#include "../msl/tensor_ops.h"
 #include "kernel.h"
 // clang-format on

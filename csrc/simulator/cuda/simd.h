@@ -13,6 +13,7 @@ MFA_SIM_COLLECTIVE void simdgroup_barrier(mem_flags) { ::mfa_sim::hardware::simd
 
 namespace mfa_sim {
 
+constexpr int kLanes = 32;
 MFA_SIM_INLINE int lane_index() { return hardware::lane(); }
 
 // Any value of up to four bytes, or of several words.

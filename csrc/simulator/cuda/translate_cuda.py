@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ LANGUAGE = [  # also of tests/agx_check
     "-Xclang",
     "-cl-single-precision-constant",
     "-Wno-everything",
+    "-DMFA_SIM_UNIT_LAYOUT=10",
 ]
 FLAGS = [
     *LANGUAGE,
@@ -73,11 +74,11 @@ class Source:
     kernels: frozenset[str]
 
 
-def translate_source(source: Path, *, include_dirs: Sequence[Path] = ()) -> Source:
+def translate_source(source: Path, *, include_dirs: Sequence[Path] = (), standard: str = "metal3.1") -> Source:
     """Raises translate.CompileError, source_text.TranslationError."""
     flags = [f"-D{name}" for name in translate.PREDEFINED] + [f"-I{path}" for path in include_dirs]
     with tempfile.TemporaryDirectory() as directory:
-        text = rewrite(translate.preprocess(source, directory, flags, None, source))
+        text = rewrite(translate.preprocess(source, directory, flags, None, source, standard))
     text = re.sub(r"static const ::mfa_sim::ConstantRegistration<.*?;", "", text)
     text = THREADGROUP_VARIABLE.sub(
         r"static __attribute__((address_space(3), loader_uninitialized)) \2 mfa_sim_\1\3; "
@@ -85,6 +86,13 @@ def translate_source(source: Path, *, include_dirs: Sequence[Path] = ()) -> Sour
         text,
     )
     return Source(text, frozenset(_name(found) for found in REGISTRATION.finditer(text)))
+
+
+def translate_kernels(metal: Path) -> Iterator[Source]:
+    """Every .metal of a folder and of its unit/, which is Metal 4. Raises what translate_source raises."""
+    for folder, standard in ((metal, "metal3.1"), (metal / "unit", "metal4.0")):
+        for path in sorted(folder.glob("*.metal")):
+            yield translate_source(path, include_dirs=[metal], standard=standard)
 
 
 def _name(registration: re.Match[str]) -> str:

@@ -5,6 +5,9 @@
 
 namespace mfa_sim {
 
+template <typename T>
+constexpr bool is_matrix_element = __is_same(T, half) || __is_same(T, bfloat) || __is_same(T, float);
+
 // What thread_elements() refers to. No vec<T, 2>: only a reinterpret_cast opens it, as with Apple's wider storage type.
 template <typename T>
 struct alignas(2 * sizeof(T)) Elements {

@@ -5,9 +5,6 @@
 
 namespace mfa_sim {
 
-template <typename T>
-constexpr bool is_matrix_element = __is_same(T, half) || __is_same(T, bfloat) || __is_same(T, float);
-
 template <int N>
 using Floats = metal::vec<float, N>;
 using Row = Floats<8>;

@@ -57,6 +57,7 @@ __attribute__((convergent)) void mfa_sim_simdgroup_barrier(uint32_t mem_flags, c
 #include "simd.h"
 #include "matrix.h"
 #ifdef MFA_SIM_UNIT_LAYOUT  // Metal 4
+#include "unit_product.h"
 #include "tensor_ops.h"
 #endif
 #include "atomic.h"

@@ -1,5 +1,7 @@
 // <MetalPerformancePrimitives/MetalPerformancePrimitives.h>: products of cooperative tensors in one SIMD-group, which
 // run on the matrix unit. Operands in memory, reductions and other scopes are left out.
+//
+// A product itself is an engine's own: its unit_product.h.
 #pragma once
 
 #include "cooperative_tensor.h"
