@@ -28,12 +28,7 @@ PARAMS = enumerators("Argument")["params"]
 
 def _sources() -> dict[str, translate_cuda.Source]:
     """By kernel, the translated file that has it."""
-    return {
-        kernel: source
-        for path in sorted(instances.METAL.glob("*.metal"))
-        for source in [translate_cuda.translate_source(path, include_dirs=[instances.METAL])]
-        for kernel in source.kernels
-    }
+    return {kernel: source for source in translate_cuda.translate_kernels(instances.METAL) for kernel in source.kernels}
 
 
 def _row(toolchain: Toolchain, source: translate_cuda.Source, pipeline: Pipeline) -> dict[str, Any]:

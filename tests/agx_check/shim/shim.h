@@ -14,5 +14,7 @@
 #include "lanes.h"
 #include "cuda/simd.h"
 #include "matrix.h"
+#include "unit_product.h"
+#include "msl/tensor_ops.h"
 #include "cuda/kernel.h"
 // clang-format on
