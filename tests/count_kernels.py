@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ COUNTED = (
     "mma",
     "mixed_mma",
     "wide_mma",
+    "unit_mma",
     "arithmetic",
     "integer",
     "conversion",
@@ -51,6 +53,7 @@ COUNTED = (
 STEEL = {64: (32, 32, 4, 1), 72: (32, 32, 4, 1), 80: (32, 32, 4, 1), 96: (32, 32, 4, 1), 128: (32, 16, 4, 1)}
 STEEL[256] = (32, 16, 4, 2)
 STEEL_DTYPES = {64: ("f16",), 72: ("bf16",), 80: ("f16",), 96: ("f16",), 128: ("f16", "bf16", "f32"), 256: ("f16",)}
+NAX_DIMS = (64, 96, 128)
 CONFLICTS = {64: 6.2, 72: 6.2, 80: 6.2, 96: 6.2, 128: 8.0, 256: 8.0}
 
 
@@ -137,6 +140,8 @@ def kernel_of(
 ) -> Kernel:
     rows, block, simdgroups = tile
     step = instructions.step_of(instructions.kernel_of(ir))
+    # A ballot, one instruction to Mesa's backend as a shuffle is; what it costs nobody says.
+    step.counts["shuffle"] += step.counts["vote"]
     groups = [1 if kind == "decode" else length // rows for length in LENGTHS]
     steps = [length // block for length in LENGTHS]
 
@@ -148,7 +153,8 @@ def kernel_of(
         return int(slope), round(first - slope * steps[0])
 
     products = sum(step.counts.get(kind, 0) for kind in instructions.PRODUCTS)
-    assert line("mma")[0] == products * simdgroups, (name, line("mma"), products)
+    counter = "unit_mma" if "unit_mma" in step.counts else "mma"
+    assert line(counter)[0] == products * simdgroups, (name, line(counter), products)
     device_read, device_write = line("device_read_bytes"), line("device_write_bytes")
     return Kernel(
         name=name,
@@ -193,49 +199,70 @@ def ours() -> Iterator[Kernel]:
 
 
 def mlx(directory: Path) -> Iterator[Kernel]:
-    """MLX's kernels, with headers unpacked into `directory`."""
+    """MLX's kernels, with headers unpacked into `directory`: those for M1 to M4, and those for the matrix unit."""
     includes = unpack(directory)
     for dim, dtypes in STEEL_DTYPES.items():
+        rows, block, over_rows, over_dim = STEEL[dim]
         for dtype in dtypes:
-            rows, block, over_rows, over_dim = STEEL[dim]
             name = f"steel_{dtype}_d{dim}"
             instance = (
                 f'instantiate_kernel("{name}", attention, {TYPES[dtype][0]}, {rows}, {block}, {dim}, {dim}, '
                 f"{over_rows}, {over_dim}, float, float)"
             )
-            header = "steel/attn/kernels/steel_attention.h"
-            library = build(includes, name, "count", header, [instance])
-            ir = instructions.emit((includes[0].parent / f"{name}.metal").read_text(), includes, TRUE)
-            counters, memory = [], 0
-            for length in LENGTHS:
-                problem = Problem(dtype, dim, length, length)
-                q, k, v = (np.zeros_like(x) for x in problem.tensors())
-                out, lse = np.zeros_like(q), np.zeros(q.shape[:3], np.float32)
-                constants = dict.fromkeys(["has_mask", "do_causal", "has_sinks"], False)
-                arguments = dict(enumerate([q, k, v, out, steel_params(problem, [q, k, v, out], (rows, block))]))
-                counters.append(
-                    library.dispatch(
-                        name,
-                        grid=(length // rows, 1, 1),
-                        group=(32, over_rows, over_dim),
-                        arguments={**arguments, 8: lse},
-                        constants=constants | dict.fromkeys(["align_Q", "align_K", "save_lse"], True),
-                        checks=0,
-                    )
-                )
-                memory = library.threadgroup_memory_used
-            yield kernel_of(
+            yield steel(includes, name, "steel_attention", instance, dtype, dim, STEEL[dim])
+    # Unrolled wholly: a loop in the main loop would be taken for it.
+    header = includes[1] / "mlx/backend/metal/kernels/steel/attn/kernels/steel_attention_nax.h"
+    header.write_text(header.read_text().replace("unroll_count(4)", "unroll(full)"))
+    for dim, dtype in product(NAX_DIMS, ("f16", "bf16")):
+        name, scalar = f"steel_nax_{dtype}_d{dim}", TYPES[dtype][0]
+        instance = f'instantiate_kernel("{name}", attention_nax, {scalar}, 64, 32, {dim}, {dim}, 4, 1, {scalar}, float)'
+        yield steel(includes, name, "steel_attention_nax", instance, dtype, dim, (64, 32, 4, 1), "metal4.0")
+
+
+def steel(
+    includes: list[Path],
+    name: str,
+    header: str,
+    instance: str,
+    dtype: str,
+    dim: int,
+    tile: tuple[int, int, int, int],
+    standard: str = "metal3.1",
+) -> Kernel:
+    rows, block, over_rows, over_dim = tile
+    library = build(includes, name, "count", f"steel/attn/kernels/{header}.h", [instance], standard)
+    source = (includes[0].parent / f"{name}.metal").read_text()
+    ir = instructions.emit(source, includes, TRUE, standard=standard)
+    counters, memory = [], 0
+    for length in LENGTHS:
+        problem = Problem(dtype, dim, length, length)
+        q, k, v = (np.zeros_like(x) for x in problem.tensors())
+        out, lse = np.zeros_like(q), np.zeros(q.shape[:3], np.float32)
+        constants = dict.fromkeys(["has_mask", "do_causal", "has_sinks"], False)
+        arguments = dict(enumerate([q, k, v, out, steel_params(problem, [q, k, v, out], (rows, block))]))
+        counters.append(
+            library.dispatch(
                 name,
-                "forward",
-                dtype,
-                dim,
-                "staged",
-                (rows, block, over_rows * over_dim),
-                memory,
-                ir,
-                counters,
-                CONFLICTS[dim],
+                grid=(length // rows, 1, 1),
+                group=(32, over_rows, over_dim),
+                arguments={**arguments, 8: lse},
+                constants=constants | dict.fromkeys(["align_Q", "align_K", "save_lse"], True),
+                checks=0,
             )
+        )
+        memory = library.threadgroup_memory_used
+    return kernel_of(
+        name,
+        "forward",
+        dtype,
+        dim,
+        "unit" if standard == "metal4.0" else "staged",
+        (rows, block, over_rows * over_dim),
+        memory,
+        ir,
+        counters,
+        CONFLICTS[dim] if standard == "metal3.1" else 1.0,
+    )
 
 
 def count() -> list[Kernel]:

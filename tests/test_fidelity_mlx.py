@@ -57,12 +57,15 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return unpack(tmp_path_factory.mktemp("mlx"))
 
 
-def build(headers: list[Path], name: str, mode: str, header: str, instances: list[str]) -> Library:
+def build(
+    headers: list[Path], name: str, mode: str, header: str, instances: list[str], standard: str = "metal3.1"
+) -> Library:
     lines = ["#include <metal_stdlib>", '#include "mlx/backend/metal/kernels/utils.h"']
     lines.append(f'#include "mlx/backend/metal/kernels/{header}"')
     source = headers[0].parent / f"{name}.metal"
     source.write_text("\n".join([*lines, *instances, ""]))
-    return open_library(build_kernels([source], source.with_name(f"{name}_{mode}.so"), mode=mode, include_dirs=headers))
+    options = {"mode": mode, "include_dirs": headers, "standard": standard}
+    return open_library(build_kernels([source], source.with_name(f"{name}_{mode}.so"), **options))
 
 
 @pytest.fixture(scope="session", params=["fast", "count"])

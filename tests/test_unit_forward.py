@@ -248,7 +248,7 @@ def test_instructions_of_an_open_block(dtype: str, dim: int) -> None:
     assert operations <= most_operations
     counts = step.counts
     assert (counts["load"], counts["unit_mma"], counts["shuffle"], counts["exp"]) == (loads, dim // 4, 4, 16)
-    assert counts["reduce"] == (dtype == "f16")  # the vote on refinement
+    assert counts["vote"] == (dtype == "f16")  # on refinement
     assert counts["store"] == counts["barrier"] == counts["conversion"] == counts["move"] == 0
     assert step.registers <= 112  # beside addresses and counters
 

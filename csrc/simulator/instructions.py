@@ -203,7 +203,7 @@ def classify(instruction: Instruction) -> tuple[str, int]:
 
 
 def opaque(text: str) -> str:
-    """mma (both operands of 16 bits), mixed_mma, wide_mma (both of 32), unit_mma, shuffle or reduce."""
+    """mma (both operands of 16 bits), mixed_mma, wide_mma (both of 32), unit_mma, shuffle, reduce or vote."""
     name, inputs = re.search(r'asm (?:sideeffect )?"(\w+)[^"]*", "[^"]*"\((.*)\)', text).groups()  # type: ignore[union-attr]
     if name != "mma":
         return str(name)
@@ -222,7 +222,7 @@ def is_offset(instruction: Instruction) -> bool:
 class Step:
     """One step of the main loop, per SIMD-group."""
 
-    # mma, mixed_mma, wide_mma, shuffle, reduce, exp, arithmetic, integer, conversion, move, load, ...
+    # mma, mixed_mma, wide_mma, unit_mma, shuffle, reduce, vote, exp, arithmetic, integer, conversion, move, load, ...
     counts: Mapping[str, int]
     exceptions: int  # instructions that were left out
     registers: int  # 32-bit, per lane, of data
@@ -301,7 +301,7 @@ def step_of(function: Function) -> Step:
         for instruction in function.blocks[name]:
             kind, width = classify(instruction)
             counts[kind] += times * width
-        counts["load"] -= times * merged_loads(function.blocks[name])
+        counts["load"] -= times * merged_loads(function.blocks[name], 4 if uses_unit(function) else 2)
         counted += function.blocks[name]
     exceptions = sum(classify(i)[1] for name in body - usual.keys() for i in function.blocks[name])
     atoms = Atoms(function)
@@ -334,8 +334,8 @@ def moves_data(instruction: Instruction) -> bool:
     )
 
 
-def merged_loads(block: Sequence[Instruction]) -> int:
-    """How many 16-bit loads share a 32-bit one with their neighbour."""
+def merged_loads(block: Sequence[Instruction], most: int) -> int:
+    """How many 16-bit loads share one with their neighbours, `most` of them in all."""
     roots: dict[str, tuple[str, int]] = {}
     places: set[tuple[str, int]] = set()
     for instruction in block:
@@ -348,9 +348,10 @@ def merged_loads(block: Sequence[Instruction]) -> int:
             places.add(roots.get(operands[0], (operands[0], 0)))
     merged = 0
     for root, start in sorted(places):
-        if (root, start) in places and (root, start + 2) in places:
-            places -= {(root, start), (root, start + 2)}
-            merged += 1
+        if (root, start) in places:
+            length = next(i for i in range(1, most + 1) if i == most or (root, start + 2 * i) not in places)
+            places -= {(root, start + 2 * i) for i in range(length)}
+            merged += length - 1
     return merged
 
 

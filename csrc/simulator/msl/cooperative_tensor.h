@@ -18,6 +18,11 @@ struct extents {
 }  // namespace metal
 
 MFA_SIM_INLINE ushort __metal_get_thread_index_in_simdgroup(ushort) {
+#ifdef MFA_SIM_STATIC
+  uint lane;
+  __asm__("lane %0" : "=r"(lane));  // asked for once, wherever the kernel asks
+  return static_cast<ushort>(lane);
+#endif
   return static_cast<ushort>(::mfa_sim::lane_index());
 }
 

@@ -222,6 +222,11 @@ constexpr bool is_shuffled = is_number<element_of<T>> || __is_same(element_of<T>
 
 // Which lanes vote for something, as a mask.
 MFA_SIM_COLLECTIVE ulong vote(mfa_sim_operation operation, bool value, const char* name, const char* file, int line) {
+#ifdef MFA_SIM_STATIC
+  ulong result;
+  __asm__("vote %0" : "=r"(result) : "r"(static_cast<ulong>(value)));
+  return result;
+#endif
   return exchange<ulong>(operation, value, 0, 0, MFA_SIM_REDUCTION, 0, name, file, line);
 }
 

@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
     kind: str  # forward | decode | backward_dkdv | backward_dq | backward_dq_from_ds
     dtype: str
     head_dim: int
-    path: str  # staged | direct | team
+    path: str  # staged | direct | team | unit
     simdgroups: int  # per threadgroup
     rows: int  # that a threadgroup owns
     block: int  # rows of the other side per step
@@ -32,6 +32,7 @@ class Kernel(NamedTuple):
     mma: int  # both operands of 16 bits
     mixed_mma: int
     wide_mma: int  # both of 32 bits
+    unit_mma: int  # of 16x16x16, on the matrix unit
     arithmetic: int  # of floats, comparisons and selections too
     integer: int
     conversion: int
@@ -69,8 +70,8 @@ class Kernel(NamedTuple):
 
     @property
     def products(self) -> int:
-        """8x8x8 MMAs per SIMD-group and step."""
-        return self.mma + self.mixed_mma + self.wide_mma
+        """8x8x8 MMAs per SIMD-group and step, or what is as much of the matrix unit's."""
+        return self.mma + self.mixed_mma + self.wide_mma + 8 * self.unit_mma
 
 
 COUNTED = tuple(field for field in Kernel._fields if field not in Kernel._field_defaults)
@@ -97,7 +98,9 @@ def load(path: Path = PATH) -> dict[str, Kernel]:
     def complete(kernel: Kernel) -> Kernel:
         if own := compiled.get(kernel.name):
             return kernel._replace(registers=own.registers, stack=own.stack, stack_bytes=own.stack_bytes)
-        estimate = kernel.data_registers + statistics.median_low(besides[kernel.kind, kernel.path])
+        # Those for the matrix unit keep their addresses as direct ones do.
+        like = ("forward", "direct") if kernel.unit_mma else (kernel.kind, kernel.path)
+        estimate = kernel.data_registers + statistics.median_low(besides[like])
         return kernel._replace(registers=min(registers.MOST, estimate))
 
     return {name: complete(kernel) for name, kernel in kernels.items()}
