@@ -132,7 +132,39 @@ def predictions() -> str:
     return "\n".join(lines)
 
 
+def unit() -> str:
+    """What a SIMD-group does per 16 queries and 32 keys on M5's matrix unit, MLX's beside ours."""
+    table, chip = kernels.of_float16(), CHIPS["m5-max"]
+    columns = [table[name.format(dim)] for dim in (64, 128) for name in UNIT_KERNELS]
+    rows = {
+        "products of 16x16x16": [k.unit_mma for k in columns],
+        "float operations": [k.arithmetic for k in columns],
+        "exp2": [k.exp for k in columns],
+        "shuffles, votes": [k.shuffle for k in columns],
+        "integer operations": [k.integer for k in columns],
+        "loads": [k.load for k in columns],
+        "issue slots": [round(sum(model.slots(k, chip))) for k in columns],
+        "bytes from L1": [k.device_read // k.simdgroups for k in columns],
+        "barriers": [k.barrier + k.fence for k in columns],
+    }
+    lines = ["| | MLX, D 64 | mfa, D 64 | MLX, D 128 | mfa, D 128 |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines += [f"| {name} | " + " | ".join(f"{n:,}" for n in row) + " |" for name, row in rows.items()]
+    views = {"issue": "instructions beside products show", "l1": "L1 gives 64 bytes per clock"}
+    for view, words in views.items():
+        shares = []
+        for kernel in columns:
+            problem = report.shape(kernel.head_dim)
+            moved = model.tensor_bytes(problem, 4)
+            prediction = model.predict(kernel, problem, chip, moved, view=model.VIEWS[view])
+            shares.append(f"{report.utilisation(problem, 2, prediction.seconds, chip):.0%}")
+        lines.append(f"| share of the peak, if {words} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
+UNIT_KERNELS = ("steel_nax_f16_d{0}", "forward_f16_d{0}_v{0}_unit_s4_r2_k32")
+
 GENERATED = {
+    "unit": unit,
     "support": support.markdown,
     "operations": operations,
     "libraries": libraries,

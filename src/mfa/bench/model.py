@@ -5,10 +5,11 @@
     launch  tiles dealt to cores in their order; no faster than device memory delivers what must be read once
     pass    its launches, one after another
 
-It was fitted to published timings of other projects' kernels on M3 and never checked on M1 or M2: see `PUBLISHED`. It
-ranks designs. Nothing here was measured by us on a GPU.
+It was fitted to published timings of other projects' kernels on M3 and M5 and never checked on M1 or M2: see
+`PUBLISHED`. It ranks designs. Nothing here was measured by us on a GPU.
 
-Sources of the constants: metal-benchmarks (instruction costs, registers, caches); MLX's published timings (NORM).
+Sources of the constants: metal-benchmarks (instruction costs, registers, caches); MLX's published timings (NORM,
+VIEWS); somebody's record of an M5 Pro (UNIT, UNIT_ALONE).
 """
 
 import heapq
@@ -28,6 +29,8 @@ REGISTER_BYTES, CORE_THREADGROUP_BYTES, MOST_THREADS = 208 << 10, 60 << 10, 1024
 # Of a step, in clocks, where nothing else runs: data from device memory, a barrier, an MMA whose result is waited for
 # (at the end of each product, and wherever a SIMD-group barrier keeps the compiler from interleaving).
 DEVICE_LATENCY, BARRIER_LATENCY, MMA_LATENCY = 300, 30, 35
+# Of M5's matrix unit: clocks per product of 16x16x16, of a scheduler's unit and of one SIMD-group.
+UNIT, UNIT_ALONE = 32, 36
 LAUNCH_SECONDS = 5e-6
 NORM = 8
 
@@ -49,6 +52,17 @@ class Problem(NamedTuple):
     def operations(self, products: int) -> int:
         """Floating-point operations of so many matrix products: 2 forward, 5 backward, 7 if two are recomputed."""
         return 2 * products * self.scores * self.head_dim
+
+
+class View(NamedTuple):
+    """What nobody measured of M5: why kernels that use the matrix unit don't keep it busy."""
+
+    exposed: float  # share of a SIMD-group's other instructions that its products don't hide
+    l1_bytes: float  # per clock and core
+
+
+# Each explains MLX's published timings about as well as the other, and they differ in what else they say of a kernel.
+VIEWS = {"issue": View(0.5, 128), "l1": View(0, L1_BYTES)}
 
 
 class Prediction(NamedTuple):
@@ -84,25 +98,30 @@ def resident_groups(kernel: Kernel) -> int:
     return max(1, min(by_registers, by_memory))
 
 
-def step_pipes(kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int | None = None) -> dict[str, float]:
+def step_pipes(
+    kernel: Kernel, chip: Chip, mixed_mma: float = MMA, resident: int | None = None, view: View = VIEWS["issue"]
+) -> dict[str, float]:
     """A core's clocks per pipe for one step of one threadgroup, while it holds `resident`: by default all it can."""
     main, side = slots(kernel, chip, mixed_mma)
     store = 1 if chip.has_side_pipe else kernel.store_conflict  # free on M3, fitted
     moved = kernel.device_read + kernel.device_write
     # SIMD-groups of a direct kernel read the same rows, at about the same time: L1 serves them. (metal-flash-attention
     # reaches 91% at D 128 on M3 that way, which L2 alone could not feed.)
-    from_l2 = moved / kernel.simdgroups if kernel.path == "direct" else moved
+    from_l2 = moved / kernel.simdgroups if kernel.path in ("direct", "unit") else moved
+    l1_bytes = view.l1_bytes if kernel.unit_mma else L1_BYTES
+    exposed_slots = view.exposed * (main + side) if kernel.unit_mma else 0
     spilled = 32 * kernel.simdgroups * kernel.stack_bytes  # of all threads of a core, more than L1 holds
     per_scheduler = kernel.simdgroups / SCHEDULERS
     exposed = BARRIER_LATENCY * kernel.barrier + MMA_LATENCY * (2 + kernel.fence) + DEVICE_LATENCY
     return {
+        "unit": (UNIT * kernel.unit_mma + exposed_slots) * per_scheduler,
         "issue": main * per_scheduler,
         "side": side * per_scheduler,
         "exp": EXP * kernel.exp * per_scheduler,
         "threadgroup": (kernel.threadgroup_read + kernel.threadgroup_write * store) / THREADGROUP_BYTES,
-        "l1": (moved + spilled) / L1_BYTES,
+        "l1": (moved + spilled) / l1_bytes,
         "l2": (from_l2 + spilled) / L2_BYTES,
-        "latency": (main + exposed) / (resident or resident_groups(kernel)),
+        "latency": (UNIT_ALONE * kernel.unit_mma + main + exposed) / (resident or resident_groups(kernel)),
     }
 
 
@@ -140,28 +159,37 @@ def makespan(lengths: Iterable[float], machines: int) -> float:
 
 
 def predict(
-    kernel: Kernel, problem: Problem, chip: Chip, compulsory_bytes: float, mixed_mma: float = MMA
+    kernel: Kernel,
+    problem: Problem,
+    chip: Chip,
+    compulsory_bytes: float,
+    mixed_mma: float = MMA,
+    view: View = VIEWS["issue"],
 ) -> Prediction:
     """One launch over all heads."""
     of_all_heads = sorted(tiles(kernel, problem), reverse=True)
     heads = problem.batch * problem.heads
     if kernel.kind == "backward_dq_from_ds":
         heads *= math.ceil(problem.head_dim / kernel.head_dim)  # parts of D
-    return predict_tiles(
-        kernel, [tile for tile in of_all_heads for _ in range(heads)], chip, compulsory_bytes, mixed_mma
-    )
+    work = [tile for tile in of_all_heads for _ in range(heads)]
+    return predict_tiles(kernel, work, chip, compulsory_bytes, mixed_mma, view)
 
 
 def predict_tiles(
-    kernel: Kernel, work: Sequence[tuple[float, int]], chip: Chip, compulsory_bytes: float, mixed_mma: float = MMA
+    kernel: Kernel,
+    work: Sequence[tuple[float, int]],
+    chip: Chip,
+    compulsory_bytes: float,
+    mixed_mma: float = MMA,
+    view: View = VIEWS["issue"],
 ) -> Prediction:
     """One launch of these threadgroups (see `tiles`), which start in this order."""
-    pipes = step_pipes(kernel, chip, mixed_mma)
+    pipes = step_pipes(kernel, chip, mixed_mma, view=view)
     step = combined(pipes)
     exception = kernel.exceptions / SCHEDULERS
     lengths = [count * step + masked * exception for count, masked in work]
     # The last threadgroup of a core has it for itself: nothing hides its latencies.
-    main, _ = slots(kernel, chip, mixed_mma)
+    main = slots(kernel, chip, mixed_mma)[0] + UNIT_ALONE * kernel.unit_mma
     alone = main * math.ceil(kernel.simdgroups / SCHEDULERS) + pipes["latency"] * resident_groups(kernel) - main
     last = max(0.0, alone - step) * min(count for count, _ in work)
     clocks = makespan(lengths, chip.cores) + last
@@ -207,14 +235,21 @@ def _fields(problem: Problem, chip: Chip) -> dict[str, object]:
     }
 
 
-def forward(kernels: dict[str, Kernel], problem: Problem, chip: Chip, mixed_mma: float = MMA) -> list[Prediction]:
+def forward(
+    kernels: dict[str, Kernel], problem: Problem, chip: Chip, mixed_mma: float = MMA, view: View = VIEWS["issue"]
+) -> list[Prediction]:
     """The forward pass with the kernels of the plan."""
     names = plan_forward(problem, chip)
-    return [predict(kernels[name], problem, chip, tensor_bytes(problem, 4), mixed_mma) for name in names]
+    return [predict(kernels[name], problem, chip, tensor_bytes(problem, 4), mixed_mma, view) for name in names]
 
 
 def backward(
-    kernels: dict[str, Kernel], problem: Problem, chip: Chip, mode: str = "automatic", mixed_mma: float = MMA
+    kernels: dict[str, Kernel],
+    problem: Problem,
+    chip: Chip,
+    mode: str = "automatic",
+    mixed_mma: float = MMA,
+    view: View = VIEWS["issue"],
 ) -> list[Prediction]:
     """The backward pass with the kernels of the plan. five_gemm writes dS in float32 once, and reads it."""
     predictions = []
@@ -226,7 +261,7 @@ def backward(
             predictions.append(Prediction(name, moved + LAUNCH_SECONDS, {"device": moved}, 0.0, 1, "device"))
         else:
             moved = tensor_bytes(problem, 6) + scratch
-            predictions.append(predict(kernels[name], problem, chip, moved, mixed_mma))
+            predictions.append(predict(kernels[name], problem, chip, moved, mixed_mma, view))
     return predictions
 
 
@@ -250,9 +285,16 @@ PUBLISHED = (
     Published("steel_bf16_d128", "m3-max", Problem(1, 24, 8192, 128), 10.39, "attention-mps-torch, 79.4 ms"),
     Published("steel_f32_d128", "m3-max", Problem(1, 24, 8192, 128), 7.64, "attention-mps-torch, 108 ms"),
     Published("steel_bf16_d72", "m3-ultra", Problem(1, 32, 4096, 72), 21.6, "MLX PR #4330"),
+    # Of fewer key heads.
+    Published("steel_nax_bf16_d64", "m5-max", Problem(1, 16, 8192, 64, True), 56.3, "MLX PR #3843, 2.44 ms"),
+    Published("steel_nax_f16_d96", "m5-max", Problem(1, 32, 4096, 96), 50.0, "MLX PR #3943, 4.13 ms"),
+    Published("steel_nax_bf16_d128", "m5-max", Problem(1, 16, 8192, 128, True), 54.1, "MLX PR #3843, 5.08 ms"),
 )
 
 
-def predicted_teraflops(kernels: dict[str, Kernel], published: Published, chip: Chip) -> float:
-    prediction = predict(kernels[published.kernel], published.problem, chip, tensor_bytes(published.problem, 4))
+def predicted_teraflops(
+    kernels: dict[str, Kernel], published: Published, chip: Chip, view: View = VIEWS["issue"]
+) -> float:
+    moved = tensor_bytes(published.problem, 4)
+    prediction = predict(kernels[published.kernel], published.problem, chip, moved, view=view)
     return published.problem.operations(2) / prediction.seconds / 1e12

@@ -1,5 +1,6 @@
 """`python -m mfa bench --model CHIP`: what the cost model predicts, beside MLX's kernels, and how it errs."""
 
+import math
 from collections.abc import Iterator
 
 from . import kernels, model, model_decode, model_varlen
@@ -25,14 +26,17 @@ def shape(head_dim: int, causal: bool = False) -> Problem:
     return Problem(1, 32, 4096, head_dim, causal)
 
 
-def steel(table: dict[str, kernels.Kernel], problem: Problem, chip: Chip) -> model.Prediction:
-    """MLX's forward kernel."""
-    kernel = table[f"steel_f16_d{problem.head_dim}"]
-    return model.predict(kernel, problem, chip, model.tensor_bytes(problem, 4))
+def steel(
+    table: dict[str, kernels.Kernel], problem: Problem, chip: Chip, view: model.View = model.VIEWS["issue"]
+) -> model.Prediction:
+    """MLX's forward kernel; of the matrix unit, where it pads to a multiple of 32, the one for that."""
+    on_unit = f"steel_nax_f16_d{math.ceil(problem.head_dim / 32) * 32}"
+    name = on_unit if chip.has_unit and on_unit in table else f"steel_f16_d{problem.head_dim}"
+    return model.predict(table[name], problem, chip, model.tensor_bytes(problem, 4), view=view)
 
 
 def utilisation(problem: Problem, products: int, seconds: float, chip: Chip) -> float:
-    """The share of the float32 peak that goes into the products of scores that are seen."""
+    """The share of the peak that goes into the products of scores that are seen."""
     return problem.operations(products) / seconds / chip.peak
 
 
@@ -53,6 +57,23 @@ def forward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
             f"{dim:>4} {ours.kernel:38}{shares[0]:>8.1%}{shares[1]:>7.1%}{shares[2]:>8.1%}{ours.bound:>12}"
             f"{utilisation(dense, 2, theirs.seconds, chip):>7.1%}{theirs.bound:>12}  {', '.join(worse) or 'none'}"
         )
+
+
+def unit_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
+    """Forward kernels that the plan has on the matrix unit."""
+    yield f"{'D':>4} {'kernel':38}" + "".join(f"{f'{name}: dense':>14}{'causal':>8}{'MLX':>7}" for name in model.VIEWS)
+    for dim in HEAD_DIMS:
+        dense, causal = shape(dim), shape(dim, causal=True)
+        (name,) = model.plan_forward(dense, chip)
+        if not table[name].unit_mma:
+            continue
+        cells = ""
+        for view in model.VIEWS.values():
+            ours = [model.seconds(model.forward(table, problem, chip, view=view)) for problem in (dense, causal)]
+            theirs = steel(table, dense, chip, view).seconds
+            shares = utilisation(dense, 2, ours[0], chip), utilisation(causal, 2, ours[1], chip)
+            cells += f"{shares[0]:>14.1%}{shares[1]:>8.1%}{utilisation(dense, 2, theirs, chip):>7.1%}"
+        yield f"{dim:>4} {name:38}{cells}"
 
 
 def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
@@ -141,6 +162,8 @@ def tile_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
     yield f"{'tile':46}{'registers':>10}{'KiB':>6}{'groups':>8}{'alone':>8}"
     products = {"forward": 2, "backward_dkdv": 4, "backward_dq": 3, "backward_dq_from_ds": 1}
     for kernel in table.values():
+        if kernel.unit_mma and not chip.has_unit:
+            continue
         if kernel.name.startswith("steel") or kernel.kind == "decode" or "_d192_v128" in kernel.name:
             continue
         if kernel.path == "direct" and not chip.has_side_pipe:
@@ -154,13 +177,16 @@ def tile_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
 
 
 def published_rows(table: dict[str, kernels.Kernel]) -> Iterator[str]:
-    yield f"{'kernel':18}{'chip':10}{'N':>6}{'published':>11}{'model':>7}{'error':>8}  source"
+    yield f"{'kernel':20}{'chip':10}{'N':>6}{'published':>11}{'model':>7}{'error':>8}  source"
     for point in model.PUBLISHED:
-        predicted = model.predicted_teraflops(table, point, CHIPS[point.chip])
-        yield (
-            f"{point.kernel:18}{CHIPS[point.chip].name:10}{point.problem.length:>6}{point.teraflops:>8.1f} TF"
-            f"{predicted:>7.1f}{predicted / point.teraflops - 1:>+8.0%}  {point.source}"
-        )
+        chip = CHIPS[point.chip]
+        views = model.VIEWS if chip.has_unit else {"": model.VIEWS["issue"]}
+        for name, view in views.items():
+            predicted = model.predicted_teraflops(table, point, chip, view)
+            yield (
+                f"{point.kernel:20}{chip.name:10}{point.problem.length:>6}{point.teraflops:>8.1f} TF"
+                f"{predicted:>7.1f}{predicted / point.teraflops - 1:>+8.0%}  {point.source}{name and f', {name}'}"
+            )
 
 
 def seed_row(table: dict[str, kernels.Kernel], chip: Chip) -> str:
@@ -176,13 +202,18 @@ def seed_row(table: dict[str, kernels.Kernel], chip: Chip) -> str:
 def lines(chip: Chip, tiles: bool = False) -> Iterator[str]:
     """The report. The last line is about the seed's problem."""
     table = kernels.of_float16()
-    peak = f"{chip.peak / 1e12:.1f} TFLOP/s float32"
-    yield f"{chip.name}: {chip.cores} cores at {chip.ghz} GHz, {peak}, {chip.bandwidth} GB/s."
-    yield "A model, fitted to others' timings on M3 and not checked on M1 or M2; nothing here was measured on a Mac."
+    peak = f"{chip.peak / 1e12:.1f} TFLOP/s {'on the matrix unit' if chip.has_unit else 'float32'}"
+    yield f"{chip.name}: {chip.cores} cores at {chip.ghz} GHz, {peak}, {chip.bandwidth} GB/s: the peak of what follows."
+    yield "A model, fitted to others' timings on M3 and M5, not checked on M1 and M2; we measured nothing on a Mac."
     yield ""
-    yield "Forward, float16, 32 heads, N 4096, share of the float32 peak. *: if a mixed MMA costs what a wide one does."
+    yield "Forward, float16, 32 heads, N 4096, share of the peak. *: if a mixed MMA costs what a wide one does."
     yield from forward_rows(table, chip)
     yield ""
+    if chip.has_unit:
+        yield "On the matrix unit, by both explanations of MLX's timings. issue, as in the rest: half of what is done"
+        yield "beside products shows; l1: L1 gives 64 bytes per clock."
+        yield from unit_rows(table, chip)
+        yield ""
     yield "Backward, of the products that it makes."
     yield from backward_rows(table, chip)
     yield ""
