@@ -32,6 +32,7 @@ import instructions
 TRUE = ["is_aligned", "is_exact_head", "writes_lse", "wants_grad_key", "wants_grad_value", "align_Q", "align_K"]
 KINDS = ("forward", "decode", "backward_dkdv", "backward_dq", "backward_dq_from_ds")
 LENGTHS = (128, 256)
+FAMILIES = {"direct": "apple9", "unit": "apple10", "unit_team": "apple10"}  # that have a path
 TORCH_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 COUNTED = (
     "mma",
@@ -58,8 +59,8 @@ CONFLICTS = {64: 6.2, 72: 6.2, 80: 6.2, 96: 6.2, 128: 8.0, 256: 8.0}
 
 
 def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
-    """A row of instances.def, and the catalogue's; those of kinds that the model knows."""
-    text = (ROOT / "metal" / "instances.def").read_text()
+    """A row of the two instances.def, and the catalogue's; those of kinds that the model knows."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "metal").rglob("instances.def")))
     catalogue = {instance.name: instance for instance in _native.catalogue()}
     for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(.*\)$", text, re.MULTILINE):
         name = host_name(row)
@@ -104,7 +105,7 @@ def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
         torch.zeros(1, 1, length, dim, dtype=TORCH_DTYPES[instance.dtype], requires_grad=instance.kind != "forward")
         for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
     )
-    with mfa.simulate("apple9" if instance.path == "direct" else "apple7") as sim:
+    with mfa.simulate(FAMILIES.get(instance.path, "apple7")) as sim:
         out = mfa.attention(query, key, value)
         if instance.kind != "forward":
             torch.autograd.grad(out, (query, key, value), torch.zeros_like(out))
@@ -184,7 +185,8 @@ def kernel_of(
 def ours() -> Iterator[Kernel]:
     for row, instance in rows_of_instances():
         source = f'#include "{family_of(instance)}.h"\nnamespace mfa {{\n{row}\n}}\n'
-        ir = instructions.emit(source, [ROOT / "metal"], TRUE)
+        standard = "metal4.0" if FAMILIES.get(instance.path) == "apple10" else "metal3.1"
+        ir = instructions.emit(source, [ROOT / "metal"], TRUE, standard=standard)
         yield kernel_of(
             instance.name,
             instance.kind,

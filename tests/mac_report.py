@@ -175,6 +175,42 @@ def benchmark() -> list[dict[str, Any]]:
     return [timings(*shape) for shape in SHAPES]
 
 
+def unit(device: str = "mps", length: int = 4096) -> list[dict[str, Any]] | None:
+    """On M5, TFLOP/s of the forward pass: every kernel for the matrix unit, torch's own, and what each of the cost
+    model's views predicts. D 64 against D 128 tells which of them is right; None where there is no such unit."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    import mfa
+    from mfa import _library, _native
+    from mfa.bench import kernels, model
+    from mfa.bench.chips import CHIPS
+
+    info = mfa.device_info()
+    if info.family != "apple10":
+        return None
+    chip = CHIPS["m5-max"]._replace(cores=info.cores or gpu_cores())
+    table, rows = kernels.load(), []
+    for instance in _native.catalogue():
+        if not instance.path.startswith("unit") or instance.kind != "forward":
+            continue
+        problem = model.Problem(1, 32, length, instance.head_dim)
+        dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[instance.dtype]
+        dims = (instance.head_dim, instance.head_dim, instance.value_dim)
+        inputs = [torch.randn(1, 32, length, dim, dtype=dtype, device=device) for dim in dims]
+        row: dict[str, Any] = {"kernel": instance.name}
+        _library.prefer_instance(instance.name)
+        for name, attention in {"mfa": mfa.attention, "torch": scaled_dot_product_attention}.items():
+            taken = seconds(partial(attention, *inputs))
+            row[name] = taken if isinstance(taken, str) else problem.operations(2) / taken / 1e12
+        _library.prefer_instance(None)
+        for view, each in model.VIEWS.items():
+            prediction = model.predict(table[instance.name], problem, chip, model.tensor_bytes(problem, 4), view=each)
+            row[f"predicted_{view}"] = problem.operations(2) / prediction.seconds / 1e12
+        rows.append(row)
+    return rows
+
+
 def registers() -> dict[str, Any]:
     """Of every pipeline, by Apple's own compiler: {chip: {pipeline: [registers, spill bytes, code bytes]}}."""
     import mac_registers
@@ -217,6 +253,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "backend": backend,
     "first-calls": first_calls,
     "benchmark": benchmark,
+    "unit": unit,
     "registers": registers,
     "tests": lambda: pytest(["-m", "not mps", "-n", "auto"], {}),
     "mps-tests": lambda: pytest(["-m", "mps"], {}),

@@ -4,9 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mac_report
 import pytest
+
+import mfa
+from mfa import _native
 
 
 def test_report_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +56,20 @@ def test_report_counts() -> None:
     assert mac_report.verdict("benchmark", crashed) == "FAIL benchmark (exit 1): RuntimeError: no"
     counts = {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "exit": 1}
     assert mac_report.verdict("tests", {"result": counts}) == "FAIL tests: 3 tests, 1 failed, 1 skipped"
+
+
+@pytest.mark.simulator
+def test_report_has_every_forward_kernel_of_the_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mac_report, "seconds", lambda function: function() is None or 1e-3)
+    monkeypatch.setattr(mfa, "device_info", lambda: SimpleNamespace(family="apple10", cores=40))
+    with mfa.simulate("apple10", checks=()) as sim:
+        rows = mac_report.unit("cpu", length=32)
+    assert rows
+    names = [each.name for each in _native.catalogue() if each.kind == "forward" and each.path.startswith("unit")]
+    assert [row["kernel"] for row in rows] == [launch.kernel for launch in sim.launches] == names
+    assert all(row["predicted_issue"] > 0 and row["predicted_l1"] > 0 for row in rows)
+
+
+def test_report_of_other_chips_has_no_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mfa, "device_info", lambda: SimpleNamespace(family="apple9", cores=40))
+    assert mac_report.unit() is None

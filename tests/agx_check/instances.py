@@ -36,8 +36,8 @@ APART: dict[str, tuple[str, ...]] = {
 
 def family_of(instance: _native.Instance) -> str:
     """The name of the header in metal/ that has the kernel."""
-    if instance.path == "unit":
-        return f"unit/{instance.kind}"
+    if instance.path.startswith("unit"):
+        return f"unit/{instance.kind}{instance.path.removeprefix('unit')}"
     if instance.path == "team" and instance.kind.startswith("backward"):
         return f"{instance.kind}_team"
     return "tile_map" if instance.kind.startswith("tile_map") else instance.kind

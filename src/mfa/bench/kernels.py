@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
     kind: str  # forward | decode | backward_dkdv | backward_dq | backward_dq_from_ds
     dtype: str
     head_dim: int
-    path: str  # staged | direct | team | unit
+    path: str  # staged | direct | team | unit | unit_team
     simdgroups: int  # per threadgroup
     rows: int  # that a threadgroup owns
     block: int  # rows of the other side per step
@@ -63,7 +63,9 @@ class Kernel(NamedTuple):
 
     @property
     def sharers(self) -> int:
-        """SIMD-groups that have the same rows: a team's, see metal/team.h and metal/backward_team.h."""
+        """SIMD-groups that have the same rows: a team's, see metal/team.h, metal/backward_team.h and metal/unit/."""
+        if self.path == "unit_team":
+            return 2 if self.head_dim <= 256 else 4
         if self.path != "team":
             return 1
         return self.simdgroups if self.kind.startswith("backward") else 4

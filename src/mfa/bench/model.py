@@ -107,7 +107,8 @@ def step_pipes(
     moved = kernel.device_read + kernel.device_write
     # SIMD-groups of a direct kernel read the same rows, at about the same time: L1 serves them. (metal-flash-attention
     # reaches 91% at D 128 on M3 that way, which L2 alone could not feed.)
-    from_l2 = moved / kernel.simdgroups if kernel.path in ("direct", "unit") else moved
+    has_copies = kernel.path in ("staged", "team")
+    from_l2 = moved if has_copies else moved * kernel.sharers / kernel.simdgroups
     l1_bytes = view.l1_bytes if kernel.unit_mma else L1_BYTES
     exposed_slots = view.exposed * (main + side) if kernel.unit_mma else 0
     spilled = 32 * kernel.simdgroups * kernel.stack_bytes  # of all threads of a core, more than L1 holds
