@@ -35,13 +35,19 @@ def unchanged(attention: Attention) -> Attention:
 
 
 def reordered(attention: Attention, order: int) -> Attention:
-    """`attention`, which sums over head dimensions in another order: the same but for rounding. As it is for 0."""
+    """`attention`, which sums over head dimensions, queries and keys in another order: the same but for rounding.
+
+    As it is for 0. `attention` also takes `order`, as oracle.logits does.
+    """
 
     def call(query: Tensor, key: Tensor, value: Tensor, **terms: Any) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(order)
         dims, value_dims = (torch.randperm(x.shape[-1], generator=generator) for x in (query, value))
+        rows, columns = (torch.randperm(x.shape[-2], generator=generator) for x in (query, key))
+        query, key, value = query[..., rows, :], key[..., columns, :], value[..., columns, :]
+        terms["order"] = rows, columns
         out, lse = attention(query[..., dims], key[..., dims], value[..., value_dims], **terms)
-        return out[..., value_dims.argsort()], lse
+        return out[..., rows.argsort(), :][..., value_dims.argsort()], lse[..., rows.argsort()]
 
     return call if order else attention
 

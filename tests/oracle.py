@@ -34,27 +34,34 @@ def logits(
     window: tuple[int | None, int | None] = (None, None),
     is_causal: bool = False,
     softcap: float = 0.0,
+    order: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B,Hq,Lq,Lk] in the dtype of query, and which of them count. Key has Hq heads or a divisor of it."""
+    """Scores [B,Hq,Lq,Lk] in the dtype of query, and which of them count. Key has Hq heads or a divisor of it.
+
+    `order`: the positions of the queries and of the keys that are given, [Lq] and [Lk], where they are shuffled.
+    """
     _, heads, length_q, dim = query.shape
     length_k = key.shape[2]
     key = key.repeat_interleave(heads // max(1, key.shape[1]), dim=1)
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * (1 / math.sqrt(dim) if scale is None else scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(length_q, length_k, window).expand(scores.shape)
+    rows, columns = order or (torch.arange(length_q), torch.arange(length_k))
+    seen = visible(length_q, length_k, window)
     if is_causal:
         seen = seen & torch.ones(length_q, length_k, dtype=torch.bool).tril()
+    seen = seen[rows][:, columns].expand(scores.shape)
     if bias is not None:
         bias = bias.expand(scores.shape)
+        bias = bias if order is None else bias[:, :, rows][..., columns]
         if bias.dtype == torch.bool:
             seen = seen & bias
         else:
             seen = seen & ~(bias <= HIDING)
             scores = scores + bias.to(scores.dtype)
     if alibi_slopes is not None:
-        i = torch.arange(length_q, dtype=scores.dtype)[:, None] + (length_k - length_q)
-        j = torch.arange(length_k, dtype=scores.dtype)[None, :]
+        i = rows[:, None].to(scores.dtype) + (length_k - length_q)
+        j = columns.to(scores.dtype)
         slopes = alibi_slopes.to(scores.dtype).reshape(-1, heads, 1, 1)
         scores = scores - slopes * (i - j).abs()
     return scores, seen

@@ -65,10 +65,11 @@ def check(problem: Problem, device: Device) -> float:
     def reference(dtype: torch.dtype, change: Change = unchanged) -> dict[str, Tensor]:
         """Whole matrices in `dtype`; torch's math SDPA computes half types in float32 like this, and rounds once."""
 
-        def call(query: Tensor, key: Tensor, value: Tensor, **rest: Tensor) -> tuple[Tensor, Tensor]:
+        def call(query: Tensor, key: Tensor, value: Tensor, order: Any = None, **rest: Tensor) -> tuple[Tensor, Tensor]:
             mask = rest.get("attn_mask")
             bias = None if mask is None else mask[(None,) * (4 - mask.dim())]
-            scores, seen = oracle.logits(query, key, bias=bias, alibi_slopes=rest.get("alibi_slopes"), **terms)
+            slopes = rest.get("alibi_slopes")
+            scores, seen = oracle.logits(query, key, bias=bias, alibi_slopes=slopes, order=order, **terms)
             probability, lse = oracle.weights(scores, seen, rest.get("sinks"))
             repeated = value.repeat_interleave(problem.group, dim=1)
             return torch.einsum("bhij,bhjd->bhid", probability.to(value.dtype), repeated), lse

@@ -174,13 +174,17 @@ def check(problem: Problem, dropout_p: float, place: str) -> None:
             for name, tensor in tensors.items()
         }
 
-    def reference(query: Tensor, key: Tensor, value: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(
+        query: Tensor, key: Tensor, value: Tensor, order: Any = None, **given: Tensor
+    ) -> tuple[Tensor, Tensor]:
         mask = given.get("attn_mask")
         bias = None if mask is None else mask[(None,) * (4 - mask.dim())]
-        scores, seen = oracle.logits(query, key, bias=bias, alibi_slopes=given.get("alibi_slopes"), **terms)
+        slopes = given.get("alibi_slopes")
+        scores, seen = oracle.logits(query, key, bias=bias, alibi_slopes=slopes, order=order, **terms)
         probability, lse = oracle.weights(scores, seen, given.get("sinks"))
+        kept = by if order is None else by[:, :, order[0]][..., order[1]]
         repeated = value.repeat_interleave(problem.group, dim=1)
-        return torch.einsum("bhij,bhjd->bhid", (probability * by).to(value.dtype), repeated), lse
+        return torch.einsum("bhij,bhjd->bhid", (probability * kept).to(value.dtype), repeated), lse
 
     def ours(**given: Tensor) -> tuple[Tensor, Tensor]:
         torch.manual_seed(problem.seed)
