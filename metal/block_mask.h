@@ -9,11 +9,13 @@ namespace mfa {
 
 constant constexpr int kMaskBlock = kMaskBlockRows;
 constant constexpr int kMaskBlockTiles = kMaskBlock / kMaskTile;
+// Instead of a block's number among those that are seen in part.
+constant constexpr int kSeenWhole = -1, kNotListed = -2;
 
 // One block that is seen, as the table has it.
 struct MaskEntry {
   int query_block, key_block;
-  int mixed;      // its number among those that are seen in part; -1: it is seen whole
+  int mixed;      // its number among those that are seen in part, or kSeenWhole
   uint4 classes;  // two bits for each of its tiles, eight tiles of keys in a row
 };
 
@@ -34,10 +36,40 @@ struct BlockMask {
   int header(int field) const { return word(field); }
   int section(int field, long index) const { return word(header(field) + index); }
 
+  // Of a head further on.
+  BlockMask of_member(int member) const {
+    BlockMask mask = *this;
+    mask.map += header(kMaskHeads) == 1 ? 0 : member;
+    return mask;
+  }
+
   // Where the entries of a row of blocks (of queries or of keys) begin, and their end.
   int2 entries(int starts, int blocks, int block) const {
     const long first = long(map) * (header(blocks) + 1) + block;
     return int2(section(starts, first), section(starts, first + 1));
+  }
+
+  int key_block(int entry) const { return word(header(kMaskTable) + long(entry) * kMaskTableColumns + 1); }
+
+  // Of the entries first .. end - 1 of a row of blocks of queries, the first at or behind a block of keys; or end.
+  int first_entry(int first, int end, int block) const {
+    while (first < end) {
+      const int middle = first + (end - first) / 2;
+      if (key_block(middle) < block) {
+        first = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return first;
+  }
+
+  // The entries of the first row of blocks of queries that have some of keys first .. end - 1.
+  int2 entries_of_keys(int first, int end) const {
+    const int2 all = entries(kMaskQueryStarts, kMaskQueryBlocks, 0);
+    const int last = min(all.y, words);
+    const int begin = first_entry(max(all.x, 0), last, first / kMaskBlock);
+    return int2(begin, first_entry(begin, last, (end + kMaskBlock - 1) / kMaskBlock));
   }
 
   MaskEntry entry(int number) const {
@@ -137,6 +169,8 @@ struct BlockWalk {
     }
     first = end;
   }
+
+  int mixed() const { return entry.mixed; }
 
   // Of kQueries x kKeys from (query, key) on, in the block.
   template <int kQueries, int kKeys>

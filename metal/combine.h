@@ -36,7 +36,10 @@ template <typename T, int kThreads>
   Octet<float> x = {float4(0), float4(0)};
   for (int s = 0; s < params.splits; ++s) {
     const float part = partial_lse[s * rows + row];
-    // A part that saw nothing has -inf; a NaN must reach the result.
+    // A part that saw nothing has -inf, and of a block mask nothing else; a NaN must reach the result.
+    if (has_block_mask && part == -INFINITY) {
+      continue;
+    }
     const float weight = part == -INFINITY ? 0 : fast::exp2((part - largest) * M_LOG2E_F);
     const Octet<float> y =
         GuardedRows<float>{partial_out + (s * rows + row) * params.value_dim, 0, 1, params.value_dim}.octet(0, 0, d);

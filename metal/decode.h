@@ -3,12 +3,13 @@
 // where combine merges the parts in a fixed order. Grid: key heads and row tiles, parts, batch. Packed sequences
 // (varlen): the tile map says whose rows and which; one with more queries than parts are for is one part.
 //
-//   for each key block of this part that a row sees:
+//   for each key block of this part that a row sees (decode_walk.h):
 //     S = Q K' (times the keys' scales), P = softmax step, O += P (times the values' scales) V
 //   store O / l and m + log l, of the whole or of the part
 #pragma once
 
 #include "cache.h"
+#include "decode_walk.h"
 #include "team.h"
 
 namespace mfa {
@@ -102,6 +103,14 @@ struct DecodeTile {
     const int count = params.split_keys / block_keys;
     return {max(view.first_block(block_keys), part * count), min(view.end_block(block_keys), (part + 1) * count) - 1};
   }
+
+  // `block_mask` is that of the group's first head, `own_row` the lane's.
+  template <int kRows, int kBlockKeys>
+  DecodeWalk<kRows, kBlockKeys> walk(constant AttentionParams& params, BlockMask block_mask, View view, int own_row,
+                                     ushort lane_index) const {
+    return {params, block_mask, view,      blocks(params, view, kBlockKeys), first_row, row_count,
+            part,   own_row,    lane_index};
+  }
 };
 
 // Of a quantized cache: S takes the scale of its key, and P, after it was summed, that of its value. Each lane has the
@@ -123,9 +132,13 @@ inline void scale_columns(thread Rows& rows, float own) {
 // static cache is longer than what lives in it. A lane looks at one key, and stops at a row that sees it, so that a
 // block costs an element per key; but at all rows of drafted tokens, whose blocks are open where those of causal are,
 // and therefore give the same bits.
-template <typename T, int kRows, int kBlockKeys>
-inline MaskClass classify(constant AttentionParams& params, Scores<T> scores, DecodeTile tile, int first_row,
-                          int first_key, ushort lane_index) {
+template <typename T, int kRows, int kWalkRows, int kBlockKeys>
+inline MaskClass classify(constant AttentionParams& params, Scores<T> scores, DecodeTile tile,
+                          thread const DecodeWalk<kWalkRows, kBlockKeys>& walk, int first_row, ushort lane_index) {
+  if (has_block_mask) {
+    return walk.mask_class();
+  }
+  const int first_key = walk.first;
   if (!has_bias || (bias_is_of_last_keys && first_key + kBlockKeys <= scores.first_biased)) {
     return kOpen;
   }
@@ -167,7 +180,7 @@ inline void store_packed(constant AttentionParams& params, thread Rows& rows, De
         thread Fragment<float>* set = &rows.out[r][s * kSetFragments];
         if (is_whole) {
           store_set<kValueDim>(target, dim, set, s, inverse, rows.lane);
-        } else {
+        } else if (!has_block_mask || sum != 0) {  // parts that saw nothing are not read: they may be most
           store_set<kValueDim>(partial_out + partial_index * params.value_dim + first_dim, dim, set, s, inverse,
                                rows.lane);
         }
@@ -204,11 +217,11 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   const Caches<T> cache(params, key, value, block_table, key_scale, value_scale, tile.sequence, tile.key_head,
                         is_exact_head ? kHeadDim : params.head_dim, is_exact_head ? kValueDim : params.value_dim);
 
-  const Range blocks = tile.blocks(params, rows.view, kBlockKeys);
-  for (int block = blocks.first; block <= blocks.last; ++block) {
-    const int first_key = block * kBlockKeys;
-    const MaskClass mask_class =
-        classify<T, kRows, kBlockKeys>(params, rules.scores, tile, tile.first_row, first_key, lane_index);
+  auto walk = tile.walk<kRows, kBlockKeys>(params, rules.scores.block_mask, rows.view, rows.first_row + rows.lane.row,
+                                           lane_index);
+  for (; !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
+    const MaskClass mask_class = classify<T, kRows>(params, rules.scores, tile, walk, tile.first_row, lane_index);
     if (mask_class == kHidden) {
       continue;
     }
@@ -217,7 +230,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (key_is_quantized) {
       scale_columns(rows, lane_index < kBlockKeys ? cache.keys.scale(first_key + lane_index) : 0);
     }
-    rows.softmax(params, rules.in_block(mask_class), first_key);
+    rows.softmax(params, rules.in_block(mask_class, walk), first_key);
     if (value_is_quantized) {
       scale_columns(rows, lane_index < kBlockKeys ? cache.values.scale(first_key + lane_index) : 0);
     }
@@ -258,18 +271,19 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
 
   const View view = view_of_queries(params, tile.sequence, rows.query_of(tile.first_row),
                                     rows.query_of(tile.first_row + kSimdgroups * kRows - 1) + 1);
-  const Range blocks = tile.blocks(params, view, kBlockKeys);
+  auto walk = tile.walk<kSimdgroups * kRows, kBlockKeys>(params, rules.scores.block_mask, view,
+                                                         rows.first_row + rows.lane.row, lane_index);
   bool is_first = true;
-  for (int block = blocks.first; block <= blocks.last; ++block) {
-    const int first_key = block * kBlockKeys;
+  for (; !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
     // All SIMD-groups look at the same elements: what they find must not differ, since barriers follow.
     MaskClass mask_class =
-        classify<T, kSimdgroups * kRows, kBlockKeys>(params, rules.scores, tile, tile.first_row, first_key, lane_index);
+        classify<T, kSimdgroups * kRows>(params, rules.scores, tile, walk, tile.first_row, lane_index);
     if (mask_class == kHidden) {
       continue;
     }
     if (bias_is_of_last_keys) {
-      mask_class = classify<T, kRows, kBlockKeys>(params, rules.scores, tile, rows.first_row, first_key, lane_index);
+      mask_class = classify<T, kRows>(params, rules.scores, tile, walk, rows.first_row, lane_index);
     }
     if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -289,7 +303,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       if (key_is_quantized) {
         scale_columns(rows, scales[lane_index % kBlockKeys]);
       }
-      rows.softmax(params, rules.in_block(mask_class), first_key);
+      rows.softmax(params, rules.in_block(mask_class, walk), first_key);
       if (value_is_quantized) {
         scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
       }
@@ -340,19 +354,18 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
 
   const View view = view_of_queries(params, tile.sequence, rows.query_of(tile.first_row),
                                     rows.query_of(tile.first_row + kRows - 1) + 1);
-  const Range blocks = tile.blocks(params, view, kBlockKeys);
+  auto walk =
+      tile.walk<kRows, kBlockKeys>(params, rules.scores.block_mask, view, rows.first_row + rows.lane.row, lane_index);
   bool is_first = true;
-  for (int block = blocks.first; block <= blocks.last; ++block) {
-    const int first_key = block * kBlockKeys;
+  for (; !walk.is_done(); walk.next()) {
+    const int first_key = walk.first;
     // All SIMD-groups look at the same elements: what they find must not differ, since barriers follow.
-    MaskClass mask_class =
-        classify<T, kRows, kBlockKeys>(params, rules.scores, tile, tile.first_row, first_key, lane_index);
+    MaskClass mask_class = classify<T, kRows>(params, rules.scores, tile, walk, tile.first_row, lane_index);
     if (mask_class == kHidden) {
       continue;
     }
     if (bias_is_of_last_keys) {
-      mask_class =
-          classify<T, kFragment, kBlockKeys>(params, rules.scores, tile, rows.first_row, first_key, lane_index);
+      mask_class = classify<T, kFragment>(params, rules.scores, tile, walk, rows.first_row, lane_index);
     }
     if (!is_first) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -380,7 +393,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       if (key_is_quantized) {
         scale_columns(rows, scales[lane_index % kBlockKeys]);
       }
-      rows.softmax(params, rules.in_block(mask_class), first_key);
+      rows.softmax(params, rules.in_block(mask_class, walk), first_key);
       if (value_is_quantized) {
         scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
       }

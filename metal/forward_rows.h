@@ -114,7 +114,7 @@ struct Forward {
       const int packed_row = first_row + r * kFragment + lane.row;
       const int query = query_of(packed_row);
       const Scores<T> own = kPacked ? scores.of_member(params, packed_row % group) : scores;
-      const Range keys = visible_keys(params, sequence, query);
+      const Range keys = kPacked && own.hides_block() ? Range{0, -1} : visible_keys(params, sequence, query);
       MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
         const int key = first_key + lane.column_of(n);

@@ -30,7 +30,7 @@ struct Rules {
   template <typename Walk>
   Rules in_block(MaskClass mask_class, Walk walk) const {
     Rules rules = in_block(mask_class);
-    rules.scores.mixed = walk.entry.mixed;
+    rules.scores.mixed = walk.mixed();
     return rules;
   }
 };

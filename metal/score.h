@@ -16,7 +16,7 @@ struct Scores {
   int first_biased = 0;       // the key of the bias's first column
   bool ignores_bias = false;  // in a block that a mask leaves open
   BlockMask block_mask;
-  int mixed = 0;  // the number of the block mask's block
+  int mixed = 0;  // the number of the block mask's block, or why it has none
 
   Scores(constant AttentionParams& params, Sequence sequence, const device uchar* bias_, int head)
       : bias(bias_),
@@ -37,8 +37,13 @@ struct Scores {
     if (has_bias) {
       scores.bias += member * params.bias_strides[1] * bias_element_size<T>();
     }
+    if (has_block_mask) {
+      scores.ignores_bias = ignores_bias || mixed == kSeenWhole;
+    }
     return scores;
   }
+
+  bool hides_block() const { return has_block_mask && mixed == kNotListed; }
 
   bool are_modified() const { return has_softcap || (has_bias && !ignores_bias) || has_alibi; }
 

@@ -83,12 +83,13 @@ Packing pack(const Problem& problem, const Canonical& start) {
 // runs where it reads them less often; or as often, but in parts, or for so few rows that the forward kernel's other
 // SIMD-groups would have none. Predicted in us, forward's in brackets (8 key heads, 4096 keys, D 128, m1-max; `python
 // -m mfa bench --model m1-max`): 4 rows 54 (275), 8 rows 55 (341), 32 rows 73 (341), 64 rows 136 (341), 128 rows 254
-// (341). Forward keeps dropout, block masks, and what leaves a correction for the backward pass. Only decode reads
-// pages and 8 bits, takes a number of parts, live keys that start anywhere, and a mask of the last ones.
+// (341). Forward keeps dropout, what leaves a correction for the backward pass, and block masks of more than one row of
+// blocks. Only decode reads pages and 8 bits, takes a number of parts, live keys that start anywhere, and a mask of the
+// last ones.
 bool packs_rows(const Problem& problem, const Canonical& start, const Instance& forward) {
   const Cache cache = problem.cache.value_or(Cache{});
-  if (problem.has_correction || start.params.dropout_threshold > 0 || problem.bias.kind == BiasKind::blocks)
-    return false;
+  if (problem.has_correction || start.params.dropout_threshold > 0) return false;
+  if (problem.bias.kind == BiasKind::blocks && problem.query_length > kMaskBlockRows) return false;
   if (cache.page_size > 0 || cache.has_leftpad || cache.splits > 0 || problem.bias.is_of_last_keys ||
       cache.key_format != Cache::Format::same_dtype || cache.value_format != Cache::Format::same_dtype)
     return true;
@@ -132,7 +133,10 @@ Plan plan_decode(const Problem& problem, const Canonical& start) {
     const std::int64_t entries = is_packed ? problem.sequences : problem.batch;
     const std::int64_t all_rows = entries * problem.query_heads * packing.split_queries;
     add_launch(plan, combine,
-               constants({{kWritesLse, problem.wants_lse}, {kAligned, start.aligned}, {kIsVarlen, is_packed}}),
+               constants({{kWritesLse, problem.wants_lse},
+                          {kAligned, start.aligned},
+                          {kIsVarlen, is_packed},
+                          {kHasBlockMask, problem.bias.kind == BiasKind::blocks}}),
                {tiles(all_rows * tiles(problem.value_dim, 8), combine.threads()), 1, 1});
     const auto floats = static_cast<std::uint64_t>(packing.splits * all_rows) * sizeof(float);
     plan.partial_lse_bytes = floats;

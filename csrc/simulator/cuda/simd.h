@@ -80,6 +80,16 @@ MFA_SIM_COLLECTIVE T simd_max(T value) {
   return value;
 }
 template <typename T>
+MFA_SIM_COLLECTIVE T simd_min(T value) {
+  for (ushort mask = 1; mask < 32; mask *= 2) value = min(value, simd_shuffle_xor(value, mask));
+  return value;
+}
+template <typename T>
+MFA_SIM_COLLECTIVE T simd_or(T value) {
+  for (ushort mask = 1; mask < 32; mask *= 2) value |= simd_shuffle_xor(value, mask);
+  return value;
+}
+template <typename T>
 MFA_SIM_COLLECTIVE T simd_prefix_inclusive_sum(T value) {
   for (ushort delta = 1; delta < 32; delta *= 2) {
     const T before = simd_shuffle_up(value, delta);
