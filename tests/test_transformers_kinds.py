@@ -292,13 +292,17 @@ def test_models_with_an_indexer(name: str, compiled: bool) -> None:
 IMAGES = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0]])
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled layers"])
 @pytest.mark.parametrize(("name", "extra"), [("llama4_text", {}), ("gemma3", {"token_type_ids": IMAGES})])
 def test_long_masks_that_are_no_windows_are_blocks(
-    name: str, extra: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    name: str, extra: dict[str, Tensor], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks, and images whose tokens see each other: results and gradients, without a matrix."""
+    torch._dynamo.reset()
     reference = make(name)
     model = ours(reference, compiled=False)
+    for layer in [layer for layer in model.modules() if compiled and type(layer).__name__.endswith("DecoderLayer")]:
+        layer.compile(backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(_mask, "LONG", 2)
     monkeypatch.setattr(mfa.transformers.Mask, "matrix", None)
     expected = reference(**arguments(reference), **extra).logits

@@ -43,6 +43,9 @@ try:
     # The simulator calls an op's kernel for MPS with tensors of the CPU; a call goes by the tensors' device.
     DispatchKey, DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 
+    # torch.compile asks them about the tensors that a graph gets.
+    about_views = torch.Tensor._base.__get__, torch.Tensor._is_view
+
     # Functions on a subclass of Tensor as if it were none: documented, but under this name.
     plain_functions = torch._C.DisableTorchFunctionSubclass
     tree_leaves, tree_map_only = pytree.tree_leaves, pytree.tree_map_only  # no public module has them

@@ -95,9 +95,14 @@ class Mask(Tensor):
         return self._starts[1]
 
 
-_ABOUT = {  # what is asked about a mask, not done to it
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_nested", "layout")),
-    *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.storage_offset),
+_PROPERTIES = (
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad", "is_leaf"),
+    *("is_nested", "is_sparse", "is_quantized", "is_mkldnn"),
+)
+_ABOUT = {  # what is asked about a mask, not done to it; most of it by torch.compile, of what a compiled layer gets
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage),
+    *(Tensor.is_conj, Tensor.is_neg, *_torch.about_views),
 }
 
 
@@ -124,6 +129,9 @@ def mask(**terms: Any) -> Tensor | None:
         refuse(config._attn_implementation, f"{by_itself}, which doesn't use transformers' attention interface")
     eager_only = config is not None and is_eager_only(type(config))
     is_tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    # Not while torch.compile traces a model: how large a packed mask is, its contents say. To wait for them breaks the
+    # graph. With room for all that it may be, it has a bit per score; and since a graph has a symbol for the number of
+    # queries, they can't be asked 128 at a time, so that Lq x Lk is made. Compiled layers get their mask from outside.
     # For a single query sdpa_mask has None or a row of keys already. A static cache's q_offset is the device's to know.
     is_worth_it = terms.get("q_length", 1) > 1 or (eager_only and not isinstance(terms.get("q_offset"), Tensor))
     if is_worth_it and not is_tracing:
