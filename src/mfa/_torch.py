@@ -44,7 +44,7 @@ try:
     DispatchKey, DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 
     # torch.compile asks them about the tensors that a graph gets.
-    about_views = torch.Tensor._base.__get__, torch.Tensor._is_view
+    about_views = torch.Tensor._base.__get__, torch.Tensor._is_view  # type: ignore[union-attr]
 
     # Functions on a subclass of Tensor as if it were none: documented, but under this name.
     plain_functions = torch._C.DisableTorchFunctionSubclass

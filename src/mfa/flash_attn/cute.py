@@ -199,7 +199,7 @@ def _refuse_functions(
     score_mod: object, score_mod_bwd: object, mask_mod: object, tensors: object, scalars: object, blocks: object
 ) -> None:
     refuse(
-        "use softcap, window_size, or attn_mask of mfa.attention",
+        "use softcap, window_size, or block_mask of mfa.attention, with mfa.masks.document for packed sequences",
         score_mod=score_mod,
         score_mod_bwd=score_mod_bwd,
         mask_mod=mask_mod,
