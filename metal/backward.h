@@ -6,11 +6,35 @@
 #include "rules.h"
 #include "tile.h"
 
+#define MFA_GRADIENT_ARGUMENTS                                         \
+  MFA_TENSOR_ARGUMENTS, const device T *grad_out [[buffer(kGradOut)]], \
+      const device float2 *statistics [[buffer(kStatistics)]]
+
+#define BACKWARD_DKDV_ARGUMENTS                                                                              \
+  MFA_GRADIENT_ARGUMENTS, device T *grad_key [[buffer(kGradKey), function_constant(wants_grad_key)]],        \
+      device T *grad_value [[buffer(kGradValue), function_constant(wants_grad_value)]], MFA_SCORE_ARGUMENTS, \
+      MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, constant int &first_unit [[buffer(kFirstUnit)]]
+
+#define BACKWARD_DQ_ARGUMENTS                                                                                    \
+  MFA_GRADIENT_ARGUMENTS, device T *grad_query [[buffer(kGradQuery)]],                                           \
+      device float *grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_SCORE_ARGUMENTS, \
+      MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, uint3 grid [[threadgroups_per_grid]]
+
 namespace mfa {
 
 // backward_delta leaves two floats of each query row: its log-sum-exp in base 2, and delta = rowsum(dO * O) - dLSE. A
 // row that sees nothing has this for the first, so that its P is 0.
 constant constexpr float kUnseenLse = 3e38f;
+
+// P, or dS, of a block counts with more bits than the matrix unit's 11 where one P of it exceeds this: fewer than 16
+// such terms of a row may make up what becomes of it, and their rounding would not average out.
+constant constexpr float kLargeProbability = 1.0f / 16;
+
+// Whether it does, of the largest P of a lane; the same for all lanes. What dropout keeps is larger by its factor.
+template <typename T>
+inline bool needs_refinement(float largest, Dropout dropout) {
+  return kMayRefine<T> && simd_any((has_dropout ? largest * dropout.factor : largest) > kLargeProbability);
+}
 
 // P of two neighbours, from products q.k. `derivative` is d score / d (scale product).
 template <typename T>

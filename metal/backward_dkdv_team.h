@@ -60,12 +60,8 @@ struct OwnedKeys {
 
 template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockQueries>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dkdv_team(
-    MFA_TENSOR_ARGUMENTS, const device T* grad_out [[buffer(kGradOut)]],
-    const device float2* statistics [[buffer(kStatistics)]],
-    device T* grad_key [[buffer(kGradKey), function_constant(wants_grad_key)]],
-    device T* grad_value [[buffer(kGradValue), function_constant(wants_grad_value)]],
+    BACKWARD_DKDV_ARGUMENTS,
     device float* score_gradient [[buffer(kScoreGradient), function_constant(writes_score_gradient)]],
-    MFA_SCORE_ARGUMENTS, MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, constant int& first_unit [[buffer(kFirstUnit)]],
     ushort thread_index [[thread_index_in_threadgroup]]) {
   static_assert(kHeadDim >= kValueDim && kHeadDim % (kSimdgroups * kSetWidth) == 0, "slices of whole sets hold Dv too");
   constexpr int kThreads = kSimdgroups * 32;

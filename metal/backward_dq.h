@@ -11,12 +11,37 @@
 
 namespace mfa {
 
+// Where a threadgroup works, and its heads' rows.
+template <typename T>
+struct QueryTile {
+  int head, head_dim;
+  Sequence sequence;
+  int first_row;
+  HeadRows<T> queries, grad_outs, keys, values;
+  long first_index;  // of the sequence's rows, in tensors of floats
+
+  QueryTile(constant AttentionParams& params, Tile tile, const device T* query, const device T* key,
+            const device T* value, const device T* grad_out, int head_, int block_queries, int head_dim_, int value_dim)
+      : head(head_),
+        head_dim(head_dim_),
+        sequence(tile.sequence),
+        first_row(tile.index * block_queries),
+        queries(query_rows(query, params.query_strides, sequence, head, head_dim)),
+        grad_outs(query_rows(grad_out, params.grad_out_strides, sequence, head, value_dim)),
+        keys(key_rows(key, params.key_strides, sequence, head / params.group_size, head_dim)),
+        values(key_rows(value, params.value_strides, sequence, head / params.group_size, value_dim)),
+        first_index(first_row_index(params, sequence, head)) {}
+};
+
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys>
 struct BackwardQueries {
+  static constant constexpr Own kOperands = kOwn;
   static constant constexpr int kRows = kRowTiles * kFragment;
   static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
 
   Fragment<float> grad_query[kRowTiles][kHeadDim / kFragment];
+  Fragment<float> ds[kRowTiles][kKeyTiles];  // of the block
+  bool refines;
   OwnOperand<T, kOwn, kRowTiles, kHeadDim, OwnRows<T, kRowTiles>> query;
   OwnOperand<T, kOwn, kRowTiles, kValueDim, OwnRows<T, kRowTiles>> grad_out;
   float lse[kRowTiles], delta[kRowTiles];
@@ -26,33 +51,34 @@ struct BackwardQueries {
   Sequence sequence;
   int first_row;
 
-  // `statistics` starts at the sequence's first row.
-  BackwardQueries(constant AttentionParams& params, Sequence sequence_, HeadRows<T> queries, HeadRows<T> grad_outs,
-                  const device float2* statistics, int first_row_, Lane lane_)
-      : query({queries, first_row_, lane_}, lane_),
-        grad_out({grad_outs, first_row_, lane_}, lane_),
+  BackwardQueries(constant AttentionParams& params, QueryTile<T> tile, const device float2* statistics, int first_row_,
+                  Lane lane_)
+      : query({tile.queries, first_row_, lane_}, lane_),
+        grad_out({tile.grad_outs, first_row_, lane_}, lane_),
         lane(lane_),
-        view(view_of_queries(params, sequence_, first_row_, first_row_ + kRows)),
-        sequence(sequence_),
+        view(view_of_queries(params, tile.sequence, first_row_, first_row_ + kRows)),
+        sequence(tile.sequence),
         first_row(first_row_) {
     clear(grad_query);
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int row = first_row + r * kFragment + lane.row;
-      const float2 row_statistics = row < sequence.query_length ? statistics[row] : float2(kUnseenLse, 0);
+      const float2 row_statistics =
+          row < sequence.query_length ? (statistics + tile.first_index)[row] : float2(kUnseenLse, 0);
       lse[r] = row_statistics.x;
       delta[r] = row_statistics.y;
       alibi[r] = 0;
     }
   }
 
+  // dS = P (dP - delta). A block that is not masked is seen whole by every query.
   template <typename Keys, typename Values>
-  void add_block(constant AttentionParams& params, Rules<T> rules, Keys keys, Values values, int first_key) {
-    Fragment<float> ds[kRowTiles][kKeyTiles];
+  void make_score_gradient(constant AttentionParams& params, Rules<T> rules, Keys keys, Values values, int first_key,
+                           bool masked) {
     Fragment<float> dp[kRowTiles][kKeyTiles];
     multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
     multiply_transposed<T, kValueDim>(dp, grad_out.operand, values, lane);
-    const bool masked = !has_window || !view.sees_all(first_key, kBlockKeys);
+    float largest = 0;
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       const int query = first_row + r * kFragment + lane.row;
@@ -64,6 +90,9 @@ struct BackwardQueries {
         float2 p = probability(params, rules, ds[r][n], int2(query), int2(key, key + 1), float2(lse[r]), derivative);
         if (masked) {
           p = seen.keep(p, key);
+        }
+        if (kMayRefine<T>) {
+          largest = max(largest, max(p.x, p.y));
         }
         float2 grad = dp[r][n];
         if (has_dropout) {
@@ -80,17 +109,40 @@ struct BackwardQueries {
         ds[r][n] = grad;
       }
     }
-    multiply_accumulate<T, kHeadDim>(grad_query, ds, keys, lane);
+    refines = needs_refinement<T>(largest, rules.dropout);
+  }
+
+  // dQ += dS K.
+  template <typename Keys>
+  void add_queries(Keys keys) {
+    multiply_accumulate<T, kHeadDim>(grad_query, ds, keys, lane, refines);
+  }
+
+  void store(constant AttentionParams& params, device T* query_tensor, device float* grad_alibi, QueryTile<T> tile) {
+    float factor[kRowTiles];
+    MFA_UNROLL
+    for (short r = 0; r < kRowTiles; ++r) {
+      factor[r] = params.scale;
+      if (wants_grad_alibi) {
+        const float sum = row_sum(alibi[r]);
+        const int row = first_row + r * kFragment + lane.row;
+        if (lane.column == 0 && row < sequence.query_length) {
+          grad_alibi[tile.first_index + row] = sum;
+        }
+      }
+    }
+    store_rows<T, kHeadDim>(query_tensor + (uint(sequence.index) * params.grad_query_strides[0] +
+                                            uint(tile.head) * params.grad_query_strides[1] +
+                                            uint(sequence.first_query) * params.grad_query_strides[2]),
+                            params.grad_query_strides[2], first_row, sequence.query_length, tile.head_dim, grad_query,
+                            factor, lane);
   }
 };
 
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
-[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq(
-    MFA_TENSOR_ARGUMENTS, const device T* grad_out [[buffer(kGradOut)]],
-    const device float2* statistics [[buffer(kStatistics)]], device T* grad_query [[buffer(kGradQuery)]],
-    device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_SCORE_ARGUMENTS,
-    MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, uint3 grid [[threadgroups_per_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq(BACKWARD_DQ_ARGUMENTS,
+                                                                                 ushort thread_index
+                                                                                 [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
   typedef StagedTwice<T, kHeadDim> Keys;
@@ -100,35 +152,26 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   threadgroup T* keys = paired_keys + kBlockKeys * Keys::kPairedStride;
   threadgroup T* values = keys + kBlockKeys * Keys::kPlainStride;
 
-  const Tile tile = query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
-                               kSimdgroups * kRows);
-  const Sequence sequence = tile.sequence;
-  const int head = position.x;
-  const int key_head = head / params.group_size;
-  if (sequence.query_length == 0) {
+  const QueryTile<T> tile(params,
+                          query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
+                                     kSimdgroups * kRows),
+                          query, key, value, grad_out, position.x, kSimdgroups * kRows,
+                          is_exact_head ? kHeadDim : params.head_dim, is_exact_head ? kValueDim : params.value_dim);
+  if (tile.sequence.query_length == 0) {
     return;  // a threadgroup without work: there is not even a last row to read
   }
-  const int first_tile_row = tile.index * kSimdgroups * kRows;
-  const int first_row = first_tile_row + simdgroup * kRows;
-  const int head_dim = is_exact_head ? kHeadDim : params.head_dim;
-  const int value_dim = is_exact_head ? kValueDim : params.value_dim;
-  const HeadRows<T> queries = query_rows(query, params.query_strides, sequence, head, head_dim);
-  const HeadRows<T> grad_outs = query_rows(grad_out, params.grad_out_strides, sequence, head, value_dim);
-  const HeadRows<T> head_keys = key_rows(key, params.key_strides, sequence, key_head, head_dim);
-  const HeadRows<T> head_values = key_rows(value, params.value_strides, sequence, key_head, value_dim);
-  const long first_index = first_row_index(params, sequence, head);
   BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
-      params, sequence, queries, grad_outs, statistics + first_index, first_row, Lane(lane_index));
-  const Rules<T> rules(params, sequence, bias, mask_classes, alibi_slopes, rng_state, head);
+      params, tile, statistics, tile.first_row + simdgroup * kRows, Lane(lane_index));
+  const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   thread const MaskBlocks& blocks = rules.blocks;
 
-  const View view = view_of_queries(params, sequence, first_tile_row, first_tile_row + kSimdgroups * kRows);
-  const Share<T, kBlockKeys, kHeadDim, Keys::kNeighbours, kThreads> key_share(head_keys, thread_index);
-  const Share<T, kBlockKeys, kValueDim, 2, kThreads> value_share(head_values, thread_index);
+  const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kSimdgroups * kRows);
+  const Share<T, kBlockKeys, kHeadDim, Keys::kNeighbours, kThreads> key_share(tile.keys, thread_index);
+  const Share<T, kBlockKeys, kValueDim, 2, kThreads> value_share(tile.values, thread_index);
   bool is_first = true;
-  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, first_tile_row); !walk.is_done(); walk.next()) {
+  for (BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, tile.first_row); !walk.is_done(); walk.next()) {
     const int first_key = walk.first;
-    if (walk.template classify<kSimdgroups * kRows, kBlockKeys>(blocks, first_tile_row, first_key) == kHidden) {
+    if (walk.template classify<kSimdgroups * kRows, kBlockKeys>(blocks, tile.first_row, first_key) == kHidden) {
       continue;
     }
     if (!is_first) {
@@ -138,28 +181,15 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     Keys::stage(paired_keys, true, keys, true, key_share, first_key);
     stage_pairs(values, value_share, first_key);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, first_row, first_key);
+    const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
-      rows.add_block(params, rules.in_block(mask_class, walk), Keys(paired_keys, keys), Values{values}, first_key);
+      const Keys staged_keys(paired_keys, keys);
+      rows.make_score_gradient(params, rules.in_block(mask_class, walk), staged_keys, Values{values}, first_key,
+                               !has_window || !rows.view.sees_all(first_key, kBlockKeys));
+      rows.add_queries(staged_keys);
     }
   }
-
-  float factor[kRowTiles];
-  MFA_UNROLL
-  for (short r = 0; r < kRowTiles; ++r) {
-    factor[r] = params.scale;
-    if (wants_grad_alibi) {
-      const float sum = row_sum(rows.alibi[r]);
-      const int row = first_row + r * kFragment + rows.lane.row;
-      if (rows.lane.column == 0 && row < sequence.query_length) {
-        grad_alibi[first_index + row] = sum;
-      }
-    }
-  }
-  store_rows<T, kHeadDim>(
-      grad_query + (uint(sequence.index) * params.grad_query_strides[0] + uint(head) * params.grad_query_strides[1] +
-                    uint(sequence.first_query) * params.grad_query_strides[2]),
-      params.grad_query_strides[2], first_row, sequence.query_length, head_dim, rows.grad_query, factor, rows.lane);
+  rows.store(params, grad_query, grad_alibi, tile);
 }
 
 #define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \

@@ -65,12 +65,9 @@ struct OwnedQueries {
 };
 
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
-[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_team(
-    MFA_TENSOR_ARGUMENTS, const device T* grad_out [[buffer(kGradOut)]],
-    const device float2* statistics [[buffer(kStatistics)]], device T* grad_query [[buffer(kGradQuery)]],
-    device float* grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_SCORE_ARGUMENTS,
-    MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, uint3 grid [[threadgroups_per_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_team(BACKWARD_DQ_ARGUMENTS,
+                                                                                      ushort thread_index
+                                                                                      [[thread_index_in_threadgroup]]) {
   static_assert(kHeadDim >= kValueDim && kHeadDim % (kSimdgroups * kSetWidth) == 0, "slices of whole sets hold Dv too");
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kSlice = kHeadDim / kSimdgroups;

@@ -71,10 +71,15 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
   }
 }
 
+// A left operand of floats counts whole, so there is nothing to refine as on the matrix unit.
+template <typename T>
+constant constexpr bool kMayRefine = false;
+
 // C += P B: kInnerTiles * 8 rows of B, kDim of its columns.
 template <typename T, int kDim, int kRowTiles, int kInnerTiles, typename Rows>
 inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim / kFragment],
-                                thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane) {
+                                thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane,
+                                bool = false) {
   MFA_UNROLL
   for (short s = 0; s < sets_of(kDim); ++s) {
     const short first = s * kSetFragments;
