@@ -96,8 +96,9 @@ constexpr int backward_dq_threadgroup_bytes(int head_dim, int value_dim, int blo
 }
 
 // Of D and Dv: above it, the accumulators of dK and dV don't fit in registers together, so each has a launch of its
-// own.
+// own. A SIMD-group has 8 keys, or on the matrix unit 16.
 constexpr int kLargestPair = 256;
+constexpr int kLargestUnitPair = 128;
 
 // Plain copies of Q and dO, in one place: dK needs that of Q, dV that of dO.
 constexpr bool plain_copies_take_turns(int head_dim, int value_dim, int element_size) {

@@ -82,39 +82,43 @@ def gradients(
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, found, strict=True)]
 
 
-@pytest.mark.parametrize(("shard", "uses"), [*((shard, "all keys") for shard in range(4)), (4, "some")])
-def test_gradients(device: Device, shard: int, uses: str) -> None:
+def check_gradients(problem: Packed, device: Device) -> None:
     """The numerics rule for the gradients of query, key, value, sinks and slopes, through out and lse."""
-    dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
+    arguments, terms = problem.arguments()
+    names = ["query", "key", "value", *(name for name in ("sinks", "alibi_slopes") if name in terms)]
+    wide = torch.promote_types(problem.dtype, torch.float32)
 
     def product(arguments: tuple[Any, ...], terms: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return mfa.attention_varlen(*arguments, **terms, return_lse=True)
+
+    def reference(function: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        found = gradients(lambda a, t: by_sequence(function, a, t), arguments, terms, dtype)
+        return dict(zip(names, found, strict=True))
+
+    def plain(change: Change) -> dict[str, Tensor]:
+        found = reference(change(oracle.composition), wide)
+        return {name: grad.to(problem.dtype) if name in names[:3] else grad for name, grad in found.items()}
+
+    expected = reference(oracle.attention, torch.float64)
+    with device.active():
+        there = tuple(moved(x, device) for x in arguments)
+        ours = gradients(product, there, {name: moved(term, device) for name, term in terms.items()})
+    found = {name: actual.cpu() for name, actual in zip(names, ours, strict=True)}
+    for name, actual in found.items():
+        assert actual.shape == expected[name].shape
+    for name, share in shares(found, expected, plain, problem.dtype if device.has_kernels else None).items():
+        assert share <= 1, name
+
+
+@pytest.mark.parametrize(("shard", "uses"), [*((shard, "all keys") for shard in range(4)), (4, "some")])
+def test_gradients(device: Device, shard: int, uses: str) -> None:
+    dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
 
     @seed(shard)
     @settings(max_examples=30)
     @given(packed_problems(dtypes=dtypes))
     def holds(problem: Packed) -> None:
-        arguments, terms = replace(problem, uses=uses).arguments()
-        names = ["query", "key", "value", *(name for name in ("sinks", "alibi_slopes") if name in terms)]
-        wide = torch.promote_types(problem.dtype, torch.float32)
-
-        def reference(function: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-            found = gradients(lambda a, t: by_sequence(function, a, t), arguments, terms, dtype)
-            return dict(zip(names, found, strict=True))
-
-        def plain(change: Change) -> dict[str, Tensor]:
-            found = reference(change(oracle.composition), wide)
-            return {name: grad.to(problem.dtype) if name in names[:3] else grad for name, grad in found.items()}
-
-        expected = reference(oracle.attention, torch.float64)
-        with device.active():
-            there = tuple(moved(x, device) for x in arguments)
-            ours = gradients(product, there, {name: moved(term, device) for name, term in terms.items()})
-        found = {name: actual.cpu() for name, actual in zip(names, ours, strict=True)}
-        for name, actual in found.items():
-            assert actual.shape == expected[name].shape
-        for name, share in shares(found, expected, plain, problem.dtype if device.has_kernels else None).items():
-            assert share <= 1, name
+        check_gradients(replace(problem, uses=uses), device)
 
     holds()
 

@@ -133,6 +133,42 @@ inline constexpr Instance kInstances[] = {
    8 * simdgroups,                                                                            \
    block_keys,                                                                                \
    simdgroups * block_keys * int(sizeof(float))},
+#define BACKWARD_DKDV_UNIT(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                         \
+  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups "_r" #row_tiles "_q" #block_queries, \
+   Kind::backward_dkdv,                                                                                              \
+   DType::dtype,                                                                                                     \
+   head_dim,                                                                                                         \
+   value_dim,                                                                                                        \
+   simdgroups,                                                                                                       \
+   8 * row_tiles * simdgroups,                                                                                       \
+   block_queries,                                                                                                    \
+   0,                                                                                                                \
+   unit},
+#define BACKWARD_DQ_UNIT(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)           \
+  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_unit_s" #simdgroups "_r" #row_tiles \
+   "_k" #block_keys,                                                                                   \
+   Kind::backward_dq,                                                                                  \
+   DType::dtype,                                                                                       \
+   head_dim,                                                                                           \
+   value_dim,                                                                                          \
+   simdgroups,                                                                                         \
+   8 * row_tiles * simdgroups,                                                                         \
+   block_keys,                                                                                         \
+   0,                                                                                                  \
+   unit,                                                                                               \
+   split,                                                                                              \
+   Own::own},
+#define BACKWARD_DBIAS_UNIT(dtype, head_dim, value_dim, simdgroups, block_keys)                    \
+  {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups "_k" #block_keys, \
+   Kind::backward_dbias,                                                                           \
+   DType::dtype,                                                                                   \
+   head_dim,                                                                                       \
+   value_dim,                                                                                      \
+   simdgroups,                                                                                     \
+   16 * simdgroups,                                                                                \
+   block_keys,                                                                                     \
+   simdgroups * block_keys * int(sizeof(float)),                                                   \
+   unit},
 #define BACKWARD_DSLOPES(dtype, simdgroups) \
   {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
 #define MASK_BLOCKS(dtype, simdgroups) \

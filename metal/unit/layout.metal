@@ -19,7 +19,7 @@ inline bool is_right(Lane lane) {
     }
   }
   vec<B, 4> right[kColumns * kDepth / 128];
-  constexpr bool kTilesInColumns = !kTransposed && kColumns == 32;
+  constexpr bool kTilesInColumns = kTransposed ? kDepth == 32 : kColumns == 32;
   for (short i = 0; i < kColumns * kDepth / 128; ++i) {
     for (short e = 0; e < 4; ++e) {
       const short row = lane.row + i % 2 * kFragment + (kTilesInColumns ? 0 : i / 2 * 16);
@@ -46,11 +46,12 @@ inline bool is_right(Lane lane) {
   return right_so_far;
 }
 
-// All products that are made in one type. S = Q K', and P V with and without the second half of a set.
+// All products that are made in one type. S = Q K' of 32 keys and of 16, and P V with and without the second half of a
+// set.
 template <typename T>
 inline bool is_right_in(Lane lane) {
-  return is_right<32, 16, true, T, T>(lane) && is_right<32, 16, false, float, T>(lane) &&
-         is_right<16, 32, false, float, T>(lane);
+  return is_right<32, 16, true, T, T>(lane) && is_right<16, 32, true, T, T>(lane) &&
+         is_right<32, 16, false, float, T>(lane) && is_right<16, 32, false, float, T>(lane);
 }
 
 // is_wrong: one per lane.

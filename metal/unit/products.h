@@ -19,6 +19,10 @@ constant constexpr int kSetsPerStep = sets_of(kDim);
 template <typename T, int kDim, typename Rows>
 constant constexpr int kSetsPerStep<ReadRows<T, kDim, Rows>, kDim> = kDim >= 4 * kSetWidth ? 2 : 1;
 
+// Column tiles of S that a product has, or of P that it is deep: 32 columns, or 16, beside which the other dimension of
+// a product is then 32.
+constexpr int tiles_together(int tiles) { return tiles % 4 == 0 ? 4 : 2; }
+
 // S += A B' of one set.
 template <typename T, int kDim, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
 inline void multiply_transposed_set(thread Fragment<float> (&result)[kRowTiles][kColumnTiles], thread const Left& left,
@@ -28,19 +32,30 @@ inline void multiply_transposed_set(thread Fragment<float> (&result)[kRowTiles][
   for (short r = 0; r < kRowTiles; ++r) {
     left.fill(a[r], r, set, lane);
   }
+  constexpr int kTogether = tiles_together(kColumnTiles);
   MFA_UNROLL
-  for (short first = 0; first < kColumnTiles; first += 4) {
-    Fragment<T> b[4][kSetFragments];
+  for (short first = 0; first < kColumnTiles; first += kTogether) {
+    Fragment<T> b[kTogether][kSetFragments];
     MFA_UNROLL
-    for (short c = 0; c < 4; ++c) {
+    for (short c = 0; c < kTogether; ++c) {
       load_right_transposed<kDim>(b[c], rows, first + c, set, lane);
+    }
+    if constexpr (kTogether == 2) {
+      const vec<T, 4> right[4] = {quad_at(b[0]), quad_at(b[1]), quad_at(b[0] + 2), quad_at(b[1] + 2)};
+      MFA_UNROLL
+      for (short r = 0; r < kRowTiles; r += 2) {
+        const vec<T, 4> own[4] = {quad_at(a[r]), quad_at(a[r + 1]), quad_at(a[r] + 2), quad_at(a[r + 1] + 2)};
+        multiply_tiles<16, 32, true>(&result[r][first], &result[r + 1][first], own, right);
+      }
+      continue;
     }
     MFA_UNROLL
     for (short j = 0; j < kSetFragments; j += 2) {
       if (j >= fragments_of<kDim>(set)) {
         continue;
       }
-      const vec<T, 4> right[4] = {quad_at(b[0] + j), quad_at(b[1] + j), quad_at(b[2] + j), quad_at(b[3] + j)};
+      const vec<T, 4> right[4] = {quad_at(b[0] + j), quad_at(b[1] + j), quad_at(b[kTogether - 2] + j),
+                                  quad_at(b[kTogether - 1] + j)};
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; r += 2) {
         const vec<T, 4> own[2] = {quad_at(a[r] + j), quad_at(a[r + 1] + j)};
@@ -54,7 +69,8 @@ inline void multiply_transposed_set(thread Fragment<float> (&result)[kRowTiles][
 template <typename T, int kDim, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
 inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kColumnTiles], thread const Left& left,
                                 Rows rows, Lane lane) {
-  static_assert(kRowTiles % 2 == 0 && kColumnTiles % 4 == 0, "products are of 16 rows and 32 columns");
+  static_assert(kRowTiles % 2 == 0 && kColumnTiles % 2 == 0, "products are of 16 rows and 16 or 32 columns");
+  static_assert(kColumnTiles % 4 == 0 || kDim % kSetWidth == 0, "those of 16 columns are 32 deep");
   constexpr short kWhole = kDim / kSetWidth;
   clear(result);
   MFA_UNROLL_BY((kSetsPerStep<Left, kDim>))
@@ -70,6 +86,11 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
 // rounding: cut, P would lose on average, and O with it.
 inline float to_be_cut(float x) { return as_type<float>(as_type<uint>(x) + 0x1000u); }
 inline float cut(float x) { return as_type<float>(as_type<uint>(x) & 0xffffe000u); }
+
+// Whether a tile may have to count with more bits than that, see multiply_accumulate. In bfloat the rounding of results
+// hides it.
+template <typename T>
+constant constexpr bool kMayRefine = is_same_v<T, half>;
 
 // The quads of row tiles r and r + 1 in kTiles column tiles from k on, as left operand: rounded by the unit, or what
 // rounding takes.
@@ -120,7 +141,9 @@ template <typename T, int kDim, int kRowTiles, int kInnerTiles, typename Rows>
 inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim / kFragment],
                                 thread Fragment<float> (&left)[kRowTiles][kInnerTiles], Rows rows, Lane lane,
                                 bool refines = false) {
-  static_assert(kRowTiles % 2 == 0 && kInnerTiles % 4 == 0, "products are of 16 rows and up to 32 deep");
+  static_assert(kRowTiles % 2 == 0 && kInnerTiles % 2 == 0, "products are of 16 rows and 16 or 32 deep");
+  static_assert(kInnerTiles % 4 == 0 || kDim % kSetWidth == 0, "those 16 deep are of 32 columns");
+  constexpr int kTogether = tiles_together(kInnerTiles);
   constexpr short kWhole = kDim / kSetWidth;
   if (refines) {
     MFA_UNROLL
@@ -131,17 +154,17 @@ inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim
       }
     }
     MFA_UNROLL
-    for (short k = 0; k < kInnerTiles; k += 4) {
+    for (short k = 0; k < kInnerTiles; k += kTogether) {
       if (kWhole < sets_of(kDim)) {
-        multiply_accumulate_set<true, kDim, 4, T>(result, left, rows, kWhole, k, lane);
+        multiply_accumulate_set<true, kDim, kTogether, T>(result, left, rows, kWhole, k, lane);
       }
     }
   }
   MFA_UNROLL
   for (short set = 0; set < sets_of(kDim); ++set) {
     MFA_UNROLL
-    for (short k = 0; k < kInnerTiles; k += 4) {
-      multiply_accumulate_set<false, kDim, 4, T>(result, left, rows, set, k, lane);
+    for (short k = 0; k < kInnerTiles; k += kTogether) {
+      multiply_accumulate_set<false, kDim, kTogether, T>(result, left, rows, set, k, lane);
     }
   }
 }

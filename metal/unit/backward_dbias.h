@@ -1,0 +1,38 @@
+// dBias on the matrix unit: ../backward_dbias.h, 16 queries per SIMD-group.
+#pragma once
+
+#define MFA_MATRIX_UNIT
+#include "../backward_dbias.h"
+#include "rows.h"
+
+namespace mfa {
+
+// An open block has neither bounds of rows nor a mask.
+struct BiasOnUnit {
+  static constant constexpr int kRowTiles = 2;
+
+  template <typename T, int kHeadDim, int kValueDim, int kBlockKeys>
+  static void add_block(thread BackwardBias<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys>& bias,
+                        constant AttentionParams& params, Sequence sequence, Rules<T> rules, HeadRows<T> queries,
+                        HeadRows<T> keys, HeadRows<T> values, HeadRows<T> grad_outs, const device float2* statistics,
+                        int first_row, int first_key) {
+    const int end_row = first_row + bias.kRows;
+    const bool is_open = end_row <= params.query_length &&
+                         view_of_queries(params, sequence, first_row, end_row).sees_all(first_key, kBlockKeys);
+    if (is_open) {
+      bias.add_block(params, sequence, rules, queries, unit_rows<true>(keys.from(first_key)),
+                     unit_rows<true>(values.from(first_key)), grad_outs, statistics, first_row, first_key, false);
+    } else {
+      bias.add_block(params, sequence, rules, queries, unit_rows<false>(keys.from(first_key)),
+                     unit_rows<false>(values.from(first_key)), grad_outs, statistics, first_row, first_key, true);
+    }
+  }
+};
+
+#define BACKWARD_DBIAS_UNIT(dtype, head_dim, value_dim, simdgroups, block_keys)                      \
+  template [[host_name("backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups \
+                       "_k" #block_keys)]] [[kernel]]                                                \
+  decltype(backward_dbias<BiasOnUnit, dtype, head_dim, value_dim, simdgroups, block_keys>)           \
+      backward_dbias<BiasOnUnit, dtype, head_dim, value_dim, simdgroups, block_keys>;
+
+}  // namespace mfa

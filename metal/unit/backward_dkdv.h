@@ -1,0 +1,87 @@
+// dK and dV on the matrix unit: ../backward_dkdv.h with operands and statistics from device memory to registers, no
+// threadgroup memory and no wait. Each SIMD-group walks the blocks of queries that its own keys see.
+#pragma once
+
+#define MFA_MATRIX_UNIT
+#include "../backward_dkdv.h"
+#include "rows.h"
+
+namespace mfa {
+
+// The statistics of a block's queries in device memory; of those that fragments have in column tile n. A row from
+// `valid` on is one that sees nothing; in an open block all are there.
+template <bool kIsOpen>
+struct DeviceStatistics {
+  const device float2* rows;
+  int valid;
+  Lane lane;
+
+  float2 lse(short n) const { return float2(row(n, 0).x, row(n, 1).x); }
+  float2 delta(short n) const { return float2(row(n, 0).y, row(n, 1).y); }
+
+  float2 row(short n, short e) const {
+    const short i = lane.column_of(n) + e;
+    return kIsOpen || i < valid ? rows[i] : float2(kUnseenLse, 0);
+  }
+};
+
+// One block of queries. An open one has neither bounds of rows nor a mask.
+template <bool kIsOpen, typename T, typename Keys>
+inline void add_block(constant AttentionParams& params, thread Keys& keys, Rules<T> rules, HeadRows<T> head_queries,
+                      HeadRows<T> head_grad_outs, const device float2* head_statistics, int first_query) {
+  const auto queries = unit_rows<kIsOpen>(head_queries.from(first_query));
+  const auto grad_outs = unit_rows<kIsOpen>(head_grad_outs.from(first_query));
+  const DeviceStatistics<kIsOpen> statistics = {head_statistics + first_query, head_queries.length - first_query,
+                                                keys.lane};
+  keys.make_probabilities(params, rules, queries, statistics, first_query, !kIsOpen);
+  if (wants_grad_value) {
+    keys.add_values(rules, grad_outs, first_query);
+  }
+  if (wants_grad_key) {
+    keys.make_score_gradient(rules, grad_outs, statistics, first_query);
+    keys.add_keys(queries);
+  }
+}
+
+template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockQueries>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dkdv_unit(BACKWARD_DKDV_ARGUMENTS) {
+  constexpr int kRows = kRowTiles * kFragment;
+  const int unit = first_unit + position.x;  // (batch, key head)
+  const KeyTile<T> tile(
+      params,
+      key_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, unit, position.y, kSimdgroups * kRows),
+      key, value, unit, kSimdgroups * kRows, kHeadDim, kValueDim);
+  BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(params, tile, tile.first_key + simdgroup * kRows,
+                                                                      Lane(lane_index));
+  for (int member = 0; member < params.group_size; ++member) {
+    const int head = tile.key_head * params.group_size + member;
+    const HeadRows<T> queries = query_rows(query, params.query_strides, tile.sequence, head, kHeadDim);
+    const HeadRows<T> grad_outs = query_rows(grad_out, params.grad_out_strides, tile.sequence, head, kValueDim);
+    const device float2* head_statistics = statistics + first_row_index(params, tile.sequence, head);
+    const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, head);
+    BlockWalk<kBlockQueries, false> walk(rules.scores.block_mask, rows.view, rows.first_key);
+    for (; !walk.is_done(); walk.next()) {
+      MaskClass mask_class = walk.template classify<kBlockQueries, kRows>(rules.blocks, walk.first, rows.first_key);
+      // Open blocks have a loop of their own, without a branch.
+      while (mask_class != kHidden && !walk.is_done() && rows.view.sees_all(walk.first, kBlockQueries)) {
+        add_block<true>(params, rows, rules.in_block(mask_class, walk), queries, grad_outs, head_statistics,
+                        walk.first);
+        walk.next();
+        mask_class = walk.template classify<kBlockQueries, kRows>(rules.blocks, walk.first, rows.first_key);
+      }
+      if (mask_class != kHidden && !walk.is_done()) {
+        add_block<false>(params, rows, rules.in_block(mask_class, walk), queries, grad_outs, head_statistics,
+                         walk.first);
+      }
+    }
+  }
+  rows.store(params, grad_key, grad_value, tile);
+}
+
+#define BACKWARD_DKDV_UNIT(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                        \
+  template [[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups "_r" #row_tiles \
+                       "_q" #block_queries)]] [[kernel]]                                                            \
+  decltype(backward_dkdv_unit<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>)                    \
+      backward_dkdv_unit<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>;
+
+}  // namespace mfa

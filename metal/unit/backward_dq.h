@@ -1,0 +1,60 @@
+// dQ on the matrix unit: ../backward_dq.h with operands from device memory to registers, no threadgroup memory and no
+// wait. Each SIMD-group walks the blocks of keys that its own queries see.
+#pragma once
+
+#define MFA_MATRIX_UNIT
+#include "../backward_dq.h"
+#include "../device_rows.h"
+#include "rows.h"
+
+namespace mfa {
+
+// One block of keys. An open one has neither bounds of rows nor a mask.
+template <bool kIsOpen, typename T, typename Queries>
+inline void add_block(constant AttentionParams& params, thread Queries& queries, Rules<T> rules, QueryTile<T> tile,
+                      int first_key) {
+  const auto keys = unit_rows<kIsOpen>(tile.keys.from(first_key));
+  queries.make_score_gradient(params, rules, keys, unit_rows<kIsOpen>(tile.values.from(first_key)), first_key,
+                              !kIsOpen);
+  if (Queries::kOperands == held) {
+    keep_in_loop();  // else K is read once for both of its products, into registers that there aren't
+  }
+  queries.add_queries(keys);
+}
+
+template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_unit(BACKWARD_DQ_ARGUMENTS) {
+  constexpr int kRows = kRowTiles * kFragment;
+  const QueryTile<T> tile(params,
+                          query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
+                                     kSimdgroups * kRows),
+                          query, key, value, grad_out, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  if (tile.sequence.query_length == 0) {
+    return;  // a threadgroup without work: there is not even a last row to read
+  }
+  BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
+      params, tile, statistics, tile.first_row + simdgroup * kRows, Lane(lane_index));
+  const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
+  BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row);
+  for (; !walk.is_done(); walk.next()) {
+    MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
+    // Open blocks have a loop of their own, without a branch.
+    while (mask_class != kHidden && !walk.is_done() && rows.view.sees_all(walk.first, kBlockKeys)) {
+      add_block<true>(params, rows, rules.in_block(mask_class, walk), tile, walk.first);
+      walk.next();
+      mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
+    }
+    if (mask_class != kHidden && !walk.is_done()) {
+      add_block<false>(params, rows, rules.in_block(mask_class, walk), tile, walk.first);
+    }
+  }
+  rows.store(params, grad_query, grad_alibi, tile);
+}
+
+#define BACKWARD_DQ_UNIT(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)               \
+  template [[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_unit_s" #simdgroups \
+                       "_r" #row_tiles "_k" #block_keys)]] [[kernel]]                                      \
+  decltype(backward_dq_unit<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)           \
+      backward_dq_unit<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
+
+}  // namespace mfa
