@@ -13,10 +13,19 @@ namespace mfa {
 constant constexpr float kLargeShare = 1.0f / 8;
 constant constexpr float kLargeTrainedShare = 1.0f / 16;
 
+// Gradients of sinks, slopes and a bias are plain sums of dS, which delta, made of O, then reaches: 11 bits of P would
+// show in any type.
+inline bool sums_score_gradient() {
+  return has_correction && (has_sinks || has_alibi || (has_bias && !has_mask && !has_block_mask));
+}
+
 // Each lane's own P against its own part of the sum, a quarter of the row's.
 template <typename T, typename Rows>
 inline bool needs_refinement(thread const Rows& rows) {
-  if (!is_same_v<T, half>) {
+  if (sums_score_gradient()) {
+    return true;
+  }
+  if (!kMayRefine<T>) {
     return false;
   }
   const float share = has_correction ? kLargeTrainedShare : kLargeShare;
