@@ -1,16 +1,16 @@
 """Kernels that tuning.def doesn't choose, for the benchmark to choose among: as right as the others."""
 
-import re
 from collections.abc import Callable, Iterator
 
 import oracle
 import pytest
 import torch
-from plan_problems import CATALOGUE, METAL
+from plan_problems import CATALOGUE, FAMILIES, METAL
 from torch import Tensor
 
 import mfa
 from mfa import _library, _native
+from mfa.bench import autotune
 
 pytestmark = pytest.mark.simulator
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -20,12 +20,8 @@ def alternatives() -> Iterator[_native.Instance]:
     """By the rows that tuning.def has."""
     tuned = (METAL.parent / "csrc" / "plan" / "tuning.def").read_text()
     for row in CATALOGUE.values():
-        tile = f"{row.simdgroups}, {row.rows // 8 // row.simdgroups}, {row.block}"
-        own = f"{row.own}, " if row.kind == "backward_dq" else ""
-        path = f"{row.path}, " if row.kind == "forward" else ""
-        macro = {"forward": "FORWARD", "backward_dkdv": "DKDV", "backward_dq": "DQ"}.get(row.kind)
-        pattern = rf"TUNE_{macro}\(\w+, {row.dtype}, {own}{row.head_dim}, {row.value_dim}, {path}{tile}\)"
-        if macro and row.path != "team" and not re.search(pattern, tuned):  # a bucket of teams has but one
+        is_tuned = row.kind in autotune.TUNABLE and any(autotune.row_of(row, family) in tuned for family in FAMILIES)
+        if row.kind in autotune.TUNABLE and not is_tuned and row.path != "team":  # a bucket of teams has but one
             yield row
 
 

@@ -53,9 +53,10 @@ def row_of(instance: _native.Instance, family: str) -> str:
     """Its row in tuning.def."""
     own = f"{instance.own}, " if instance.kind == "backward_dq" else ""
     path = f"{instance.path}, " if instance.kind == "forward" else ""
+    macro = TUNABLE[instance.kind] + ("_UNIT" if instance.path == "unit" and not path else "")
     tiles = instance.rows // 8 // instance.simdgroups
     return (
-        f"{TUNABLE[instance.kind]}({family}, {instance.dtype}, {own}{instance.head_dim}, {instance.value_dim}, "
+        f"{macro}({family}, {instance.dtype}, {own}{instance.head_dim}, {instance.value_dim}, "
         f"{path}{instance.simdgroups}, {tiles}, {instance.block})"
     )
 
