@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "csrc" / "simulator"))
 import instructions
 
 TRUE = ["is_aligned", "is_exact_head", "writes_lse", "wants_grad_key", "wants_grad_value", "align_Q", "align_K"]
+APART = {"dk": "wants_grad_value", "dv": "wants_grad_key"}  # variants of a kernel, and what they lack of TRUE
 KINDS = ("forward", "decode", "backward_dkdv", "backward_dq", "backward_dq_from_ds")
 LENGTHS = (128, 256)
 FAMILIES = {"direct": "apple9", "unit": "apple10", "unit_team": "apple10"}  # that have a path
@@ -58,18 +59,21 @@ NAX_DIMS = (64, 96, 128)
 CONFLICTS = {64: 6.2, 72: 6.2, 80: 6.2, 96: 6.2, 128: 8.0, 256: 8.0}
 
 
-def rows_of_instances() -> Iterator[tuple[str, _native.Instance]]:
-    """A row of the two instances.def, and the catalogue's; those of kinds that the model knows."""
+def rows_of_instances() -> Iterator[tuple[str, _native.Instance, str]]:
+    """A row of the two instances.def, the catalogue's, and a variant; those of kinds that the model knows."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "metal").rglob("instances.def")))
     catalogue = {instance.name: instance for instance in _native.catalogue()}
     for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(.*\)$", text, re.MULTILINE):
         name = host_name(row)
         if name in catalogue and catalogue[name].kind in KINDS:
             instance = catalogue[name]
-            # Above, dV and dK come from two launches that differ, but of a team.
-            fits = instance.path == "team" or instance.head_dim + instance.value_dim <= 256
-            if instance.kind != "backward_dkdv" or fits:
-                yield row, instance
+            # dV and dK may come from two launches that differ. Of those in 8x8 matrices the model has none.
+            pair = instance.head_dim + instance.value_dim
+            apart = instance.kind == "backward_dkdv" and instance.path != "team" and pair > 128
+            if apart and instance.path == "unit":
+                yield from ((row, instance, variant) for variant in APART)
+            elif not apart or pair <= 256:
+                yield row, instance, ""
 
 
 def host_name(row: str) -> str:
@@ -80,6 +84,8 @@ def host_name(row: str) -> str:
         "DECODE": "decode_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DKDV": "backward_dkdv_{0}_d{1}_v{2}_s{3}_r{4}_q{5}",
         "BACKWARD_DKDV_TEAM": "backward_dkdv_{0}_d{1}_v{2}_team_s{3}_r{4}_q{5}",
+        "BACKWARD_DKDV_UNIT": "backward_dkdv_{0}_d{1}_v{2}_unit_s{3}_r{4}_q{5}",
+        "BACKWARD_DQ_UNIT": "backward_dq_{0}_d{2}_v{3}_{1}_unit_s{4}_r{5}_k{6}",
         "BACKWARD_DQ": "backward_dq_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DQ_TEAM": "backward_dq_{0}_d{2}_v{3}_{1}_team_s{4}_r{5}_k{6}",
         "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",
@@ -87,29 +93,34 @@ def host_name(row: str) -> str:
     return forms[macro].format(*words) if macro in forms else ""
 
 
-def bytes_of_ours(instance: _native.Instance) -> list[dict[str, int]]:
+def bytes_of_ours(instance: _native.Instance, variant: str) -> list[dict[str, int]]:
     """Counters of the kernel's launches at LENGTHS."""
     before = _library.set_backward_mode(5 if instance.kind == "backward_dq_from_ds" else 7)
     _library.prefer_instance(instance.name)
     try:
-        return [launch_counters(instance, length) for length in LENGTHS]
+        return [launch_counters(instance, variant, length) for length in LENGTHS]
     finally:
         _library.set_backward_mode(before)
         _library.prefer_instance(None)
 
 
-def launch_counters(instance: _native.Instance, length: int) -> dict[str, int]:
+def launch_counters(instance: _native.Instance, variant: str, length: int) -> dict[str, int]:
     if instance.kind == "decode":
         return decode_counters(instance, length)
     query, key, value = (
         torch.zeros(1, 1, length, dim, dtype=TORCH_DTYPES[instance.dtype], requires_grad=instance.kind != "forward")
         for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
     )
+    if instance.path == "unit" and instance.kind != "forward":  # else all P were the same, and the unit refines those
+        generator = torch.Generator().manual_seed(0)
+        query, key = ((0.1 * torch.randn(x.shape, generator=generator)).to(x).requires_grad_() for x in (query, key))
     with mfa.simulate(FAMILIES.get(instance.path, "apple7")) as sim:
         out = mfa.attention(query, key, value)
         if instance.kind != "forward":
             torch.autograd.grad(out, (query, key, value), torch.zeros_like(out))
     found = [launch for launch in sim.launches if launch.kernel == instance.name]
+    if variant:
+        found = [launch for launch in found if not launch.constants[APART[variant]]]
     assert found, f"{instance.name} didn't run, but {[launch.kernel for launch in sim.launches]}"
     total = sum((launch.counters for launch in found), mfa.Counters())
     return vars(total)
@@ -183,12 +194,13 @@ def kernel_of(
 
 
 def ours() -> Iterator[Kernel]:
-    for row, instance in rows_of_instances():
+    for row, instance, variant in rows_of_instances():
         source = f'#include "{family_of(instance)}.h"\nnamespace mfa {{\n{row}\n}}\n'
         standard = "metal4.0" if FAMILIES.get(instance.path) == "apple10" else "metal3.1"
-        ir = instructions.emit(source, [ROOT / "metal"], TRUE, standard=standard)
+        true = [name for name in TRUE if name != APART.get(variant)]
+        ir = instructions.emit(source, [ROOT / "metal"], true, standard=standard)
         yield kernel_of(
-            instance.name,
+            f"{instance.name}/{variant}" if variant else instance.name,
             instance.kind,
             instance.dtype,
             instance.head_dim,
@@ -196,7 +208,7 @@ def ours() -> Iterator[Kernel]:
             (instance.rows, instance.block, instance.simdgroups),
             instance.threadgroup_memory,
             ir,
-            bytes_of_ours(instance),
+            bytes_of_ours(instance, variant),
         )
 
 

@@ -215,9 +215,21 @@ def plan_forward(problem: Problem, chip: Chip) -> list[str]:
 
 
 def plan_backward(problem: Problem, chip: Chip, mode: str = "automatic") -> list[str]:
-    """As `plan_forward`; in five_gemm mode, chunks of heads repeat kernels."""
+    """As `plan_forward`; in five_gemm mode, chunks of heads repeat kernels. With /dk or /dv: for one alone."""
     plan = _native.plan_backward(**_fields(problem, chip), mode=mode, scratch_limit=2**62)
-    return [launch.kernel for launch in plan.launches]
+
+    def of_one(constants: dict[str, bool]) -> str:
+        key, value = (constants.get(f"wants_grad_{name}", False) for name in ("key", "value"))
+        return "" if key == value else "/dk" if key else "/dv"
+
+    return [launch.kernel + of_one(launch.constants) for launch in plan.launches]
+
+
+def products_of(name: str) -> int:
+    """Matrix products of a kernel, as `plan_forward` and `plan_backward` name it."""
+    kernel, _, variant = name.partition("/")
+    kinds = {"backward_dkdv": 4, "backward_dq_from_ds": 1, "backward_dq": 3, "backward": 0}
+    return {"dk": 3, "dv": 2}.get(variant) or next((n for kind, n in kinds.items() if kernel.startswith(kind)), 2)
 
 
 def _fields(problem: Problem, chip: Chip) -> dict[str, object]:

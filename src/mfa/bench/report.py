@@ -79,8 +79,12 @@ def unit_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
 def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
     yield f"{'D':>4} {'mode':12}{'dense':>8}{'causal':>8}{'as of 5 GEMMs':>15}"
     for dim in BACKWARD_DIMS:
-        for mode, products in (("seven_gemm", 7), ("five_gemm", 5)):
-            dense, causal = shape(dim), shape(dim, causal=True)
+        dense, causal = shape(dim), shape(dim, causal=True)
+        for mode in ("seven_gemm", "five_gemm"):
+            names = model.plan_backward(dense, chip, mode)
+            if mode == "five_gemm" and any("_unit_" in name for name in names):
+                continue  # the matrix unit has no such mode
+            products = sum(map(model.products_of, names))
             times = [model.seconds(model.backward(table, problem, chip, mode)) for problem in (dense, causal)]
             yield (
                 f"{dim:>4} {mode:12}{utilisation(dense, products, times[0], chip):>8.1%}"
@@ -160,7 +164,6 @@ def varlen_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
 def tile_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
     """Every tile there is, also those that tuning.def does not choose."""
     yield f"{'tile':46}{'registers':>10}{'KiB':>6}{'groups':>8}{'alone':>8}"
-    products = {"forward": 2, "backward_dkdv": 4, "backward_dq": 3, "backward_dq_from_ds": 1}
     for kernel in table.values():
         if kernel.unit_mma and not chip.has_unit:
             continue
@@ -172,7 +175,7 @@ def tile_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
         prediction = model.predict(kernel, problem, chip, 0)
         yield (
             f"{kernel.name:46}{kernel.registers:>10}{kernel.threadgroup_memory / 1024:>6.1f}{prediction.resident:>8}"
-            f"{utilisation(problem, products[kernel.kind], prediction.seconds, chip):>8.1%}"
+            f"{utilisation(problem, model.products_of(kernel.name), prediction.seconds, chip):>8.1%}"
         )
 
 
