@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from simulator_engine import Library
+from simulator_engine import Library, build_kernels, open_library
 from torch import Tensor
+from unit_products import PRODUCTS, source_of
 
 from mfa import _library
 
@@ -19,12 +20,14 @@ sys.path.insert(0, str(ROOT / "csrc/simulator/cuda"))
 
 from gpu_check import plans  # noqa: E402
 from gpu_check.cases import GROUPS, Case  # noqa: E402
-from gpu_check.check import Problem, check, verdict  # noqa: E402
+from gpu_check.check import Problem, check, check_unit_product, verdict  # noqa: E402
 from translate_cuda import Pipeline, compile_ptx, translate_source  # noqa: E402
 
 pytestmark = pytest.mark.simulator
 
-SMALL = [case for case in GROUPS["small"]() if case.head_dim == 64]
+SMALL = [
+    case for group in ("small", "unit") for case in GROUPS[group]() if case.head_dim == 64 and not case.unit_product
+]
 
 
 class Simulated:
@@ -33,7 +36,7 @@ class Simulated:
     device = "cpu"
 
     def __init__(self) -> None:
-        self.library = Library(_library.path_of("mfa_kernels_fast"))
+        self.libraries = [Library(_library.path_of(name)) for name in ("mfa_kernels_fast", "mfa_kernels_fast_metal4")]
         self.arguments = plans.enumerators("Argument")
 
     def run(self, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -47,7 +50,7 @@ class Simulated:
                 for name, tensor in {**tensors, **made}.items()
             }
             constants = {index: index in launch["constants"] for index in plans.CONSTANTS.values()}
-            self.library.dispatch(
+            self.libraries["_unit_" in launch["kernel"]].dispatch(
                 launch["kernel"],
                 grid=launch["grid"],
                 group=launch["group"],
@@ -61,6 +64,44 @@ class Simulated:
 def test_small_cases_pass_on_the_simulator(case: Case) -> None:
     found = verdict(Problem(Simulated(), plans.plan(case)))
     assert found["passes"], found
+
+
+def test_cases_of_the_unit_are_planned_for_it() -> None:
+    for case in [*GROUPS["unit"](), *GROUPS["unit_full"]()]:
+        assert case.unit_product or "_unit_" in plans.plan(case)["forward"]["launches"][-1]["kernel"] or case.value_dim
+
+
+class Products:
+    """What makes a product on the GPU, in the simulator."""
+
+    device = "cpu"
+
+    def __init__(self, directory: Path) -> None:
+        source = directory / "products.metal"
+        source.write_text(source_of(PRODUCTS))
+        self.library = open_library(
+            build_kernels([source], source.with_suffix(".so"), standard="metal4.0", mode="fast")
+        )
+
+    def launch(
+        self, kernel: str, constants: list[int], grid: tuple[int, ...], threads: int, buffers: Mapping[int, Tensor]
+    ) -> None:
+        arguments = {index: tensor.numpy() for index, tensor in buffers.items()}
+        self.library.dispatch(kernel, grid=grid, group=(threads,), arguments=arguments, checks=0)
+
+
+def test_products_are_checked_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Products(tmp_path)
+    entries = [plans.plan(case) for case in GROUPS["unit"]() if case.unit_product]
+    assert all(check_unit_product(gpu, entry)["passes"] for entry in entries)
+    launch = Products.launch
+
+    def spoiled(self: Products, *arguments: Any) -> None:
+        launch(self, *arguments)
+        arguments[-1][2].view(torch.uint8)[-1, -1] ^= 1
+
+    monkeypatch.setattr(Products, "launch", spoiled)
+    assert not any(check_unit_product(gpu, entry)["passes"] for entry in entries)
 
 
 @pytest.mark.parametrize("name", ["out", "lse", "grad_query", "grad_key", "grad_value"])

@@ -36,17 +36,22 @@ APART: dict[str, tuple[str, ...]] = {
 
 def family_of(instance: _native.Instance) -> str:
     """The name of the header in metal/ that has the kernel."""
-    if instance.path.startswith("unit"):
+    if is_on_unit(instance):
         return f"unit/{instance.kind}{instance.path.removeprefix('unit')}"
     if instance.path == "team" and instance.kind.startswith("backward"):
         return f"{instance.kind}_team"
     return "tile_map" if instance.kind.startswith("tile_map") else instance.kind
 
 
-def pipelines() -> list[Pipeline]:
+def is_on_unit(instance: _native.Instance) -> bool:
+    return instance.path.startswith("unit")
+
+
+def pipelines(*, on_unit: bool = False) -> list[Pipeline]:
+    """Those of M1, or those for the matrix unit, which M1 has not: see shim/unit_product.h."""
     found = []
     for instance in _native.catalogue():
-        if instance.path == "unit":  # M1 has no such instruction
+        if is_on_unit(instance) != on_unit:
             continue
         variants = VARIANTS.get(instance.kind, {"": ()})
         shared = instance.path == "team"
@@ -68,29 +73,26 @@ def _code(path: Path) -> str:
     return " ".join(re.sub(r"//.*", "", path.read_text(encoding="utf-8")).split())
 
 
-def _included(path: Path, found: set[Path], wanted: str) -> set[Path]:
-    """A header and what it includes, of names that match."""
+def _included(path: Path, found: set[Path]) -> set[Path]:
+    """A header and what it includes."""
     if path not in found:
         found.add(path)
-        for name in re.findall(rf'^#include "({wanted})"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            _included((path.parent / name).resolve(), found, wanted)
+        for name in re.findall(r'^#include "(\w+\.h)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            _included(path.parent / name, found)
     return found
 
 
-def _parts(family: str) -> list[str]:
-    """The code of a family's headers, and its rows of instances.def. Those of the matrix unit have both in unit/, which
-    no other family's headers read."""
-    wanted = r"[\w./]+\.h" if family.startswith("unit/") else r"\w+\.h"
-    header = (METAL / f"{family}.h").resolve()
-    rows = (header.parent / "instances.def").read_text(encoding="utf-8")
-    found = re.findall(rf"^{header.stem.upper()}\(.*\)$", rows, re.MULTILINE)
-    return [_code(path) for path in sorted(_included(header, set(), wanted))] + found
-
-
 def sources() -> dict[str, str]:
-    """By family, a digest of the Metal code that its instances are compiled from."""
-    families = sorted({family_of(instance) for instance in _native.catalogue()})
-    return {family: _digest(_parts(family)) for family in families}
+    """By family, a digest of the Metal code that its instances are compiled from; of M1's."""
+    rows = (METAL / "instances.def").read_text(encoding="utf-8")
+    families = sorted({family_of(instance) for instance in _native.catalogue() if not is_on_unit(instance)})
+    return {
+        family: _digest(
+            [_code(path) for path in sorted(_included(METAL / f"{family}.h", set()))]
+            + re.findall(rf"^{family.upper()}\(.*\)$", rows, re.MULTILINE)
+        )
+        for family in families
+    }
 
 
 def tool() -> str:

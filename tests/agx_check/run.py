@@ -44,9 +44,12 @@ def _row(toolchain: Toolchain, source: translate_cuda.Source, pipeline: Pipeline
     return {**row, "least_registers": least.registers, "least_stack": least.stack}
 
 
-def rows(toolchain: Toolchain, pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By pipeline, in the catalogue's order."""
-    wanted = [pipeline for pipeline in instances.pipelines() if re.fullmatch(pattern, pipeline.name)]
+def rows(toolchain: Toolchain, pattern: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By pipeline, in the catalogue's order: all of M1's, or those that match, of the matrix unit as well."""
+    wanted = instances.pipelines()
+    if pattern is not None:
+        known = [*wanted, *instances.pipelines(on_unit=True)]
+        wanted = [pipeline for pipeline in known if re.fullmatch(pattern, pipeline.name)]
     sources = _sources()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(lambda pipeline: _row(toolchain, sources[pipeline.kernel], pipeline), wanted)
@@ -56,7 +59,7 @@ def rows(toolchain: Toolchain, pattern: str) -> Iterator[tuple[str, dict[str, An
 def run(toolchain: Toolchain, pattern: str | None) -> None:
     """Prints what it finds; with a pattern, nothing else: the table is of all of them."""
     found = {}
-    for name, row in rows(toolchain, pattern or ".*"):
+    for name, row in rows(toolchain, pattern):
         found[name] = row
         spills = f"  {row['stack']} stack operations" if row["stack"] else ""
         over = "  more than there are" if row["registers"] > MOST_REGISTERS else ""
