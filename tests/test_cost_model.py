@@ -309,9 +309,11 @@ def test_classes_are_those_of_tile_map(problem: Packed) -> None:
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_a_list_of_tiles_is_as_good_as_a_dense_batch(dim: int, chip: Chip) -> None:
-    """Of equal sequences to 1%, of all lengths to 5%; and thrice as good as padding."""
-    equal = Packed(4, (1024,) * 64, dim)
-    mixed = report.packed(dim)
+    """Of equal sequences to 1%, of all lengths to 5%; and thrice as good as padding. M5, four times as fast, has four
+    times as many heads: else it would be done before its cores are level."""
+    more = 4 if chip.has_unit else 1
+    equal = Packed(4 * more, (1024,) * 64, dim)
+    mixed = report.packed(dim)._replace(heads=more * report.PACKED_HEADS)
     for problem, least in ((equal, 0.99), (mixed, 0.95)):
         share = report.packed_share(model_varlen.planned(TABLE, problem, chip), problem, chip)
         assert share >= least * report.equal_share(TABLE, problem, chip)
