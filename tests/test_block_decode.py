@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import test_attention
 import torch
@@ -77,6 +78,19 @@ def packed(listed: list[int], rows: int, keys: int) -> mfa.PackedBlockMask:
     seen = torch.zeros(keys // BLOCK, dtype=torch.bool)
     seen[listed] = True
     return mfa.PackedBlockMask.of(lambda b, h, q, k: seen[k // BLOCK], (1, 1, rows, keys))
+
+
+def test_mla() -> None:
+    """Latents that are both key and value, under as many lists as heads: more than a SIMD-group has lanes."""
+    query, key = torch.randn(1, 40, 1, 576), torch.randn(1, 1, 700, 576)
+    shown = torch.rand(40, 6) < 0.3
+    mask = mfa.PackedBlockMask.of(lambda b, h, q, k: shown[h, k // BLOCK] & (k % 50 > 3), (1, 40, 1, 700))
+    tensors = query, key, key[..., :512]
+    with mfa.simulate(checks=("races", "bounds")) as sim:
+        out = mfa.attention(*tensors, enable_gqa=True, block_mask=mask)
+    assert sim.launches[0].kernel.startswith("decode")
+    expected, plain = (f(*tensors, bias=mask.to_dense())[0] for f in (oracle.attention, oracle.composition))
+    assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
 
 
 def run(tensors: tuple[Tensor, ...], **terms: Any) -> tuple[list[str], Any]:
