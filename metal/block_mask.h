@@ -7,8 +7,6 @@
 
 namespace mfa {
 
-constant constexpr int kMaskBlock = kMaskBlockRows;
-constant constexpr int kMaskBlockTiles = kMaskBlock / kMaskTile;
 // Instead of a block's number among those that are seen in part.
 constant constexpr int kSeenWhole = -1, kNotListed = -2;
 
@@ -16,7 +14,7 @@ constant constexpr int kSeenWhole = -1, kNotListed = -2;
 struct MaskEntry {
   int query_block, key_block;
   int mixed;      // its number among those that are seen in part, or kSeenWhole
-  uint4 classes;  // two bits for each of its tiles, eight tiles of keys in a row
+  uint4 classes;  // of its tiles
 };
 
 // The lists of one (batch, query head). Contents are not trusted: whatever they hold, nothing outside of them is read.
@@ -95,27 +93,6 @@ struct BlockMask {
   }
 };
 
-// Which tiles of an entry are seen: of kQueries x kKeys from (query, key) on.
-template <int kQueries, int kKeys>
-inline MaskClass class_of(MaskEntry entry, int query, int key) {
-  if (entry.mixed < 0) {
-    return kOpen;
-  }
-  constexpr int kTiles = kKeys < kMaskTile ? 1 : kKeys / kMaskTile;
-  constexpr uint kAll = (1u << 2 * kTiles) - 1;
-  const int shift = 2 * (key % kMaskBlock / kMaskTile);
-  uint hides = 0;
-  uint shows = 0;
-  MFA_UNROLL
-  for (short i = 0; i < kQueries; i += kMaskTile) {
-    const int row = (query + i) % kMaskBlock / kMaskTile;
-    const uint classes = entry.classes[row / 2] >> (row % 2 * 2 * kMaskBlockTiles) >> shift & kAll;
-    shows |= classes;
-    hides |= classes ^ (kAll / 3 * kOpen);
-  }
-  return shows == 0 ? kHidden : hides == 0 ? kOpen : kMixed;
-}
-
 // The blocks of kBlock rows that a tile of rows visits on the other side: of keys for a tile of queries, or the
 // reverse. All of what its view has, or, of a block mask, those that the tile's list names.
 template <int kBlock, bool kOfKeys>
@@ -175,7 +152,10 @@ struct BlockWalk {
   // Of kQueries x kKeys from (query, key) on, in the block.
   template <int kQueries, int kKeys>
   MaskClass classify(MaskBlocks blocks, int query, int key) const {
-    return has_block_mask ? class_of<kQueries, kKeys>(entry, query, key) : blocks.classify<kQueries, kKeys>(query, key);
+    if (!has_block_mask) {
+      return blocks.classify<kQueries, kKeys>(query, key);
+    }
+    return entry.mixed < 0 ? kOpen : class_of<kQueries, kKeys>(entry.classes, query, key);
   }
 };
 

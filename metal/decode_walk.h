@@ -12,7 +12,6 @@ template <int kRows, int kBlock>
 struct DecodeWalk {
   static constant constexpr int kLists = (kRows + 31) / 32;
   static constant constexpr int kSteps = kMaskBlock / kBlock;
-  static constant constexpr uint kTilesSeen = 0x5555, kTilesHidden = 0xaaaa;  // of classes
 
   BlockMask mask;
   int first, end;                       // keys: of this step, and behind the last
@@ -20,9 +19,9 @@ struct DecodeWalk {
   int last_block;                       // of the view
   int number[kLists], entries[kLists];  // the next entry of each list, and where it ends
   int first_tile, end_tile;             // of queries
-  uint classes;   // two bits per tile of the block's keys: whether some row sees any of it, and whether some hides any
-  int own_mixed;  // the block's number in the list of the lane's own row
-  ushort own;     // that list
+  uint tiles;                           // of the block's keys: what all rows see and hide
+  int own_mixed;                        // the block's number in the list of the lane's own row
+  ushort own;                           // that list
 
   // `keys` are the part's blocks where there is no block mask; `first_head` is that of the group.
   DecodeWalk(constant AttentionParams& params, BlockMask first_head, View view, Range keys, int first_row,
@@ -70,11 +69,7 @@ struct DecodeWalk {
   int mixed() const { return own_mixed; }
 
   // What the mask does to this step, for all rows of the tile.
-  MaskClass mask_class() const {
-    constexpr int kTiles = kBlock < kMaskTile ? 1 : kBlock / kMaskTile;
-    const uint step = classes >> (first % kMaskBlock / kMaskTile * 2) & ((1u << 2 * kTiles) - 1);
-    return (step & kTilesSeen) == 0 ? kHidden : (step & kTilesHidden) == 0 ? kOpen : kMixed;
-  }
+  MaskClass mask_class() const { return class_of(tiles_of_keys<kBlock>(tiles, first)); }
 
   int key_block(int entry) const { return min(max(mask.key_block(entry), 0), last_block); }
 
@@ -104,24 +99,22 @@ struct DecodeWalk {
     for (short i = 0; i < kLists; ++i) {
       const bool is_listed = number[i] < entries[i] && key_block(number[i]) == block;
       const MaskEntry entry = mask.entry(number[i]);
-      found |= is_listed ? classes_of(entry) : kTilesHidden;
+      found |= is_listed ? tiles_of(entry) : kTilesHidden;
       const int mixed = simd_shuffle(is_listed ? max(entry.mixed, kSeenWhole) : kNotListed, ushort(own % 32));
       own_mixed = own / 32 == i ? mixed : own_mixed;
       number[i] += is_listed ? 1 : 0;
     }
-    classes = simd_or(found);
+    tiles = simd_or(found);
   }
 
   // Of the tile's queries.
-  uint classes_of(MaskEntry entry) const {
+  uint tiles_of(MaskEntry entry) const {
     if (entry.mixed < 0) {
       return kTilesSeen;
     }
     uint found = 0;
     for (int i = first_tile; i < end_tile; ++i) {
-      const uint row = entry.classes[i / 2] >> (i % 2 * 2 * kMaskBlockTiles);
-      const uint not_open = row ^ kTilesHidden;  // kOpen is the upper bit of two
-      found |= ((row | row >> 1) & kTilesSeen) | ((not_open << 1 | not_open) & kTilesHidden);
+      found |= row_of_tiles(entry.classes, i);
     }
     return found;
   }

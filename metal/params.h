@@ -44,7 +44,7 @@ enum Argument : unsigned {
   kValueScale = 26,
   kPartialOut = 27,   // float32 [splits, batch or sequences, query_heads, split_queries, Dv]
   kPartialLse = 28,   // float32 [splits, batch or sequences, query_heads, split_queries], natural logarithm
-  kMaskClasses = 29,  // uint8 [bias_batch, bias_heads, row tiles, column tiles], see mask_classes.h
+  kMaskClasses = 29,  // uint4 [bias_batch, bias_heads, row blocks, column blocks], see mask_classes.h
   kCorrection = 30,   // half: what rounding took from out, see correction.h
   kArgumentCount = 31,
   // Of append, which knows neither gradients nor packed sequences.

@@ -81,7 +81,7 @@ def attention_launch(plan: native.Plan, problem: dict[str, Any]) -> native.Launc
         batch, heads, rows, columns = problem["bias_sizes"]
         row = CATALOGUE[before[0].kernel]
         assert before[0].grid == (tiles(columns, row.block), tiles(rows, row.rows), batch * heads)
-        assert plan.mask_class_bytes == tiles(columns, 16) * tiles(rows, 16) * batch * heads
+        assert plan.mask_class_bytes == 16 * tiles(columns, 128) * tiles(rows, 128) * batch * heads
     return launch
 
 

@@ -171,8 +171,16 @@ inline constexpr Instance kInstances[] = {
    unit},
 #define BACKWARD_DSLOPES(dtype, simdgroups) \
   {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
-#define MASK_BLOCKS(dtype, simdgroups) \
-  {"mask_blocks_" #dtype "_s" #simdgroups, Kind::mask_blocks, DType::dtype, 0, 0, simdgroups, 16, 16 * simdgroups, 0},
+#define MASK_BLOCKS(dtype, simdgroups)     \
+  {"mask_blocks_" #dtype "_s" #simdgroups, \
+   Kind::mask_blocks,                      \
+   DType::dtype,                           \
+   0,                                      \
+   0,                                      \
+   simdgroups,                             \
+   kMaskBlockRows,                         \
+   kMaskBlockRows,                         \
+   0},
 #define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                                \
   {"decode_" #dtype "_d" #head_dim "_v" #value_dim "_" #path "_s" #simdgroups "_r" #row_tiles "_k" #block_keys,    \
    Kind::decode,                                                                                                   \

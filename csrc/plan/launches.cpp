@@ -128,13 +128,14 @@ bool add_mask_blocks(Plan& plan, const Problem& problem, const Canonical& canoni
   if (!classifies_mask(problem)) return false;
   const Instance& instance = *choose(Kind::mask_blocks, problem, canonical.bucket);
   const auto& [batch, heads, rows, columns] = problem.bias.sizes;
-  const std::int64_t down = tiles(rows, instance.rows);
+  const std::int64_t down = tiles(rows, instance.rows), across = tiles(columns, instance.block);
+  constexpr int kBytes = 16;  // of a block's classes
   add_launch(plan, instance,
              constants({{kHasBias, true},
                         {kHasMask, problem.bias.kind == BiasKind::mask},
                         {kHasFloatBias, problem.bias.kind == BiasKind::float32}}),
-             {tiles(columns, instance.block), down, batch * heads});
-  plan.mask_class_bytes = static_cast<std::uint64_t>(batch * heads * down * tiles(columns, 16));
+             {across, down, batch * heads});
+  plan.mask_class_bytes = static_cast<std::uint64_t>(batch * heads * down * across * kBytes);
   return true;
 }
 

@@ -55,7 +55,7 @@ constexpr Tuning kTuning[] = {
   {Family::family, Kind::backward_dbias, DType::dtype,   head_dim,  value_dim, staged, \
    held,           simdgroups,           8 * simdgroups, block_keys},
 #define TUNE_MASK_BLOCKS(family, dtype, simdgroups) \
-  {Family::family, Kind::mask_blocks, DType::dtype, 0, 0, staged, held, simdgroups, 16, 16 * simdgroups},
+  {Family::family, Kind::mask_blocks, DType::dtype, 0, 0, staged, held, simdgroups, kMaskBlockRows, kMaskBlockRows},
 #include "plan/tuning.def"
 };
 

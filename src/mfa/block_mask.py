@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 BLOCK, TILE = 128, 16
 _TILES = BLOCK // TILE
 _WORDS = BLOCK // 32  # of bits, per row of a block
-_HIDDEN, _MIXED, _OPEN = 0, 1, 2  # as in metal/mask_classes.h
+_HIDDEN, _MIXED, _OPEN = 0, 1, 2  # states of blocks
+_SEES, _HIDES = 1, 2  # classes of tiles have both, as in metal/mask_classes.h; behind the end, neither
 # The words of the header; what follows lies where they say, in words.
 HEADER = (
     "batch",
@@ -169,8 +170,8 @@ def _row(
     tiles = (len(mixed), _TILES, TILE, _TILES, TILE)
     some = (bits & exists).view(tiles).any(4).any(2)
     every = (bits | ~exists).view(tiles).all(4).all(2)
-    classes = torch.full(tile_states.shape, _OPEN, dtype=torch.int64, device=device)
-    classes[mixed] = torch.where(every, _OPEN, torch.where(some, _MIXED, _HIDDEN))
+    classes = _SEES * ((tiles_q < length_q)[:, None] & (tiles_k < length_k)).view(_TILES, -1, _TILES).transpose(0, 1)
+    classes[mixed] = some * _SEES + ~every * _HIDES
     # Some of these turn out to be hidden or open.
     seen[mixed], whole[mixed] = some.any(2).any(1), every.all(2).all(1)
     remains = seen[mixed] & ~whole[mixed]
