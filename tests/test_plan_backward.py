@@ -249,9 +249,28 @@ def mode_of(plan: native.Plan) -> int:
 @pytest.mark.parametrize(("head_dim", "value_dim"), BUCKETS)
 def test_five_gemms_are_the_default_and_seven_a_choice(family: str, head_dim: int, value_dim: int) -> None:
     problem = SHAPE | {"family": family, "head_dim": head_dim, "value_dim": value_dim}
-    assert mode_of(native.plan_backward(**problem)) == 5  # the reason is in tuning.def
-    assert mode_of(native.plan_backward(**problem, mode="five_gemm")) == 5
+    usual = native.plan_backward(**problem)
+    # The reasons are in tuning.def, and in plan_backward.cpp.
+    five = 7 if any("_unit_" in launch.kernel for launch in usual.launches) else 5
+    assert mode_of(usual) == five
+    assert mode_of(native.plan_backward(**problem, mode="five_gemm")) == five
     assert mode_of(native.plan_backward(**problem, mode="seven_gemm")) == 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_what_the_matrix_unit_takes(dtype: str, head_dim: int) -> None:
+    """All or nothing: aligned rows of 16 bits, whose D and Dv are the bucket. Above D 64 dV has a launch of its own."""
+    problem = SHAPE | {"family": "apple10", "dtype": dtype, "head_dim": head_dim, "value_dim": head_dim}
+    problem |= {"bias": "float32", "wants_bias": True}
+
+    def paths(**change: Any) -> list[str]:
+        rows = [CATALOGUE[launch.kernel] for launch in native.plan_backward(**(problem | change)).launches]
+        return [row.path for row in rows if row.kind in ("backward_dkdv", "backward_dq", "backward_dbias")]
+
+    for change in ({"head_dim": head_dim - 8}, {"value_dim": head_dim - 8}, {"aligned": False}, {"family": "apple9"}):
+        assert "unit" not in paths(**change)
+    assert "unit" not in paths() if dtype == "f32" else paths() == ["unit"] * (3 if head_dim == 64 else 4)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +366,8 @@ def test_catalogue_knows_what_kernels_really_use(dtype: str) -> None:
 
     before = _library.set_backward_mode(0)
     try:
-        for family, gemms, bucket in itertools.product(("apple7", "apple9"), (5, 7), [*BUCKETS, LATENT]):
+        families = ("apple7", "apple9", "apple10")
+        for family, gemms, bucket in itertools.product(families, (5, 7), [*BUCKETS, LATENT]):
             _library.set_backward_mode(gemms)
             run(family, *bucket)
         for row in rows:  # alternatives

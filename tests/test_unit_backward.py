@@ -68,7 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bias": {"bias": ("float32", (True, False, False, True)), "softcap": 4.0, "seed": 2},
     "window": {"alibi": "heads", "has_sinks": True, "window": (30, 9), "key_heads": 2, "seed": 6},
     "half a set": {"head_dim": 80, "value_dim": 80, "group": 2},
-    "flat": {"scale": 0.0, "key_length": 80},  # what rounding takes from P is the same for all queries
+    "flat": {"scale": 0.0, "query_length": 9, "key_length": 55},  # what rounding takes from P is the same for all queries
 }
 
 
