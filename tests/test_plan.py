@@ -55,7 +55,9 @@ def test_catalogue_rows_are_launchable() -> None:
         assert row.head_dim == 0 or f"_d{row.head_dim}" in name
         assert row.value_dim == 0 or f"_v{row.value_dim}" in name
         tiles = re.search(r"_r(\d+)", name)
-        members = 1 if row.path != "team" else row.simdgroups if row.kind.startswith("backward") else 4
+        members = {"team": 4, "unit_team": 2 if row.head_dim <= 256 else 4}.get(row.path, 1)
+        if row.path == "team" and row.kind.startswith("backward"):
+            members = row.simdgroups
         owners = row.simdgroups // members
         assert tiles is None or row.rows == 8 * int(tiles[1]) * owners
         if row.kind == "forward":
@@ -189,8 +191,8 @@ def test_instance_holds_the_problem_at_least_cost(problem: dict[str, Any]) -> No
     row = CATALOGUE[launch.kernel]
     assert row.dtype == problem["dtype"]
     assert (row.head_dim, row.value_dim) == bucket(problem)
-    if row.kind == "forward" and row.path in ("direct", "unit"):  # have no code for tails
-        assert problem["family"] in ("apple9", "apple10")[row.path == "unit" :]
+    if row.kind == "forward" and row.path in ("direct", "unit", "unit_team"):  # have no code for tails
+        assert problem["family"] in ("apple9", "apple10")[row.path != "direct" :]
         assert launch.constants["is_aligned"]
         assert launch.constants["is_exact_head"]
 
@@ -220,12 +222,14 @@ def path(**problem: Any) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256, 320, 384, 512])
 def test_m5_runs_16_bits_on_the_matrix_unit(dim: int, dtype: str) -> None:
     own = {"dtype": dtype, "head_dim": dim, "value_dim": dim}
-    assert [path(family=family, **own) for family in FAMILIES] == ["staged", "staged", "staged", "unit"]
+    older = "team" if dim > 256 else "staged"
+    unit = "unit_team" if dim > 128 else "unit"
+    assert [path(family=family, **own) for family in FAMILIES] == [older, older, older, unit]
     for other in ({"aligned": False}, {"head_dim": dim - 8}, {"value_dim": dim - 8}, {"dtype": "f32"}):
-        assert path(family="apple10", **own | other) == path(family="apple9", **own | other) != "unit"
+        assert path(family="apple10", **own | other) == path(family="apple9", **own | other) != unit
 
 
 def test_newer_families_read_aligned_float32_directly() -> None:

@@ -40,7 +40,7 @@ PAIRS = ((192, 192), (256, 256))
 TEAMS = ((320, 320), (384, 384), (512, 512), (576, 512))
 DIMS = (*ALONE, *PAIRS, *TEAMS)
 LENGTHS = (1, 15, 16, 17, 32, 33, 63, 64, 65, 97, 130)
-HEADS = ((1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3))  # batch, heads of keys, queries per head of keys
+HEADS = ((1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3))  # batch, key heads, group
 LARGEST_PRODUCT = 6_000_000  # multiply-accumulates
 
 
@@ -65,9 +65,9 @@ def usual(*values: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def dense_problems(draw: st.DrawFn) -> Problem:
-    """Of every feature, and of rows that the kernels take: aligned, of a bucket's head dimension."""
+    """Of every feature, and such as the kernels take: aligned rows of a bucket's head dimension, more than decode has."""
     batch, key_heads, group = draw(st.sampled_from(HEADS))
-    lengths = draw(st.sampled_from(LENGTHS)), draw(st.sampled_from(LENGTHS))
+    lengths = draw(st.sampled_from(LENGTHS[1:] if group == 1 else LENGTHS[-3:])), draw(st.sampled_from(LENGTHS))
     pairs = batch * key_heads * group * lengths[0] * lengths[1]
     head_dim, value_dim = draw(st.sampled_from([dims for dims in DIMS if pairs * dims[0] <= LARGEST_PRODUCT]))
     return replace(
@@ -98,13 +98,18 @@ def blocked_problems(draw: st.DrawFn) -> Blocked:
 @st.composite
 def sequences(draw: st.DrawFn) -> Packed:
     problem = draw(packed_problems(dtypes=tuple(DTYPES.values())))
-    pairs = problem.key_heads * problem.group * sum(a * b for a, b in problem.lengths)
-    dims = draw(st.sampled_from([dims for dims in DIMS if pairs * dims[0] <= LARGEST_PRODUCT] or [DIMS[0]]))
-    return replace(problem, dims=dims, uses=draw(usual("all keys", "some")))
+    length = st.sampled_from((0, 1, 17, 33, 65, 130))
+    lengths = (
+        (draw(st.sampled_from(LENGTHS[-3:])), draw(length)),
+        *draw(st.lists(st.tuples(length, length), max_size=3)),
+    )
+    group = draw(usual(1, 3))
+    pairs = problem.key_heads * group * sum(a * b for a, b in lengths)
+    dims = draw(st.sampled_from([dims for dims in DIMS if dims == DIMS[0] or pairs * dims[0] <= LARGEST_PRODUCT]))
+    return replace(problem, lengths=lengths, group=group, dims=dims, uses=draw(usual("all keys", "some")))
 
 
 def check_random(shard: int, count: int, strategy: st.SearchStrategy[Any], check: Callable[[Any, M5], None]) -> None:
-    """Of `count` problems, most run on the unit: not those of few queries of grouped heads."""
     device = M5()
 
     @seed(shard)
@@ -114,8 +119,9 @@ def check_random(shard: int, count: int, strategy: st.SearchStrategy[Any], check
         check(problem, device)
 
     holds()
-    ran = [kernel for kernel in device.kernels if kernel.startswith(("forward", "decode"))]
-    assert sum("_unit_" in kernel for kernel in ran) > 0.7 * len(ran)
+    forward = [kernel for kernel in device.kernels if kernel.startswith("forward")]
+    assert all("_unit_" in kernel for kernel in forward)
+    assert len(forward) > count  # each problem runs two or three times
 
 
 def check_trained(problem: Problem, device: M5) -> None:

@@ -97,7 +97,7 @@ constexpr bool every_row_has_an_instance() {
 static_assert(every_row_has_an_instance(), "tuning.def names an instance that instances.def does not have");
 
 // Such kernels have no code for tails.
-constexpr bool takes_exact_only(Path path) { return path == direct || path == unit; }
+constexpr bool takes_exact_only(Path path) { return path == direct || path == unit || path == unit_team; }
 
 constexpr bool fits(int dim, int bucket) { return dim == 0 || dim == bucket; }  // 0: the kernel takes any
 

@@ -21,7 +21,8 @@ namespace mfa {
 namespace {
 
 constexpr Named<DType> kDTypes[] = {{"f16", DType::f16}, {"bf16", DType::bf16}, {"f32", DType::f32}};
-constexpr Named<Path> kPaths[] = {{"staged", staged}, {"direct", direct}, {"team", team}, {"unit", unit}};
+constexpr Named<Path> kPaths[] = {
+    {"staged", staged}, {"direct", direct}, {"team", team}, {"unit", unit}, {"unit_team", unit_team}};
 constexpr Named<Memory> kMemories[] = {{"split", split}, {"shared", shared}};
 constexpr Named<Own> kOwns[] = {{"held", held}, {"reread", reread}};
 constexpr Named<Kind> kKinds[] = {{"forward", Kind::forward},

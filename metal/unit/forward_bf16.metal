@@ -1,6 +1,6 @@
 // Forward kernels on the matrix unit, bf16.
 #define MFA_INSTANCES_WITHOUT_F16
-#include "forward.h"
+#include "forward_team.h"
 
 namespace mfa {
 #include "instances.def"

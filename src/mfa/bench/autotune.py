@@ -28,7 +28,7 @@ from . import against_aten
 TUNABLE = {"forward": "TUNE_FORWARD", "backward_dkdv": "TUNE_DKDV", "backward_dq": "TUNE_DQ"}
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _FAMILIES = ("apple7", "apple8", "apple9", "apple10")
-_FIRST = {"direct": "apple9", "unit": "apple10"}  # family that runs a path
+_FIRST = {"direct": "apple9", "unit": "apple10", "unit_team": "apple10"}  # family that runs a path
 # Seconds of an instance's problem, with the instance preferred.
 Clock = Callable[[_native.Instance], float]
 
@@ -54,7 +54,7 @@ def row_of(instance: _native.Instance, family: str) -> str:
     own = f"{instance.own}, " if instance.kind == "backward_dq" else ""
     path = f"{instance.path}, " if instance.kind == "forward" else ""
     macro = TUNABLE[instance.kind] + ("_UNIT" if instance.path == "unit" and not path else "")
-    tiles = instance.rows // 8 // instance.simdgroups
+    tiles = instance.name.rsplit("_r", 1)[1].split("_")[0]
     return (
         f"{macro}({family}, {instance.dtype}, {own}{instance.head_dim}, {instance.value_dim}, "
         f"{path}{instance.simdgroups}, {tiles}, {instance.block})"
