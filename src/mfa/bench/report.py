@@ -60,20 +60,38 @@ def forward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
 
 
 def unit_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
-    """Forward kernels that the plan has on the matrix unit."""
-    yield f"{'D':>4} {'kernel':38}" + "".join(f"{f'{name}: dense':>14}{'causal':>8}{'MLX':>7}" for name in model.VIEWS)
+    """What the plan has on the matrix unit."""
+    yield f"{'D':>4} {'forward':38}" + "".join(f"{f'{name}: dense':>14}{'causal':>8}{'MLX':>7}" for name in model.VIEWS)
     for dim in HEAD_DIMS:
-        dense, causal = shape(dim), shape(dim, causal=True)
-        (name,) = model.plan_forward(dense, chip)
-        if not table[name].unit_mma:
+        problems = shape(dim), shape(dim, causal=True)
+        names = model.plan_forward(problems[0], chip)
+        if not on_unit(table, names):
             continue
         cells = ""
         for view in model.VIEWS.values():
-            ours = [model.seconds(model.forward(table, problem, chip, view=view)) for problem in (dense, causal)]
-            theirs = steel(table, dense, chip, view).seconds
-            shares = utilisation(dense, 2, ours[0], chip), utilisation(causal, 2, ours[1], chip)
-            cells += f"{shares[0]:>14.1%}{shares[1]:>8.1%}{utilisation(dense, 2, theirs, chip):>7.1%}"
-        yield f"{dim:>4} {name:38}{cells}"
+            times = [model.seconds(model.forward(table, problem, chip, view=view)) for problem in problems]
+            dense, causal = (utilisation(p, 2, seconds, chip) for p, seconds in zip(problems, times, strict=True))
+            theirs = utilisation(problems[0], 2, steel(table, problems[0], chip, view).seconds, chip)
+            cells += f"{dense:>14.1%}{causal:>8.1%}{theirs:>7.1%}"
+        yield f"{dim:>4} {', '.join(names):38}{cells}"
+    yield f"{'D':>4} {'backward':38}" + "".join(
+        f"{f'{name}: dense':>14}{'causal':>8}{'of 5':>7}" for name in model.VIEWS
+    )
+    for dim in BACKWARD_DIMS:
+        problems = shape(dim), shape(dim, causal=True)
+        names = model.plan_backward(problems[0], chip)
+        if not on_unit(table, names):
+            continue
+        cells, made = "", sum(map(model.products_of, names))
+        for view in model.VIEWS.values():
+            times = [model.seconds(model.backward(table, problem, chip, view=view)) for problem in problems]
+            dense, causal = (utilisation(p, made, seconds, chip) for p, seconds in zip(problems, times, strict=True))
+            cells += f"{dense:>14.1%}{causal:>8.1%}{utilisation(problems[0], 5, times[0], chip):>7.1%}"
+        yield f"{dim:>4} {f'{made} products':38}{cells}"
+
+
+def on_unit(table: dict[str, kernels.Kernel], names: list[str]) -> bool:
+    return any(name in table and table[name].unit_mma > 0 for name in names)
 
 
 def backward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
