@@ -22,7 +22,7 @@ from mfa.sdpa import policy
 
 TABLE = policy.rows()
 PREFILL = next(row for row in TABLE if row.kernel == "prefill_attention_mpp")
-M5 = policy.Machine("apple10", (2, 14), (26, 2))
+M5 = policy.Machine("apple10", False, (2, 14), (26, 2))  # whose matrix unit mfa can't use
 PLAIN = policy.Call("float16", 128, 128, 1024, is_causal=True, mask="none", is_plain=True)
 
 
@@ -51,6 +51,7 @@ def test_atens_metal_4_prefill_wins_on_m5() -> None:
 @pytest.mark.parametrize(
     "machine",
     [
+        M5._replace(matrix_unit=True),
         M5._replace(family="apple9"),
         M5._replace(family=None),
         M5._replace(torch=(2, 13)),

@@ -97,7 +97,7 @@ def mps_clock(seconds: float) -> Clock:
 def report(machine: policy.Machine, clock: Clock, source: str, table: Iterable[policy.Row]) -> Iterator[str]:
     """Lines: the rows for this machine, to replace those of its family in policy.json."""
     for kernel in templates(table):
-        own = replace(kernel, family=machine.family or "")
+        own = replace(kernel, family=machine.family or "", matrix_unit=machine.matrix_unit)
         if not policy.has(machine, own):
             needed = f"torch {kernel.torch}, macOS {kernel.macos}, {kernel.unless} unset"
             yield f"# {kernel.kernel}: not here; it needs {needed}"

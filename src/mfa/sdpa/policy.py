@@ -27,6 +27,7 @@ class Row:
 
     kernel: str
     family: str  # of the GPU: apple7 (M1) ... apple10 (M5)
+    matrix_unit: bool  # whether mfa uses M5's
     torch: str  # this version or later, as of macOS
     macos: str
     unless: str | None  # an environment variable that turns the kernel off
@@ -47,6 +48,7 @@ class Row:
 
 class Machine(NamedTuple):
     family: str | None
+    matrix_unit: bool
     torch: tuple[int, ...]
     macos: tuple[int, ...]
     variables: frozenset[str] = frozenset()  # that the environment has
@@ -72,7 +74,7 @@ def rows() -> list[Row]:
 def has(machine: Machine, row: Row) -> bool:
     """Whether the row is about this machine."""
     return (
-        machine.family == row.family
+        (machine.family, machine.matrix_unit) == (row.family, row.matrix_unit)
         and machine.torch >= version(row.torch)
         and machine.macos >= version(row.macos)
         and row.unless not in machine.variables
@@ -114,8 +116,9 @@ def reason_for_aten(
 @functools.cache
 def machine() -> Machine:
     """This one."""
-    family = device.device_info().family
-    return Machine(family, version(torch.__version__), version(platform.mac_ver()[0]), frozenset(os.environ))
+    info = device.device_info()
+    versions = version(torch.__version__), version(platform.mac_ver()[0])
+    return Machine(info.family, info.matrix_unit == "used", *versions, frozenset(os.environ))
 
 
 def version(text: str) -> tuple[int, ...]:
