@@ -113,6 +113,17 @@ struct BackwardKeys {
     return !simd_any(first > 0 && last > 0 && fabs(first - last) > kFlat * first);
   }
 
+  // P' as dV takes it: what dropout keeps.
+  void keep(Rules<T> rules, int first_query, thread Fragment<float> (&kept)[kRowTiles][kQueryTiles]) const {
+    MFA_UNROLL
+    for (short r = 0; r < kRowTiles; ++r) {
+      MFA_UNROLL
+      for (short n = 0; n < kQueryTiles; ++n) {
+        kept[r][n] = has_dropout ? p[r][n] * kept_factor(rules.dropout, first_query, r, n) : p[r][n];
+      }
+    }
+  }
+
   // dV += P' dO.
   template <typename GradOuts>
   void add_values(Rules<T> rules, GradOuts grad_outs, int first_query) {
@@ -121,13 +132,7 @@ struct BackwardKeys {
       return;
     }
     Fragment<float> kept[kRowTiles][kQueryTiles];
-    MFA_UNROLL
-    for (short r = 0; r < kRowTiles; ++r) {
-      MFA_UNROLL
-      for (short n = 0; n < kQueryTiles; ++n) {
-        kept[r][n] = p[r][n] * kept_factor(rules.dropout, first_query, r, n);
-      }
-    }
+    keep(rules, first_query, kept);
     multiply_accumulate<T, kValueDim>(grad_value, kept, grad_outs, lane, refines);
   }
 
@@ -136,6 +141,12 @@ struct BackwardKeys {
   void make_score_gradient(Rules<T> rules, GradOuts grad_outs, Statistics statistics, int first_query) {
     Fragment<float> dp[kRowTiles][kQueryTiles];
     multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
+    subtract_delta(rules, dp, statistics, first_query);
+  }
+
+  template <typename Statistics>
+  void subtract_delta(Rules<T> rules, thread Fragment<float> (&dp)[kRowTiles][kQueryTiles], Statistics statistics,
+                      int first_query) {
     MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
       const float2 delta = statistics.delta(n);

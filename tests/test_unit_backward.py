@@ -64,11 +64,18 @@ USUAL = {"layouts": ("contiguous",) * 3, "window": (None, None), "is_causal": Fa
 PROBLEM = Problem(torch.float16, 1, 1, 1, 77, 131, 64, 64, **USUAL)
 CHANGES: dict[str, dict[str, Any]] = {
     "ragged": {"group": 2, "batch": 2, "seed": 1},
-    "causal": {"query_length": 100, "key_length": 100, "is_causal": True},
+    "causal": {
+        **{"query_length": 100, "key_length": 100, "is_causal": True, "seed": 2},
+        **{"bias": ("query", (True, False, True, False))},
+    },
     "bias": {"bias": ("float32", (True, False, False, True)), "softcap": 4.0, "seed": 2},
     "window": {"alibi": "heads", "has_sinks": True, "window": (30, 9), "key_heads": 2, "seed": 6},
     "half a set": {"head_dim": 80, "value_dim": 80, "group": 2},
-    "flat": {"scale": 0.0, "query_length": 9, "key_length": 55},  # what rounding takes from P is the same for all queries
+    "flat": {
+        "scale": 0.0,
+        "query_length": 9,
+        "key_length": 55,
+    },  # what rounding takes from P is the same for all queries
 }
 
 
@@ -154,10 +161,10 @@ def count(unit: Unit, query: Tensor, key: Tensor) -> dict[str, mfa.Counters]:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_budgets(unit: Unit, dim: int) -> None:
-    """Products exactly, each operand read once per use, no threadgroup memory and no wait.
+    """Products exactly, no operand read more often than it has to be, no threadgroup memory and no wait.
 
-    A block is of 16 queries and 16 keys; a set of 32 columns of its rows are two loads. dK and dV of D 64 take six
-    sets: K, V, and Q and dO twice; at D 128 they are two launches, and K and Q are read for both. dQ takes K twice and
+    A block is of 16 queries and 16 keys; a set of 32 columns of its rows are two loads. dK and dV of D 64 take five
+    sets: K, V, dO, and Q twice; at D 128 they are two launches, and K, Q and dO are read for both. dQ takes K twice and
     V, and at D 128 Q and dO, which D 64 holds.
     """
     query, key = (torch.randn(1, 1, length, dim).mul(0.1).half() for length in (64, 128))
@@ -165,7 +172,7 @@ def test_budgets(unit: Unit, dim: int) -> None:
     counters = count(unit, query, key)
     dkdv, dq = counters["dkdv"], counters["dq"]
     assert (dkdv.unit_mma, dq.unit_mma) == (product * (4 if dim == 64 else 5), product * 3)
-    dkdv_loads, dq_loads, held = (6, 3, 2) if dim == 64 else (8, 5, 0)
+    dkdv_loads, dq_loads, held = (5, 3, 2) if dim == 64 else (8, 5, 0)
     assert dkdv.fragment_loads == 32 * blocks * 2 * sets * dkdv_loads
     assert dq.fragment_loads == 32 * 2 * sets * (blocks * dq_loads + 64 // 16 * held)
     for found in (dkdv, dq):
@@ -173,8 +180,8 @@ def test_budgets(unit: Unit, dim: int) -> None:
         assert found.threadgroup_reads == found.threadgroup_writes == 0
     # Of float16: votes on refinement, two where dV is made.
     assert (dkdv.reductions, dq.reductions) == (blocks * (2 if dim == 64 else 3), blocks)
-    # The one is a fence between loads, which orders no memory.
-    assert (dkdv.simdgroup_barriers, dq.simdgroup_barriers) == (0, blocks if held else 0)
+    # Fences between loads, which order no memory.
+    assert dkdv.simdgroup_barriers == dq.simdgroup_barriers == (blocks if dim == 64 else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,7 +214,7 @@ def test_equal_probabilities_are_refined(unit: Unit, dtype: str) -> None:
 # data, of which 128 less about 14 for addresses and counters are there. Loads that a hand count gives are those of
 # test_budgets, and the statistics of four or eight queries.
 OPEN_BLOCKS = {
-    "BACKWARD_DKDV_UNIT(f16, 64, 64, 4, 2, 16)": (("wants_grad_key", "wants_grad_value"), 24, 28, 16, 8, 104),
+    "BACKWARD_DKDV_UNIT(f16, 64, 64, 4, 2, 16)": (("wants_grad_key", "wants_grad_value"), 24, 25, 16, 8, 102),
     "BACKWARD_DKDV_UNIT(f16, 80, 80, 4, 2, 32)": (("wants_grad_key",), 48, 56, 30, 16, 116),
     "BACKWARD_DKDV_UNIT(f16, 128, 128, 4, 2, 16)": (("wants_grad_key",), 24, 44, 24, 8, 106),
     "BACKWARD_DQ_UNIT(f16, held, 64, 64, 4, 2, 16)": ((), 24, 13, 12, 8, 96),

@@ -4,41 +4,56 @@
 
 #define MFA_MATRIX_UNIT
 #include "../backward_dkdv.h"
+#include "../device_rows.h"
 #include "rows.h"
 
 namespace mfa {
 
-// The statistics of a block's queries in device memory; of those that fragments have in column tile n. A row from
-// `valid` on is one that sees nothing; in an open block all are there.
-template <bool kIsOpen>
-struct DeviceStatistics {
-  const device float2* rows;
-  int valid;
-  Lane lane;
+// The statistics of a block's queries, read from device memory; of those that fragments have in column tile n.
+template <int kTiles>
+struct ReadStatistics {
+  float2 lse_and_delta[kTiles][2];
 
-  float2 lse(short n) const { return float2(row(n, 0).x, row(n, 1).x); }
-  float2 delta(short n) const { return float2(row(n, 0).y, row(n, 1).y); }
-
-  float2 row(short n, short e) const {
-    const short i = lane.column_of(n) + e;
-    return kIsOpen || i < valid ? rows[i] : float2(kUnseenLse, 0);
+  // A row from `valid` on is one that sees nothing; in an open block all are there.
+  ReadStatistics(const device float2* rows, bool is_open, int valid, Lane lane) {
+    MFA_UNROLL
+    for (short n = 0; n < kTiles; ++n) {
+      MFA_UNROLL
+      for (short e = 0; e < 2; ++e) {
+        const short i = lane.column_of(n) + e;
+        lse_and_delta[n][e] = is_open || i < valid ? rows[i] : float2(kUnseenLse, 0);
+      }
+    }
   }
+
+  float2 lse(short n) const { return float2(lse_and_delta[n][0].x, lse_and_delta[n][1].x); }
+  float2 delta(short n) const { return float2(lse_and_delta[n][0].y, lse_and_delta[n][1].y); }
 };
 
 // One block of queries. An open one has neither bounds of rows nor a mask.
-template <bool kIsOpen, typename T, typename Keys>
-inline void add_block(constant AttentionParams& params, thread Keys& keys, Rules<T> rules, HeadRows<T> head_queries,
-                      HeadRows<T> head_grad_outs, const device float2* head_statistics, int first_query) {
+template <bool kIsOpen, typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockQueries>
+inline void add_block(constant AttentionParams& params,
+                      thread BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries>& keys, Rules<T> rules,
+                      HeadRows<T> head_queries, HeadRows<T> head_grad_outs, const device float2* head_statistics,
+                      int first_query) {
+  constexpr int kTiles = kBlockQueries / kFragment;
   const auto queries = unit_rows<kIsOpen>(head_queries.from(first_query));
   const auto grad_outs = unit_rows<kIsOpen>(head_grad_outs.from(first_query));
-  const DeviceStatistics<kIsOpen> statistics = {head_statistics + first_query, head_queries.length - first_query,
-                                                keys.lane};
+  const ReadStatistics<kTiles> statistics(head_statistics + first_query, kIsOpen, head_queries.length - first_query,
+                                          keys.lane);
   keys.make_probabilities(params, rules, queries, statistics, first_query, !kIsOpen);
-  if (wants_grad_value) {
+  if (wants_grad_value && wants_grad_key) {
+    keep_in_loop();  // V, which would else be read once, into registers that there aren't
+    Fragment<float> dp[kRowTiles][kTiles], kept[kRowTiles][kTiles];
+    keys.keep(rules, first_query, kept);
+    multiply_both<T, kValueDim>(dp, keys.value, keys.grad_value, kept, grad_outs, keys.lane, keys.refines);
+    keys.subtract_delta(rules, dp, statistics, first_query);
+  } else if (wants_grad_value) {
     keys.add_values(rules, grad_outs, first_query);
+  } else {
+    keys.make_score_gradient(rules, grad_outs, statistics, first_query);
   }
   if (wants_grad_key) {
-    keys.make_score_gradient(rules, grad_outs, statistics, first_query);
     keys.add_keys(queries);
   }
 }

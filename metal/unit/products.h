@@ -169,4 +169,40 @@ inline void multiply_accumulate(thread Fragment<float> (&result)[kRowTiles][kDim
   }
 }
 
+// A set of columns of rows, in registers.
+template <typename T, int kTiles>
+struct HeldSet {
+  Fragment<T> fragments[kTiles][kSetFragments];
+};
+
+template <int kDim, typename T, int kTiles>
+inline void load_right(thread Fragment<T>* fragments, HeldSet<T, kTiles> rows, short tile, short, Lane) {
+  MFA_UNROLL
+  for (short j = 0; j < kSetFragments; ++j) {
+    fragments[j] = rows.fragments[tile][j];
+  }
+}
+
+// S = A B' and C += P B, of at most 32 rows B, which are read once.
+template <typename T, int kDim, int kRowTiles, int kTiles, typename Left, typename Rows>
+inline void multiply_both(thread Fragment<float> (&result)[kRowTiles][kTiles], thread const Left& left,
+                          thread Fragment<float> (&sum)[kRowTiles][kDim / kFragment],
+                          thread Fragment<float> (&weights)[kRowTiles][kTiles], Rows rows, Lane lane, bool refines) {
+  static_assert(kTiles == 2 || kTiles == 4, "products are of 16 or 32 columns");
+  clear(result);
+  MFA_UNROLL
+  for (short set = 0; set < sets_of(kDim); ++set) {
+    HeldSet<T, kTiles> b;
+    MFA_UNROLL
+    for (short c = 0; c < kTiles; ++c) {
+      load_right<kDim>(b.fragments[c], rows, c, set, lane);
+    }
+    multiply_transposed_set<T, kDim>(result, left, b, set, lane);
+    if (refines) {
+      multiply_accumulate_set<true, kDim, kTiles, T>(sum, weights, b, set, 0, lane);
+    }
+    multiply_accumulate_set<false, kDim, kTiles, T>(sum, weights, b, set, 0, lane);
+  }
+}
+
 }  // namespace mfa
