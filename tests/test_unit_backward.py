@@ -144,13 +144,13 @@ def test_random_packed_sequences(unit: Unit, uses: str) -> None:
     holds()
 
 
-def count(unit: Unit, query: Tensor, key: Tensor) -> dict[str, mfa.Counters]:
+def count(unit: Unit, query: Tensor, key: Tensor, **terms: Any) -> dict[str, mfa.Counters]:
     """Counters of backward_dkdv, all launches of it, and of backward_dq."""
     value = torch.randn(key.shape, generator=torch.Generator().manual_seed(1)).to(key.dtype)
     for tensor in (query, key, value):
         tensor.requires_grad_()
     with unit.active() as sim:
-        out = mfa.attention(query, key, value)
+        out = mfa.attention(query, key, value, **terms)
         out.backward(torch.ones_like(out))
     unit.check_kernels()
     return {
@@ -182,6 +182,16 @@ def test_budgets(unit: Unit, dim: int) -> None:
     assert (dkdv.reductions, dq.reductions) == (blocks * (2 if dim == 64 else 3), blocks)
     # Fences between loads, which order no memory.
     assert dkdv.simdgroup_barriers == dq.simdgroup_barriers == (blocks if dim == 64 else 0)
+
+
+def test_blocks_that_nothing_is_seen_of_cost_nothing(unit: Unit) -> None:
+    query, key = (torch.randn(1, 1, 256, 64).mul(0.1).bfloat16() for _ in range(2))
+    mask = (torch.arange(256) >= 128).expand(256, 256)
+    causal = sum(i + 1 for i in range(16)) / 16**2
+    for terms, share in (({"attn_mask": mask}, 0.5), ({"is_causal": True}, causal)):
+        counters = count(unit, query, key, **terms)
+        for name, products in (("dkdv", 4), ("dq", 3)):
+            assert counters[name].unit_mma == products * share * 256 * 256 * 64 / 4096
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
