@@ -232,7 +232,7 @@ def unit() -> Iterator[Case]:
     for dtype, feature in product(("f16", "bf16"), FEATURES):
         yield replace(base, dtype=dtype, **feature)  # type: ignore[arg-type]
     for dim in UNIT_DIMS:
-        yield replace(base, head_dim=dim, bias="blocks", query_length=300, key_length=417, backward="")
+        yield replace(base, head_dim=dim, bias="blocks", query_length=300, key_length=417)
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
 
 
@@ -240,8 +240,8 @@ def unit_full() -> Iterator[Case]:
     """The same at full size."""
     for dtype, dim, length, right in product(("f16", "bf16"), UNIT_DIMS, (2048, 8192), (None, 0)):
         batch, key_heads = (4, 8) if length == 2048 else (1, 2)
-        yield Case("unit_full", dtype, batch, 8, key_heads, length, length, dim, window_right=right, heads_checked=4,
-                   backward="automatic" if length == 2048 else "", family="apple10")  # fmt: skip
+        yield Case("unit_full", dtype, batch, 8, key_heads, length, length, dim, window_right=right,
+                   backward="automatic", heads_checked=4, family="apple10")  # fmt: skip
 
 
 GROUPS = {
