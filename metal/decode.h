@@ -113,18 +113,31 @@ struct DecodeTile {
   }
 };
 
-// Of a quantized cache: S takes the scale of its key, and P, after it was summed, that of its value. Each lane has the
-// scale of one key of the block, and all lanes share them.
+// Of a quantized cache: S takes the scale of its key, and P, after it was summed, that of its value.
+template <typename Rows>
+inline void scale_column(thread Rows& rows, short n, float2 scale) {
+  MFA_UNROLL
+  for (short r = 0; r < Rows::kTiles; ++r) {
+    rows.score[r][n] *= scale;
+  }
+}
+
+// Each lane has the scale of one key of the block, and all lanes share them;
 template <typename Rows>
 inline void scale_columns(thread Rows& rows, float own) {
   MFA_UNROLL
   for (short n = 0; n < Rows::kKeyTiles; ++n) {
     const ushort column = n * kFragment + rows.lane.column;
-    const float2 scale = float2(simd_shuffle(own, column), simd_shuffle(own, column + 1));
-    MFA_UNROLL
-    for (short r = 0; r < Rows::kTiles; ++r) {
-      rows.score[r][n] *= scale;
-    }
+    scale_column(rows, n, float2(simd_shuffle(own, column), simd_shuffle(own, column + 1)));
+  }
+}
+
+// or all are in threadgroup memory.
+template <typename Rows>
+inline void scale_columns(thread Rows& rows, const threadgroup float* scales) {
+  MFA_UNROLL
+  for (short n = 0; n < Rows::kKeyTiles; ++n) {
+    scale_column(rows, n, *(const threadgroup float2*)(scales + n * kFragment + rows.lane.column));
   }
 }
 
@@ -301,11 +314,11 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (rows.view.sees(first_key, kBlockKeys)) {
       rows.multiply_keys(queries.operand, Keys{keys});
       if (key_is_quantized) {
-        scale_columns(rows, scales[lane_index % kBlockKeys]);
+        scale_columns(rows, scales);
       }
       rows.softmax(params, rules.in_block(mask_class, walk), first_key);
       if (value_is_quantized) {
-        scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
+        scale_columns(rows, scales + kBlockKeys);
       }
       rows.add_values(Values{values});
     }
@@ -313,7 +326,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   store_packed<kValueDim>(params, rows, tile, out, lse, partial_out, partial_lse);
 }
 
-// As staged; a team shares each row tile. K and V take turns in threadgroup memory.
+// As staged; a team shares each row tile. K and V take turns in threadgroup memory; where V is columns of K, it is
+// that.
 template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void decode_team(DECODE_ARGUMENTS,
                                                                                  ushort simdgroup
@@ -333,9 +347,15 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   threadgroup T* staged_rows = (threadgroup T*)memory;
   threadgroup float2* scores = (threadgroup float2*)(staged_rows + kBlockKeys * larger(Keys::kStride, Values::kStride));
   threadgroup float* scales =
-      (threadgroup float*)(scores + kSimdgroups / kTeam * kTeam * (Partial::kFloats / 2));  // of keys, then of values
+      (threadgroup float*)(scores + kSimdgroups * (Partial::kFloats / 2));  // of keys, of values
+  // Where this threadgroup works, and 0. Read back after the loop, it takes no registers in it.
+  threadgroup uint4* place = (threadgroup uint4*)(scales + 2 * kBlockKeys);
+  if (thread_index == 0) {
+    *place = uint4(position, 0);
+  }
 
-  const DecodeTile tile(params, Layout{tile_map, query_starts, key_starts, key_lengths}, position, kRows);
+  const Layout layout = {tile_map, query_starts, key_starts, key_lengths};
+  const DecodeTile tile(params, layout, position, kRows);
   if (tile.is_whole(params) && tile.part > 0) {
     return;
   }
@@ -375,7 +395,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (key_is_quantized && thread_index < kBlockKeys) {
       scales[thread_index] = cache.keys.scale(first_key + thread_index);
     }
-    if (value_is_quantized && thread_index >= kBlockKeys && thread_index < 2 * kBlockKeys) {
+    if (value_is_quantized && !value_is_key && thread_index >= kBlockKeys && thread_index < 2 * kBlockKeys) {
       scales[thread_index] = cache.values.scale(first_key + thread_index - kBlockKeys);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -383,6 +403,8 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (sees) {
       rows.multiply_keys(queries, Keys{staged_rows + member * kSlice});
       partial.write(rows.score, member);
+    } else {
+      clear(rows.score);  // else it would be alive from block to block
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (!value_is_key || kHeadDim == kValueDim) {
@@ -391,11 +413,11 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
     if (sees) {
       partial.sum(rows.score);
       if (key_is_quantized) {
-        scale_columns(rows, scales[lane_index % kBlockKeys]);
+        scale_columns(rows, scales);
       }
       rows.softmax(params, rules.in_block(mask_class, walk), first_key);
       if (value_is_quantized) {
-        scale_columns(rows, scales[kBlockKeys + lane_index % kBlockKeys]);
+        scale_columns(rows, value_is_key ? scales : scales + kBlockKeys);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -403,7 +425,12 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       add_team_values<T, kHeadDim, kValueDim>(rows, staged_rows, member * kValueSlice);
     }
   }
-  store_packed<kValueSlice>(params, rows, tile, out, lse, partial_out, partial_lse, member * kValueSlice);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const DecodeTile same(params, layout, place->xyz, kRows);
+  const ushort index = thread_index + place->w;
+  rows.lane = Lane(index % 32);
+  rows.first_row = same.first_row + index / (32 * kTeam) * kFragment;
+  store_packed<kValueSlice>(params, rows, same, out, lse, partial_out, partial_lse, index / 32 % kTeam * kValueSlice);
 }
 
 #define DECODE(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \

@@ -77,14 +77,15 @@ constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, 
                                                        padded_row_bytes(value_dim, element_size, octets));
 }
 
-// K and V of a block of keys, and their scales. Those of a team as above.
+// K and V of a block of keys, and their scales. Those of a team as above, and where it works.
 constexpr int decode_threadgroup_bytes(Path path, int head_dim, int value_dim, int rows, int block_keys,
                                        int element_size) {
   return path == direct
              ? 0
              : block_keys * 2 * int(sizeof(float)) +
                    (path == team
-                        ? forward_threadgroup_bytes(team, shared, head_dim, value_dim, rows, block_keys, element_size)
+                        ? forward_threadgroup_bytes(team, shared, head_dim, value_dim, rows, block_keys, element_size) +
+                              4 * int(sizeof(int))
                         : block_keys * (padded_row_bytes(head_dim, element_size, quads) +
                                         padded_row_bytes(value_dim, element_size, octets)));
 }
