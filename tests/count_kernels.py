@@ -126,13 +126,20 @@ def launch_counters(instance: _native.Instance, variant: str, length: int) -> di
     return vars(total)
 
 
+def is_of_latents(instance: _native.Instance) -> bool:
+    """MLA decodes with it: its values are columns of its keys."""
+    return instance.kind == "decode" and instance.head_dim == 576
+
+
 def decode_counters(instance: _native.Instance, length: int) -> dict[str, int]:
     """One token of as many heads as the kernel has rows, over `length` keys of one head, not split."""
     dtype = TORCH_DTYPES[instance.dtype]
     query = torch.zeros(1, instance.rows, 1, instance.head_dim, dtype=dtype)
-    caches = (torch.zeros(1, 1, length, dim, dtype=dtype) for dim in (instance.head_dim, instance.value_dim))
+    key, value = (torch.zeros(1, 1, length, dim, dtype=dtype) for dim in (instance.head_dim, instance.value_dim))
+    if is_of_latents(instance):
+        value = key[..., : instance.value_dim]
     with mfa.simulate("apple7") as sim:
-        mfa.attention_with_kv_cache(query, *caches, cache_seqlens=length, num_splits=1)
+        mfa.attention_with_kv_cache(query, key, value, cache_seqlens=length, num_splits=1)
     (launch,) = sim.launches
     assert launch.kernel == instance.name
     return vars(launch.counters)
@@ -198,6 +205,7 @@ def ours() -> Iterator[Kernel]:
         source = f'#include "{family_of(instance)}.h"\nnamespace mfa {{\n{row}\n}}\n'
         standard = "metal4.0" if FAMILIES.get(instance.path) == "apple10" else "metal3.1"
         true = [name for name in TRUE if name != APART.get(variant)]
+        true += ["value_is_key"] if is_of_latents(instance) else []
         ir = instructions.emit(source, [ROOT / "metal"], true, standard=standard)
         yield kernel_of(
             f"{instance.name}/{variant}" if variant else instance.name,

@@ -291,6 +291,19 @@ def test_a_long_cache_is_read_at_nine_tenths_of_the_bandwidth(group: int, dim: i
     )
 
 
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("keys", [8192, 32768, 131072])
+def test_products_bound_many_heads_over_latents(keys: int, heads: int, chip: Chip) -> None:
+    """Though several tiles read the same latents, and no cache is relied upon."""
+    problem = Decoding(8, 1, heads, keys, 576)
+    planned, best = (way(TABLE, problem, chip) for way in (model_decode.planned, model_decode.best))
+    assert planned.bound == "issue"
+    assert planned.seconds <= 1.3 * best.seconds
+    operations = 2 * problem.batch * heads * keys * (576 + 512)
+    assert operations / best.seconds / chip.peak > 0.75
+
+
 # ---- varlen ---------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,8 @@ def pipelines(*, on_unit: bool = False) -> list[Pipeline]:
             variants = APART
         for variant, names in variants.items():
             name = f"{instance.name}/{variant}" if variant else instance.name
+            if instance.kind == "decode" and instance.head_dim == 576:
+                names = (*names, "value_is_key")  # as MLA decodes
             indices = sorted(CONSTANTS[constant] for constant in (*PLAIN, *names))
             found.append(Pipeline(name, instance.threads, tuple(indices)))
     return found

@@ -15,7 +15,7 @@ from .model import LAUNCH_SECONDS, combined, resident_groups, step_pipes
 
 
 class Decoding(NamedTuple):
-    """A few tokens of each sequence, float16, D = Dv."""
+    """A few tokens of each sequence, float16. D = Dv; or D 576 of MLA, whose values are 512 columns of its keys."""
 
     batch: int
     key_heads: int
@@ -30,9 +30,18 @@ class Decoding(NamedTuple):
         return self.group * self.queries
 
     @property
+    def is_latent(self) -> bool:
+        return self.head_dim == 576
+
+    @property
+    def value_dim(self) -> int:
+        return 512 if self.is_latent else self.head_dim
+
+    @property
     def cache_bytes(self) -> int:
         """K and V of the live keys."""
-        return 4 * self.batch * self.key_heads * self.keys * self.head_dim
+        columns = self.head_dim if self.is_latent else 2 * self.head_dim
+        return 2 * self.batch * self.key_heads * self.keys * columns
 
 
 class Prediction(NamedTuple):
@@ -56,7 +65,7 @@ def predict(kernel: Kernel, problem: Decoding, chip: Chip, splits: int) -> Predi
     hertz, bandwidth = chip.ghz * 1e9, chip.bandwidth * 1e9
     times = {name: steps * per_core * clocks / hertz for name, clocks in pipes.items()}
     rows = problem.batch * problem.key_heads * problem.rows
-    partial = 4 * rows * splits * (problem.head_dim + 1) if splits > 1 else 0
+    partial = 4 * rows * splits * (problem.value_dim + 1) if splits > 1 else 0
     times["device"] = (row_tiles * problem.cache_bytes + partial) / bandwidth
     seconds = max(steps * per_core * combined(pipes) / hertz, times["device"]) + LAUNCH_SECONDS
     if splits > 1:
@@ -94,7 +103,8 @@ def _plan(problem: Decoding, chip: Chip, **more: object) -> _native.Plan:
         query_length=problem.queries,
         key_length=problem.keys,
         head_dim=problem.head_dim,
-        value_dim=problem.head_dim,
+        value_dim=problem.value_dim,
+        value_is_key=problem.is_latent,
         scale=problem.head_dim**-0.5,
         **more,
     )
