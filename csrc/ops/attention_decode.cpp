@@ -72,6 +72,11 @@ void check_mask(const Tensor& mask, const Tensor& query) {
                 "attn_mask must be bool [B|1,Hq|1,Lq,K], on the device of query");
 }
 
+// Of the same shape.
+bool are_same(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && a.strides() == b.strides();
+}
+
 // Of so many batch entries, or packed sequences; checked.
 Cache cache_of(const Qkv& qkv, const Terms& terms, std::int64_t entries) {
   Cache cache = checked_cache(qkv, {terms.block_table, terms.key_scale, terms.value_scale}, entries);
@@ -101,8 +106,7 @@ Operands operands_of(const Qkv& qkv, const Terms& terms, const Cache& cache, std
   operands.read_contiguous(kKeyLengths, terms.cache_lengths);
   if (terms.key_scale) operands.read(kKeyScale, *terms.key_scale);
   if (terms.value_scale) operands.read(kValueScale, *terms.value_scale);
-  problem.value_is_key = problem.value_is_key &&
-                         (!terms.key_scale || terms.key_scale->const_data_ptr() == terms.value_scale->const_data_ptr());
+  problem.value_is_key = problem.value_is_key && (!terms.key_scale || are_same(*terms.key_scale, *terms.value_scale));
   if (terms.cache_leftpad) operands.read_contiguous(kKeyStarts, *terms.cache_leftpad);
   if (terms.attn_mask) {
     operands.read_bias(*terms.attn_mask);

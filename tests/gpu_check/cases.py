@@ -200,7 +200,8 @@ def caches() -> Iterator[Case]:
     yield replace(base, batch=1, key_length=131072, page_size=16)
     yield from appended(replace(base, query_length=4, new_tokens=4))
     yield from appended(replace(base, batch=4, query_length=2000, key_length=4096, new_tokens=2000))
-    yield replace(base, batch=4, query_heads=16, key_heads=1, key_length=131072, head_dim=576, value_dim=512)
+    for heads in (16, 128):
+        yield replace(base, batch=4, query_heads=heads, key_heads=1, key_length=131072, head_dim=576, value_dim=512)
     ragged = replace(base, batch=1, sequences=48, query_length=3000, key_length=16384, page_size=16)
     for cache, dim in product(("same_dtype", "int8"), (64, 128, 256)):
         yield replace(ragged, cache=cache, head_dim=dim, splits=5)
