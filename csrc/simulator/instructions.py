@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,17 +106,14 @@ class Function:
                     found[name], changed = new, True
         return found
 
-    def reaches(
-        self, start: str, end: str, without: str, inside: set[str], edges: Container[tuple[str, str]] = ()
-    ) -> bool:
-        """Whether a path inside some blocks, that avoids one of them and some edges, leads from start to end."""
+    def reaches(self, start: str, end: str, without: str, inside: set[str]) -> bool:
+        """Whether a path inside some blocks, that avoids one of them, leads from start to end."""
         if without in (start, end):
             return False
         seen, todo = {start}, [start]
         while todo:
-            name = todo.pop()
-            for target in self.successors[name]:
-                if target in inside and target != without and target not in seen and (name, target) not in edges:
+            for target in self.successors[todo.pop()]:
+                if target in inside and target != without and target not in seen:
                     seen.add(target)
                     todo.append(target)
         return end in seen
@@ -247,11 +244,10 @@ def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, in
     if uses_unit(function):
         # A product that a branch leaves out is an exception too: of what rounding took from P.
         inner = [loop for loop in function.loops() if loop[1] < body]
-        idle = edges_of_idle(function, body)
         return {
             name: math.prod(trips(function, inner_latch) for inner_latch, blocks in inner if name in blocks)
             for name in body
-            if not function.reaches(header, latch, without=name, inside=body, edges=idle) or name in usual
+            if not function.reaches(header, latch, without=name, inside=body) or name in usual
         }
     multiplying = [name for name in body if any(map(is_product, function.blocks[name]))]
     return {
@@ -265,18 +261,6 @@ def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, in
         )
         or any(moves_data(i) for i in function.blocks[name])
         or name in usual
-    }
-
-
-def edges_of_idle(function: Function, body: set[str]) -> set[tuple[str, str]]:
-    """The ways round what a SIMD-group without rows leaves out: of branches that go one way while the loop runs."""
-    results = {i.result for name in body for i in function.blocks[name]}
-    return {
-        (name, after)
-        for name in body
-        if len(function.successors[name]) == 2 and function.blocks[name][-1].operands[0] not in results
-        for arm, after in (function.successors[name], function.successors[name][::-1])
-        if arm in body and after in body and function.reaches(arm, after, without=name, inside=body)
     }
 
 

@@ -53,18 +53,18 @@ struct UnitTeamScores {
   }
 };
 
-// One block of keys: a member's slices of K and V. sees: whether the team's rows see any of them. The SIMD-groups of a
-// threadgroup meet once, because the scores of two blocks take turns in two places.
+// One block of keys: a member's slices of K and V. sees: whether the team's rows see any of them, as they do in an open
+// block. The SIMD-groups of a threadgroup meet once, because the scores of two blocks take turns in two places.
 template <bool kIsOpen, int kValueDim, typename T, typename Rows, typename Queries, typename TeamScores>
 inline void add_team_block(constant AttentionParams& params, thread Rows& rows, thread const Queries& queries,
                            thread TeamScores& team_scores, HeadRows<T> keys, HeadRows<T> values, Rules<T> rules,
                            int first_key, bool sees) {
-  if (sees) {
+  if (kIsOpen || sees) {
     rows.multiply_keys(queries, unit_rows<kIsOpen>(keys.from(first_key)));
     team_scores.write(rows.score);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (sees) {
+  if (kIsOpen || sees) {
     team_scores.sum(rows.score);
     add_values<kIsOpen, kValueDim>(params, rows, values.from(first_key), rules, first_key);
   }
@@ -109,13 +109,13 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
                        lane_index};
 
   const View view = view_of_queries(params, tile.sequence, tile.first_row, tile.first_row + kBlockQueries);
+  const bool have_rows = tile.first_row + kBlockQueries - kRows < tile.sequence.query_length;  // all teams
   BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, view, tile.first_row);
   for (;; walk.next()) {
     MaskClass mask_class = walk.template classify<kBlockQueries, kBlockKeys>(rules.blocks, tile.first_row, walk.first);
     // Blocks that are open for all teams have a loop of their own, as in forward_unit.
-    while (rows.is_open(params, rules.in_block(mask_class).scores, view, walk.first)) {
-      add_team_block<true, kValueSlice>(params, rows, queries, scores, keys, values, rules, walk.first,
-                                        !rows.view.is_empty);
+    while (have_rows && rows.is_open(params, rules.in_block(mask_class).scores, view, walk.first)) {
+      add_team_block<true, kValueSlice>(params, rows, queries, scores, keys, values, rules, walk.first, true);
       walk.next();
       mask_class = walk.template classify<kBlockQueries, kBlockKeys>(rules.blocks, tile.first_row, walk.first);
     }
