@@ -190,20 +190,17 @@ def test_dropout() -> None:
 
 
 def launch(
-    dtype: str,
-    dims: tuple[int, int],
-    lengths: tuple[int, int],
-    *,
-    trains: bool = False,
-    deviation: float = 1,
-    **terms: Any,
+    dtype: str, dims: tuple[int, int], lengths: tuple[int, int], *, trains: bool = False, deviation: float = 1
 ) -> mfa.Launch:
-    """Of one head; `deviation` is that of Q."""
+    """Of one head, and right; `deviation` is that of Q."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((lengths[0], dims[0]), (lengths[1], dims[0]), (lengths[1], dims[1]))
     query, key, value = (torch.randn(1, 1, *shape, generator=generator).to(DTYPES[dtype]) for shape in shapes)
+    query = deviation * query
     with mfa.simulate("apple10") as sim:
-        mfa.attention((deviation * query).requires_grad_(trains), key, value, **terms)
+        out = mfa.attention(query.clone().requires_grad_(trains), key, value)
+    expected, plain = (function(query, key, value)[0] for function in (oracle.attention, oracle.composition))
+    assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
     (found,) = sim.launches
     return found
 
