@@ -234,6 +234,12 @@ def test_loads() -> None:
     assert launch("bf16", (64, 64), (64, 128)).counters.fragment_loads == 4 * 32 * (4 * 16 + 4)
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (256, 256)])
+def test_a_block_that_one_key_is_missing_of_is_not_open(dims: tuple[int, int]) -> None:
+    launch("f16", dims, (33, 31))
+    launch("f16", dims, (64, 63))
+
+
 def test_a_team_without_rows_does_nothing() -> None:
     assert launch("bf16", (256, 256), (17, 64)).counters.unit_mma == 2 * 2 * 64
 
