@@ -221,6 +221,7 @@ def repeated() -> Iterator[Case]:
 
 
 UNIT_DIMS = (64, 80, 96, 128)
+UNIT_WIDE = ((192, 128), (192, 192), (256, 256))
 
 
 def unit() -> Iterator[Case]:
@@ -232,6 +233,8 @@ def unit() -> Iterator[Case]:
         yield replace(base, dtype=dtype, head_dim=dim, window_right=0)
     for dtype, feature in product(("f16", "bf16"), FEATURES):
         yield replace(base, dtype=dtype, **feature)  # type: ignore[arg-type]
+    for dtype, (dim, value_dim) in product(("f16", "bf16"), (*UNIT_WIDE, *WIDE)):
+        yield replace(base, dtype=dtype, head_dim=dim, value_dim=value_dim, window_right=0)
     for dim in UNIT_DIMS:
         yield replace(base, head_dim=dim, bias="blocks", query_length=300, key_length=417)
     yield replace(base, sequences=5, query_length=203, key_length=311, window_right=0)
@@ -243,6 +246,9 @@ def unit_full() -> Iterator[Case]:
         batch, key_heads = (4, 8) if length == 2048 else (1, 2)
         yield Case("unit_full", dtype, batch, 8, key_heads, length, length, dim, window_right=right,
                    backward="automatic", heads_checked=4, family="apple10")  # fmt: skip
+    for dtype, (dim, value_dim) in product(("f16", "bf16"), (*UNIT_WIDE, *WIDE)):
+        yield Case("unit_full", dtype, 1, 1, 1, 8192, 8192, dim, value_dim=value_dim, backward="automatic",
+                   family="apple10")  # fmt: skip
 
 
 GROUPS = {
