@@ -301,7 +301,8 @@ def test_products_bound_many_heads_over_latents(keys: int, heads: int, chip: Chi
     assert planned.bound == "issue"
     assert planned.seconds <= 1.3 * best.seconds
     operations = 2 * problem.batch * heads * keys * (576 + 512)
-    assert operations / best.seconds / chip.peak > 0.75
+    peak = chip.peak / 4 if chip.has_unit else chip.peak  # decode doesn't run on the unit
+    assert operations / best.seconds / peak > 0.75
 
 
 # ---- varlen ---------------------------------------------------------------------------------------------------------
