@@ -71,13 +71,13 @@ struct BackwardQueries {
     }
   }
 
-  // dS = P (dP - delta). A block that is not masked is seen whole by every query.
-  template <typename Keys, typename Values>
-  void make_score_gradient(constant AttentionParams& params, Rules<T> rules, Keys keys, Values values, int first_key,
-                           bool masked) {
+  // dS = P (dP - delta). kIsOpen: every query is known to see the whole block.
+  template <bool kIsOpen, typename Keys, typename Values>
+  void make_score_gradient(constant AttentionParams& params, Rules<T> rules, Keys keys, Values values, int first_key) {
     Fragment<float> dp[kRowTiles][kKeyTiles];
     multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
     multiply_transposed<T, kValueDim>(dp, grad_out.operand, values, lane);
+    const bool masked = !kIsOpen && (!has_window || !view.sees_all(first_key, kBlockKeys));
     float largest = 0;
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
@@ -184,8 +184,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
       const Keys staged_keys(paired_keys, keys);
-      rows.make_score_gradient(params, rules.in_block(mask_class, walk), staged_keys, Values{values}, first_key,
-                               !has_window || !rows.view.sees_all(first_key, kBlockKeys));
+      rows.template make_score_gradient<false>(params, rules.in_block(mask_class, walk), staged_keys, Values{values},
+                                               first_key);
       rows.add_queries(staged_keys);
     }
   }

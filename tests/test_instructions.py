@@ -166,4 +166,16 @@ def test_neighbouring_halves_are_one_load() -> None:
         "%5 = getelementptr half, ptr %3, i64 8",
         "%6 = load half, ptr %5, align 2",
     ]
-    assert instructions.merged_loads([instructions.parse(line) for line in lines]) == 1
+    assert instructions.merged_loads([instructions.parse(line) for line in lines], most=2) == 1
+
+
+@pytest.mark.parametrize(("most", "merged"), [(2, 2), (4, 3)])
+def test_four_halves_are_one_load_or_two(most: int, merged: int) -> None:
+    """On the matrix unit a lane has four neighbours of a row; elsewhere two."""
+    lines = ["%2 = load half, ptr %1, align 2"]
+    for i in range(1, 4):
+        lines += [
+            f"%{2 * i + 1} = getelementptr half, ptr %1, i64 {i}",
+            f"%{2 * i + 2} = load half, ptr %{2 * i + 1}, align 2",
+        ]
+    assert instructions.merged_loads([instructions.parse(line) for line in lines], most) == merged

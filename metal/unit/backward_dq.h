@@ -14,8 +14,8 @@ template <bool kIsOpen, typename T, typename Queries>
 inline void add_block(constant AttentionParams& params, thread Queries& queries, Rules<T> rules, QueryTile<T> tile,
                       int first_key) {
   const auto keys = unit_rows<kIsOpen>(tile.keys.from(first_key));
-  queries.make_score_gradient(params, rules, keys, unit_rows<kIsOpen>(tile.values.from(first_key)), first_key,
-                              !kIsOpen);
+  queries.template make_score_gradient<kIsOpen>(params, rules, keys, unit_rows<kIsOpen>(tile.values.from(first_key)),
+                                                first_key);
   if (Queries::kOperands == held) {
     keep_in_loop();  // else K is read once for both of its products, into registers that there aren't
   }
