@@ -91,7 +91,7 @@ def test_random_masks(device: Device, shard: int, through_blocks: list[tuple[int
     dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
 
     @seed(shard)
-    @settings(max_examples=20 * TIMES)
+    @settings(max_examples=10 * TIMES)
     @given(blocked(dtypes))
     def holds(problem: Blocked) -> None:
         through_blocks.append(problem.block)

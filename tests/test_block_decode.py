@@ -58,7 +58,7 @@ def few_queries(draw: st.DrawFn) -> Blocked:
 @pytest.mark.parametrize("family", ["apple7", "apple9"])
 def test_random_masks(family: str, through_blocks: list[tuple[int, int]]) -> None:  # noqa: F811
     @seed(0)
-    @settings(max_examples=15 * TIMES)
+    @settings(max_examples=6 * TIMES)
     @given(few_queries())
     def holds(problem: Blocked) -> None:
         through_blocks.append(problem.block)
