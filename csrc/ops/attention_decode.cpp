@@ -2,6 +2,8 @@
 // pages.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "ops/attention.h"
 #include "ops/cache.h"
 #include "ops/checks.h"
@@ -74,7 +76,7 @@ void check_mask(const Tensor& mask, const Tensor& query) {
 
 // Of the same shape.
 bool are_same(const Tensor& a, const Tensor& b) {
-  return a.const_data_ptr() == b.const_data_ptr() && a.strides() == b.strides();
+  return a.const_data_ptr() == b.const_data_ptr() && std::ranges::equal(a.strides(), b.strides());
 }
 
 // Of so many batch entries, or packed sequences; checked.
