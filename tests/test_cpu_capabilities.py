@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-MODULES = [
-    "cpu",
-    "attention",
-    "backward",
-    "varlen",
-    "varlen_paged",
-    "kv_cache",
-    "latents",
-    "wide_heads",
-    "block_attention",
-]
-FILES = [f"test_{module}.py" for module in MODULES]
+FILES = (
+    "test_cpu.py",
+    "test_attention.py",
+    "test_backward.py",
+    "test_varlen.py",
+    "test_varlen_paged.py",
+    "test_kv_cache.py",
+    "test_latents.py",
+    "test_wide_heads.py",
+    "test_block_attention.py",
+)
 ENVIRONMENTS = {
     "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
