@@ -20,6 +20,18 @@
       device float *grad_alibi [[buffer(kGradAlibi), function_constant(wants_grad_alibi)]], MFA_SCORE_ARGUMENTS, \
       MFA_LAYOUT_ARGUMENTS, MFA_PLACE_ARGUMENTS, uint3 grid [[threadgroups_per_grid]]
 
+#define BACKWARD_DKDV(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_queries)      \
+  template[[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim MFA_IN_NAME_##path    \
+                      "_s" #simdgroups "_r" #row_tiles "_q" #block_queries)]] [[kernel]]           \
+  decltype(backward_dkdv_##path<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>) \
+      backward_dkdv_##path<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>;
+
+#define BACKWARD_DQ(dtype, path, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)          \
+  template[[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own MFA_IN_NAME_##path \
+                      "_s" #simdgroups "_r" #row_tiles "_k" #block_keys)]] [[kernel]]                  \
+  decltype(backward_dq_##path<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)     \
+      backward_dq_##path<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
+
 namespace mfa {
 
 // backward_delta leaves two floats of each query row: its log-sum-exp in base 2, and delta = rowsum(dO * O) - dLSE. A
@@ -38,8 +50,8 @@ inline bool needs_refinement(float largest, Dropout dropout) {
 
 // P of two neighbours, from products q.k. `derivative` is d score / d (scale product).
 template <typename T>
-inline float2 probability(constant AttentionParams& params, Rules<T> rules, float2 product, int2 query, int2 key,
-                          float2 lse, thread float2& derivative) {
+inline float2 probability(constant AttentionParams &params, Rules<T> rules, float2 product, int2 query, int2 key,
+                          float2 lse, thread float2 &derivative) {
   float2 exponent;
   if (rules.scores.are_modified()) {
     exponent = rules.scores.apply(params, product, query, key, rules.slope_log2, derivative) - lse;
@@ -54,7 +66,7 @@ inline float2 probability(constant AttentionParams& params, Rules<T> rules, floa
 // branch: what becomes of it stays in its row, which is not stored, or is multiplied by zeros (backward_dq_from_ds).
 template <typename T, int kRowTiles>
 struct OwnRows {
-  const device T* row[kRowTiles];  // of this lane
+  const device T *row[kRowTiles];  // of this lane
   int dim;
 
   OwnRows(HeadRows<T> rows, int first, Lane lane) : dim(rows.dim) {

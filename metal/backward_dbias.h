@@ -84,8 +84,13 @@ struct BackwardBias {
   }
 };
 
-// How K and V of a block get to the products: straight from device memory.
-struct BiasFromDevice {
+// How K and V of a block get to the products.
+template <Path kPath>
+struct BiasBlocks;
+
+// Straight from device memory.
+template <>
+struct BiasBlocks<staged> {
   static constant constexpr int kRowTiles = 1;
 
   template <typename T, int kHeadDim, int kValueDim, int kBlockKeys>
@@ -99,13 +104,14 @@ struct BiasFromDevice {
   }
 };
 
-template <typename Source, typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKeys>
+template <Path kPath, typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dbias(
     MFA_GRADIENT_ARGUMENTS, const device uchar* bias [[buffer(kBias)]],
     const device float* alibi_slopes [[buffer(kAlibiSlopes), function_constant(has_alibi)]],
     const device uint* rng_state [[buffer(kRngState), function_constant(has_dropout)]],
     device float* grad_bias [[buffer(kGradBias)]], MFA_PLACE_ARGUMENTS) {
-  typedef BackwardBias<T, kHeadDim, kValueDim, Source::kRowTiles, kBlockKeys> Bias;
+  typedef BiasBlocks<kPath> Blocks;
+  typedef BackwardBias<T, kHeadDim, kValueDim, Blocks::kRowTiles, kBlockKeys> Bias;
   constexpr int kRows = Bias::kRows;
   threadgroup float2 partial[kSimdgroups][kBlockKeys / 2];  // column sums, where rows broadcast
   const bool one_row = params.bias_rows == 1;
@@ -137,7 +143,7 @@ template <typename Source, typename T, int kHeadDim, int kValueDim, int kSimdgro
         const View view = view_of_queries(params, sequence, row, row + kRows);
         for (int first = own_key; first < key_end; first += kBlockKeys) {
           if (view.sees(first, kBlockKeys)) {
-            Source::add_block(tile, params, sequence, rules, queries, keys, values, grad_outs,
+            Blocks::add_block(tile, params, sequence, rules, queries, keys, values, grad_outs,
                               statistics + first_row_index(params, sequence, h), row, first);
           }
         }
@@ -171,7 +177,7 @@ template <typename Source, typename T, int kHeadDim, int kValueDim, int kSimdgro
     return;
   }
   MFA_UNROLL
-  for (short r = 0; r < Source::kRowTiles; ++r) {
+  for (short r = 0; r < Blocks::kRowTiles; ++r) {
     const int row = own_row + r * kFragment + lane.row;
     if (row >= params.query_length) {
       continue;
@@ -189,9 +195,10 @@ template <typename Source, typename T, int kHeadDim, int kValueDim, int kSimdgro
   }
 }
 
-#define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                                          \
-  template [[host_name("backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys)]] \
-  [[kernel]] decltype(backward_dbias<BiasFromDevice, dtype, head_dim, value_dim, simdgroups, block_keys>)           \
-      backward_dbias<BiasFromDevice, dtype, head_dim, value_dim, simdgroups, block_keys>;
+#define BACKWARD_DBIAS(dtype, path, head_dim, value_dim, simdgroups, block_keys)                 \
+  template[[host_name("backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim MFA_IN_NAME_##path \
+                      "_s" #simdgroups "_k" #block_keys)]] [[kernel]]                            \
+  decltype(backward_dbias<path, dtype, head_dim, value_dim, simdgroups, block_keys>)             \
+      backward_dbias<path, dtype, head_dim, value_dim, simdgroups, block_keys>;
 
 }  // namespace mfa

@@ -211,7 +211,7 @@ struct BackwardKeys {
 };
 
 template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockQueries>
-[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dkdv(
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dkdv_staged(
     BACKWARD_DKDV_ARGUMENTS,
     device float* score_gradient [[buffer(kScoreGradient), function_constant(writes_score_gradient)]],
     ushort thread_index [[thread_index_in_threadgroup]]) {
@@ -219,7 +219,9 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   constexpr int kRows = kRowTiles * kFragment;
   typedef StagedTwice<T, kHeadDim> Queries;
   typedef StagedTwice<T, kValueDim> GradOuts;
-  threadgroup uint4 memory[backward_dkdv_threadgroup_bytes(kHeadDim, kValueDim, kBlockQueries, sizeof(T)) / 16];
+  threadgroup uint4 memory[backward_dkdv_threadgroup_bytes(staged, kHeadDim, kValueDim, kSimdgroups, kRowTiles,
+                                                           kBlockQueries, sizeof(T)) /
+                           16];
   threadgroup float* lse = (threadgroup float*)memory;
   threadgroup float* delta = lse + kBlockQueries;
   threadgroup T* paired_queries = (threadgroup T*)(delta + kBlockQueries);
@@ -294,11 +296,5 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   }
   rows.store(params, grad_key, grad_value, tile);
 }
-
-#define BACKWARD_DKDV(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                        \
-  template [[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_r" #row_tiles \
-                       "_q" #block_queries)]] [[kernel]]                                                       \
-  decltype(backward_dkdv<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>)                    \
-      backward_dkdv<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>;
 
 }  // namespace mfa

@@ -71,8 +71,9 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   typedef StagedRows<T, kHeadDim, both> Queries;
   typedef StagedRows<T, kHeadDim, octets> GradOuts;
   typedef TeamScores<kSimdgroups, kRowTiles, kQueryTiles> Exchange;
-  threadgroup uint4
-      memory[backward_dkdv_team_threadgroup_bytes(kHeadDim, kSimdgroups, kRowTiles, kBlockQueries, sizeof(T)) / 16];
+  threadgroup uint4 memory[backward_dkdv_threadgroup_bytes(team, kHeadDim, kValueDim, kSimdgroups, kRowTiles,
+                                                           kBlockQueries, sizeof(T)) /
+                           16];
   threadgroup T* staged_rows = (threadgroup T*)memory;
 
   const int unit = first_unit + position.x;  // (batch, key head)
@@ -167,11 +168,5 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
         params.grad_value_strides[2], first_key, own_values.length, own_values.dim, value_result, value_factor, lane);
   }
 }
-
-#define BACKWARD_DKDV_TEAM(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                        \
-  template [[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_team_s" #simdgroups "_r" #row_tiles \
-                       "_q" #block_queries)]] [[kernel]]                                                            \
-  decltype(backward_dkdv_team<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>)                    \
-      backward_dkdv_team<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>;
 
 }  // namespace mfa

@@ -140,14 +140,15 @@ struct BackwardQueries {
 };
 
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
-[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq(BACKWARD_DQ_ARGUMENTS,
-                                                                                 ushort thread_index
-                                                                                 [[thread_index_in_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_staged(
+    BACKWARD_DQ_ARGUMENTS, ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr int kThreads = kSimdgroups * 32;
   constexpr int kRows = kRowTiles * kFragment;
   typedef StagedTwice<T, kHeadDim> Keys;
   typedef StagedRows<T, kValueDim, pairs> Values;
-  threadgroup uint4 memory[backward_dq_threadgroup_bytes(kHeadDim, kValueDim, kBlockKeys, sizeof(T)) / 16];
+  threadgroup uint4
+      memory[backward_dq_threadgroup_bytes(staged, kHeadDim, kValueDim, kSimdgroups, kRowTiles, kBlockKeys, sizeof(T)) /
+             16];
   threadgroup T* paired_keys = (threadgroup T*)memory;
   threadgroup T* keys = paired_keys + kBlockKeys * Keys::kPairedStride;
   threadgroup T* values = keys + kBlockKeys * Keys::kPlainStride;
@@ -191,11 +192,5 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   }
   rows.store(params, grad_query, grad_alibi, tile);
 }
-
-#define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                               \
-  template [[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_s" #simdgroups "_r" #row_tiles \
-                       "_k" #block_keys)]] [[kernel]]                                                                 \
-  decltype(backward_dq<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)                           \
-      backward_dq<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
 
 }  // namespace mfa

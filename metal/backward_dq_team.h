@@ -77,7 +77,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   typedef TeamScores<kSimdgroups, kRowTiles, kKeyTiles> Exchange;
   typedef OwnOperand<T, kOwn, kRowTiles, kSlice, GuardedRows<T>> Operand;
   threadgroup uint4
-      memory[backward_dq_team_threadgroup_bytes(kHeadDim, kSimdgroups, kRowTiles, kBlockKeys, sizeof(T)) / 16];
+      memory[backward_dq_threadgroup_bytes(team, kHeadDim, kValueDim, kSimdgroups, kRowTiles, kBlockKeys, sizeof(T)) /
+             16];
   threadgroup T* staged_rows = (threadgroup T*)memory;
 
   const Tile tile =
@@ -166,11 +167,5 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
                     sequence.first_query * params.grad_query_strides[2] + first_dim),
       params.grad_query_strides[2], first_row, own_queries.length, own_queries.dim, result, factor, lane);
 }
-
-#define BACKWARD_DQ_TEAM(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)               \
-  template [[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_team_s" #simdgroups \
-                       "_r" #row_tiles "_k" #block_keys)]] [[kernel]]                                      \
-  decltype(backward_dq_team<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)           \
-      backward_dq_team<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
 
 }  // namespace mfa

@@ -8,15 +8,27 @@ namespace mfa {
 enum Path { staged, direct, team, unit, unit_team };
 constexpr int kTeamMembers = 4;
 
-// SIMD-groups that share rows.
-constexpr int members_of(Path path, int head_dim) {
-  return path == team ? kTeamMembers : path == unit_team ? (head_dim <= 256 ? 2 : 4) : 1;
+// What the names of backward kernels say of it.
+#define MFA_IN_NAME_staged ""
+#define MFA_IN_NAME_team "_team"
+#define MFA_IN_NAME_unit "_unit"
+#define MFA_IN_NAME_unit_team "_unit_team"
+
+// SIMD-groups that share rows, of so many columns of results. A team of the backward pass is the whole threadgroup, but
+// on the matrix unit.
+constexpr int members_of(Path path, int columns) {
+  return path == team ? kTeamMembers : path == unit_team ? (columns <= 256 ? 2 : 4) : 1;
 }
 
 // That a threadgroup owns.
-constexpr int rows_of(Path path, int head_dim, int simdgroups, int row_tiles) {
-  return 8 * row_tiles * simdgroups / members_of(path, head_dim);
+constexpr int rows_of(Path path, int columns, int simdgroups, int row_tiles) {
+  return 8 * row_tiles * simdgroups / members_of(path, columns);
 }
+constexpr int backward_rows_of(Path path, int columns, int simdgroups, int row_tiles) {
+  return path == team ? 8 * row_tiles : rows_of(path, columns, simdgroups, row_tiles);
+}
+
+constexpr int backward_dbias_rows_of(Path path, int simdgroups) { return (path == unit ? 16 : 8) * simdgroups; }
 
 // Threadgroup memory of a staged kernel. split: K and V side by side, Q in registers. shared: K and V take turns in one
 // buffer, Q beside it.
@@ -90,12 +102,6 @@ constexpr int decode_threadgroup_bytes(Path path, int head_dim, int value_dim, i
                                         padded_row_bytes(value_dim, element_size, octets)));
 }
 
-// K and V of a block of keys.
-constexpr int backward_dq_threadgroup_bytes(int head_dim, int value_dim, int block_keys, int element_size) {
-  return block_keys * (paired_row_bytes(head_dim, element_size) + plain_row_bytes(head_dim, element_size) +
-                       padded_row_bytes(value_dim, element_size, pairs));
-}
-
 // Of D and Dv: above it, the accumulators of dK and dV don't fit in registers together, so each has a launch of its
 // own. A SIMD-group has 8 keys, or on the matrix unit 16.
 constexpr int kLargestPair = 256;
@@ -106,36 +112,46 @@ constexpr bool plain_copies_take_turns(int head_dim, int value_dim, int element_
   return element_size == 2 && head_dim + value_dim > kLargestPair;
 }
 
-// Q, dO and the statistics of a block of queries.
-constexpr int backward_dkdv_threadgroup_bytes(int head_dim, int value_dim, int block_queries, int element_size) {
-  const int queries = plain_row_bytes(head_dim, element_size);
-  const int grad_outs = plain_row_bytes(value_dim, element_size);
-  return block_queries * (paired_row_bytes(head_dim, element_size) + paired_row_bytes(value_dim, element_size) +
-                          (plain_copies_take_turns(head_dim, value_dim, element_size) ? larger(queries, grad_outs)
-                                                                                      : queries + grad_outs) +
-                          2 * int(sizeof(float)));
-}
-
 // K of a block of keys.
 constexpr int backward_dq_from_ds_threadgroup_bytes(int head_dim, int block_keys, int element_size) {
   return block_keys * padded_row_bytes(head_dim, element_size, pairs);
 }
 
-// Teams of the backward pass (backward_team.h): Q and dO of a block of queries, in turns, and the members' parts of its
-// scores and of dP; and K of a block of keys, and such parts of one or the other.
+// Of every SIMD-group, its part of a block's scores or of dP.
 constexpr int team_scores_bytes(int simdgroups, int row_tiles, int block) {
   return simdgroups * row_tiles * 8 * block * int(sizeof(float));
 }
-constexpr int backward_dkdv_team_threadgroup_bytes(int head_dim, int simdgroups, int row_tiles, int block_queries,
-                                                   int element_size) {
-  return block_queries *
-             larger(padded_row_bytes(head_dim, element_size, both), padded_row_bytes(head_dim, element_size, octets)) +
-         2 * team_scores_bytes(simdgroups, row_tiles, block_queries);
+
+// Q, dO and the statistics of a block of queries. Of a team (backward_team.h), Q and dO in turns, and the members'
+// parts of scores and of dP; on the matrix unit these alone.
+constexpr int backward_dkdv_threadgroup_bytes(Path path, int head_dim, int value_dim, int simdgroups, int row_tiles,
+                                              int block_queries, int element_size) {
+  const int scores =
+      path == team || path == unit_team ? 2 * team_scores_bytes(simdgroups, row_tiles, block_queries) : 0;
+  const int queries = plain_row_bytes(head_dim, element_size);
+  const int grad_outs = plain_row_bytes(value_dim, element_size);
+  const int row =
+      path == unit || path == unit_team ? 0
+      : path == team
+          ? larger(padded_row_bytes(head_dim, element_size, both), padded_row_bytes(head_dim, element_size, octets))
+          : paired_row_bytes(head_dim, element_size) + paired_row_bytes(value_dim, element_size) +
+                (plain_copies_take_turns(head_dim, value_dim, element_size) ? larger(queries, grad_outs)
+                                                                            : queries + grad_outs) +
+                2 * int(sizeof(float));
+  return block_queries * row + scores;
 }
-constexpr int backward_dq_team_threadgroup_bytes(int head_dim, int simdgroups, int row_tiles, int block_keys,
-                                                 int element_size) {
-  return block_keys * padded_row_bytes(head_dim, element_size, both) +
-         team_scores_bytes(simdgroups, row_tiles, block_keys);
+
+// K and V of a block of keys. Of a team K, and the members' parts of scores and then of dP; on the matrix unit such
+// parts alone, in two places.
+constexpr int backward_dq_threadgroup_bytes(Path path, int head_dim, int value_dim, int simdgroups, int row_tiles,
+                                            int block_keys, int element_size) {
+  const int scores = team_scores_bytes(simdgroups, row_tiles, block_keys);
+  return path == unit        ? 0
+         : path == unit_team ? 2 * scores
+         : path == team
+             ? block_keys * padded_row_bytes(head_dim, element_size, both) + scores
+             : block_keys * (paired_row_bytes(head_dim, element_size) + plain_row_bytes(head_dim, element_size) +
+                             padded_row_bytes(value_dim, element_size, pairs));
 }
 
 }  // namespace mfa

@@ -82,15 +82,12 @@ def host_name(row: str) -> str:
     forms = {
         "FORWARD": "forward_{0}_d{3}_v{4}_{1}_s{5}_r{6}_k{7}",
         "DECODE": "decode_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
-        "BACKWARD_DKDV": "backward_dkdv_{0}_d{1}_v{2}_s{3}_r{4}_q{5}",
-        "BACKWARD_DKDV_TEAM": "backward_dkdv_{0}_d{1}_v{2}_team_s{3}_r{4}_q{5}",
-        "BACKWARD_DKDV_UNIT": "backward_dkdv_{0}_d{1}_v{2}_unit_s{3}_r{4}_q{5}",
-        "BACKWARD_DQ_UNIT": "backward_dq_{0}_d{2}_v{3}_{1}_unit_s{4}_r{5}_k{6}",
-        "BACKWARD_DQ": "backward_dq_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
-        "BACKWARD_DQ_TEAM": "backward_dq_{0}_d{2}_v{3}_{1}_team_s{4}_r{5}_k{6}",
+        "BACKWARD_DKDV": "backward_dkdv_{0}_d{2}_v{3}_{1}_s{4}_r{5}_q{6}",
+        "BACKWARD_DQ": "backward_dq_{0}_d{3}_v{4}_{2}_{1}_s{5}_r{6}_k{7}",
         "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",
     }
-    return forms[macro].format(*words) if macro in forms else ""
+    name = forms[macro].format(*words) if macro in forms else ""
+    return name.replace("_staged", "") if macro.startswith("BACKWARD") else name
 
 
 def bytes_of_ours(instance: _native.Instance, variant: str) -> list[dict[str, int]]:

@@ -22,11 +22,11 @@ INSTANCES = {
     "FORWARD(bf16, direct, split, 80, 80, 4, 1, 32)": "forward.h",
     "DECODE(f16, direct, 128, 128, 1, 1, 32)": "decode.h",
     "DECODE(f16, staged, 128, 128, 8, 1, 32)": "decode.h",
-    "BACKWARD_DKDV(bf16, 64, 64, 4, 2, 16)": "backward_dkdv.h",
-    "BACKWARD_DKDV(f32, 80, 80, 4, 1, 8)": "backward_dkdv.h",
-    "BACKWARD_DQ(f16, held, 80, 80, 4, 1, 32)": "backward_dq.h",
+    "BACKWARD_DKDV(bf16, staged, 64, 64, 4, 2, 16)": "backward_dkdv.h",
+    "BACKWARD_DKDV(f32, staged, 80, 80, 4, 1, 8)": "backward_dkdv.h",
+    "BACKWARD_DQ(f16, staged, held, 80, 80, 4, 1, 32)": "backward_dq.h",
     "BACKWARD_DQ_FROM_DS(f16, 64, 4, 4, 32)": "backward_dq_from_ds.h",
-    "BACKWARD_DBIAS(f16, 64, 64, 4, 32)": "backward_dbias.h",
+    "BACKWARD_DBIAS(f16, staged, 64, 64, 4, 32)": "backward_dbias.h",
 }
 
 

@@ -34,10 +34,7 @@ def test_catalogue_rows_are_those_of_the_table() -> None:
     assert len(CATALOGUE) == len(native.catalogue()), "two instances share a name"
     tables = (METAL / "instances.def").read_text() + (METAL / "unit" / "instances.def").read_text()
     rows = re.findall(r"^([A-Z_]+)\((\w+), ", tables, re.M)
-    expected = [
-        f"tile_map_of_{of}" if macro == "TILE_MAP" else f"{re.sub('_(TEAM|UNIT)$', '', macro).lower()}_{of}"
-        for macro, of in rows
-    ]
+    expected = [f"tile_map_of_{of}" if macro == "TILE_MAP" else f"{macro.lower()}_{of}" for macro, of in rows]
     assert sorted(prefix(row) for row in CATALOGUE.values()) == sorted(expected)
 
 

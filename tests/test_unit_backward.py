@@ -224,11 +224,11 @@ def test_equal_probabilities_are_refined(unit: Unit, dtype: str) -> None:
 # data, of which 128 less about 14 for addresses and counters are there. Loads that a hand count gives are those of
 # test_budgets, and the statistics of four or eight queries.
 OPEN_BLOCKS = {
-    "BACKWARD_DKDV_UNIT(f16, 64, 64, 4, 2, 16)": (("wants_grad_key", "wants_grad_value"), 24, 25, 16, 8, 102),
-    "BACKWARD_DKDV_UNIT(f16, 80, 80, 4, 2, 32)": (("wants_grad_key",), 48, 56, 30, 16, 116),
-    "BACKWARD_DKDV_UNIT(f16, 128, 128, 4, 2, 16)": (("wants_grad_key",), 24, 44, 24, 8, 106),
-    "BACKWARD_DQ_UNIT(f16, held, 64, 64, 4, 2, 16)": ((), 24, 13, 12, 8, 96),
-    "BACKWARD_DQ_UNIT(f16, reread, 128, 128, 4, 2, 16)": ((), 24, 40, 24, 8, 104),
+    "BACKWARD_DKDV(f16, unit, 64, 64, 4, 2, 16)": (("wants_grad_key", "wants_grad_value"), 24, 25, 16, 8, 102),
+    "BACKWARD_DKDV(f16, unit, 80, 80, 4, 2, 32)": (("wants_grad_key",), 48, 56, 30, 16, 116),
+    "BACKWARD_DKDV(f16, unit, 128, 128, 4, 2, 16)": (("wants_grad_key",), 24, 44, 24, 8, 106),
+    "BACKWARD_DQ(f16, unit, held, 64, 64, 4, 2, 16)": ((), 24, 13, 12, 8, 96),
+    "BACKWARD_DQ(f16, unit, reread, 128, 128, 4, 2, 16)": ((), 24, 40, 24, 8, 104),
 }
 
 

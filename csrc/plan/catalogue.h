@@ -65,53 +65,33 @@ inline constexpr Instance kInstances[] = {
    4 * simdgroups,                            \
    0,                                         \
    0},
-#define BACKWARD_DKDV(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                         \
-  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_r" #row_tiles "_q" #block_queries, \
-   Kind::backward_dkdv,                                                                                         \
-   DType::dtype,                                                                                                \
-   head_dim,                                                                                                    \
-   value_dim,                                                                                                   \
-   simdgroups,                                                                                                  \
-   8 * row_tiles * simdgroups,                                                                                  \
-   block_queries,                                                                                               \
-   backward_dkdv_threadgroup_bytes(head_dim, value_dim, block_queries, element_size(DType::dtype))},
-#define BACKWARD_DQ(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                             \
-  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_s" #simdgroups "_r" #row_tiles "_k" #block_keys, \
-   Kind::backward_dq,                                                                                               \
-   DType::dtype,                                                                                                    \
-   head_dim,                                                                                                        \
-   value_dim,                                                                                                       \
-   simdgroups,                                                                                                      \
-   8 * row_tiles * simdgroups,                                                                                      \
-   block_keys,                                                                                                      \
-   backward_dq_threadgroup_bytes(head_dim, value_dim, block_keys, element_size(DType::dtype)),                      \
-   staged,                                                                                                          \
-   split,                                                                                                           \
-   Own::own},
-#define BACKWARD_DKDV_TEAM(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                         \
-  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_team_s" #simdgroups "_r" #row_tiles "_q" #block_queries, \
-   Kind::backward_dkdv,                                                                                              \
+#define BACKWARD_DKDV(dtype, path, head_dim, value_dim, simdgroups, row_tiles, block_queries)                 \
+  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim MFA_IN_NAME_##path "_s" #simdgroups "_r" #row_tiles \
+                                                                             "_q" #block_queries,             \
+   Kind::backward_dkdv,                                                                                       \
+   DType::dtype,                                                                                              \
+   head_dim,                                                                                                  \
+   value_dim,                                                                                                 \
+   simdgroups,                                                                                                \
+   backward_rows_of(Path::path, head_dim + value_dim, simdgroups, row_tiles),                                 \
+   block_queries,                                                                                             \
+   backward_dkdv_threadgroup_bytes(Path::path, head_dim, value_dim, simdgroups, row_tiles, block_queries,     \
+                                   element_size(DType::dtype)),                                               \
+   Path::path},
+#define BACKWARD_DQ(dtype, path, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                        \
+  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own MFA_IN_NAME_##path "_s" #simdgroups "_r" #row_tiles \
+                                                                                    "_k" #block_keys,                \
+   Kind::backward_dq,                                                                                                \
    DType::dtype,                                                                                                     \
    head_dim,                                                                                                         \
    value_dim,                                                                                                        \
    simdgroups,                                                                                                       \
-   8 * row_tiles,                                                                                                    \
-   block_queries,                                                                                                    \
-   backward_dkdv_team_threadgroup_bytes(head_dim, simdgroups, row_tiles, block_queries, element_size(DType::dtype)), \
-   team},
-#define BACKWARD_DQ_TEAM(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)                    \
-  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_team_s" #simdgroups "_r" #row_tiles          \
-   "_k" #block_keys,                                                                                            \
-   Kind::backward_dq,                                                                                           \
-   DType::dtype,                                                                                                \
-   head_dim,                                                                                                    \
-   value_dim,                                                                                                   \
-   simdgroups,                                                                                                  \
-   8 * row_tiles,                                                                                               \
-   block_keys,                                                                                                  \
-   backward_dq_team_threadgroup_bytes(head_dim, simdgroups, row_tiles, block_keys, element_size(DType::dtype)), \
-   team,                                                                                                        \
-   split,                                                                                                       \
+   backward_rows_of(Path::path, head_dim, simdgroups, row_tiles),                                                    \
+   block_keys,                                                                                                       \
+   backward_dq_threadgroup_bytes(Path::path, head_dim, value_dim, simdgroups, row_tiles, block_keys,                 \
+                                 element_size(DType::dtype)),                                                        \
+   Path::path,                                                                                                       \
+   split,                                                                                                            \
    Own::own},
 #define BACKWARD_DQ_FROM_DS(dtype, head_dim, simdgroups, query_tiles, block_keys)                    \
   {"backward_dq_from_ds_" #dtype "_d" #head_dim "_s" #simdgroups "_q" #query_tiles "_k" #block_keys, \
@@ -123,52 +103,17 @@ inline constexpr Instance kInstances[] = {
    8 * query_tiles * simdgroups,                                                                     \
    block_keys,                                                                                       \
    backward_dq_from_ds_threadgroup_bytes(head_dim, block_keys, element_size(DType::dtype))},
-#define BACKWARD_DBIAS(dtype, head_dim, value_dim, simdgroups, block_keys)                    \
-  {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_s" #simdgroups "_k" #block_keys, \
-   Kind::backward_dbias,                                                                      \
-   DType::dtype,                                                                              \
-   head_dim,                                                                                  \
-   value_dim,                                                                                 \
-   simdgroups,                                                                                \
-   8 * simdgroups,                                                                            \
-   block_keys,                                                                                \
-   simdgroups * block_keys * int(sizeof(float))},
-#define BACKWARD_DKDV_UNIT(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                         \
-  {"backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups "_r" #row_tiles "_q" #block_queries, \
-   Kind::backward_dkdv,                                                                                              \
-   DType::dtype,                                                                                                     \
-   head_dim,                                                                                                         \
-   value_dim,                                                                                                        \
-   simdgroups,                                                                                                       \
-   8 * row_tiles * simdgroups,                                                                                       \
-   block_queries,                                                                                                    \
-   0,                                                                                                                \
-   unit},
-#define BACKWARD_DQ_UNIT(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)           \
-  {"backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_unit_s" #simdgroups "_r" #row_tiles \
-   "_k" #block_keys,                                                                                   \
-   Kind::backward_dq,                                                                                  \
-   DType::dtype,                                                                                       \
-   head_dim,                                                                                           \
-   value_dim,                                                                                          \
-   simdgroups,                                                                                         \
-   8 * row_tiles * simdgroups,                                                                         \
-   block_keys,                                                                                         \
-   0,                                                                                                  \
-   unit,                                                                                               \
-   split,                                                                                              \
-   Own::own},
-#define BACKWARD_DBIAS_UNIT(dtype, head_dim, value_dim, simdgroups, block_keys)                    \
-  {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups "_k" #block_keys, \
-   Kind::backward_dbias,                                                                           \
-   DType::dtype,                                                                                   \
-   head_dim,                                                                                       \
-   value_dim,                                                                                      \
-   simdgroups,                                                                                     \
-   16 * simdgroups,                                                                                \
-   block_keys,                                                                                     \
-   simdgroups * block_keys * int(sizeof(float)),                                                   \
-   unit},
+#define BACKWARD_DBIAS(dtype, path, head_dim, value_dim, simdgroups, block_keys)                                 \
+  {"backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim MFA_IN_NAME_##path "_s" #simdgroups "_k" #block_keys, \
+   Kind::backward_dbias,                                                                                         \
+   DType::dtype,                                                                                                 \
+   head_dim,                                                                                                     \
+   value_dim,                                                                                                    \
+   simdgroups,                                                                                                   \
+   backward_dbias_rows_of(Path::path, simdgroups),                                                               \
+   block_keys,                                                                                                   \
+   simdgroups * block_keys * int(sizeof(float)),                                                                 \
+   Path::path},
 #define BACKWARD_DSLOPES(dtype, simdgroups) \
   {"backward_dslopes_" #dtype "_s" #simdgroups, Kind::backward_dslopes, DType::dtype, 0, 0, simdgroups, 0, 0, 0},
 #define MASK_BLOCKS(dtype, simdgroups)     \

@@ -27,33 +27,30 @@ constexpr Tuning kTuning[] = {
    block_keys},
 #define TUNE_DELTA(family, dtype, simdgroups) \
   {Family::family, Kind::backward_delta, DType::dtype, 0, 0, staged, held, simdgroups, 4 * simdgroups, 0},
-#define TUNE_DKDV(family, dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)     \
-  {Family::family, Kind::backward_dkdv,        DType::dtype, head_dim, value_dim, staged, held, \
-   simdgroups,     8 * row_tiles * simdgroups, block_queries},
-#define TUNE_DQ(family, dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)         \
-  {Family::family, Kind::backward_dq,          DType::dtype, head_dim, value_dim, staged, Own::own, \
-   simdgroups,     8 * row_tiles * simdgroups, block_keys},
-#define TUNE_DKDV_TEAM(family, dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries) \
-  {Family::family, Kind::backward_dkdv, DType::dtype,  head_dim,     value_dim, team,            \
-   held,           simdgroups,          8 * row_tiles, block_queries},
-#define TUNE_DQ_TEAM(family, dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys) \
-  {Family::family, Kind::backward_dq, DType::dtype, head_dim,      value_dim,                    \
-   team,           Own::own,          simdgroups,   8 * row_tiles, block_keys},
-#define TUNE_DKDV_UNIT(family, dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries) \
-  {Family::family, Kind::backward_dkdv,        DType::dtype, head_dim, value_dim, unit, held,    \
-   simdgroups,     8 * row_tiles * simdgroups, block_queries},
-#define TUNE_DQ_UNIT(family, dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)  \
-  {Family::family, Kind::backward_dq,          DType::dtype, head_dim, value_dim, unit, Own::own, \
-   simdgroups,     8 * row_tiles * simdgroups, block_keys},
-#define TUNE_DBIAS_UNIT(family, dtype, head_dim, value_dim, simdgroups, block_keys)   \
-  {Family::family, Kind::backward_dbias, DType::dtype,    head_dim,  value_dim, unit, \
-   held,           simdgroups,           16 * simdgroups, block_keys},
+#define TUNE_DKDV(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_queries)                  \
+  {Family::family, Kind::backward_dkdv, DType::dtype,                                                              \
+   head_dim,       value_dim,           Path::path,                                                                \
+   held,           simdgroups,          backward_rows_of(Path::path, head_dim + value_dim, simdgroups, row_tiles), \
+   block_queries},
+#define TUNE_DQ(family, dtype, own, head_dim, value_dim, path, simdgroups, row_tiles, block_keys)    \
+  {Family::family, Kind::backward_dq, DType::dtype,                                                  \
+   head_dim,       value_dim,         Path::path,                                                    \
+   Own::own,       simdgroups,        backward_rows_of(Path::path, head_dim, simdgroups, row_tiles), \
+   block_keys},
 #define TUNE_DQ_FROM_DS(family, dtype, head_dim, simdgroups, query_tiles, block_keys)     \
   {Family::family, Kind::backward_dq_from_ds,    DType::dtype, head_dim, 0, staged, held, \
    simdgroups,     8 * query_tiles * simdgroups, block_keys},
-#define TUNE_DBIAS(family, dtype, head_dim, value_dim, simdgroups, block_keys)         \
-  {Family::family, Kind::backward_dbias, DType::dtype,   head_dim,  value_dim, staged, \
-   held,           simdgroups,           8 * simdgroups, block_keys},
+#define TUNE_DBIAS(family, dtype, head_dim, value_dim, path, simdgroups, block_keys) \
+  {Family::family,                                                                   \
+   Kind::backward_dbias,                                                             \
+   DType::dtype,                                                                     \
+   head_dim,                                                                         \
+   value_dim,                                                                        \
+   Path::path,                                                                       \
+   held,                                                                             \
+   simdgroups,                                                                       \
+   backward_dbias_rows_of(Path::path, simdgroups),                                   \
+   block_keys},
 #define TUNE_MASK_BLOCKS(family, dtype, simdgroups) \
   {Family::family, Kind::mask_blocks, DType::dtype, 0, 0, staged, held, simdgroups, kMaskBlockRows, kMaskBlockRows},
 #include "plan/tuning.def"

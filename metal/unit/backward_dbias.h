@@ -8,7 +8,8 @@
 namespace mfa {
 
 // An open block has neither bounds of rows nor a mask.
-struct BiasOnUnit {
+template <>
+struct BiasBlocks<unit> {
   static constant constexpr int kRowTiles = 2;
 
   template <typename T, int kHeadDim, int kValueDim, int kBlockKeys>
@@ -28,11 +29,5 @@ struct BiasOnUnit {
     }
   }
 };
-
-#define BACKWARD_DBIAS_UNIT(dtype, head_dim, value_dim, simdgroups, block_keys)                      \
-  template [[host_name("backward_dbias_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups \
-                       "_k" #block_keys)]] [[kernel]]                                                \
-  decltype(backward_dbias<BiasOnUnit, dtype, head_dim, value_dim, simdgroups, block_keys>)           \
-      backward_dbias<BiasOnUnit, dtype, head_dim, value_dim, simdgroups, block_keys>;
 
 }  // namespace mfa

@@ -93,10 +93,4 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   rows.store(params, grad_key, grad_value, tile);
 }
 
-#define BACKWARD_DKDV_UNIT(dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries)                        \
-  template [[host_name("backward_dkdv_" #dtype "_d" #head_dim "_v" #value_dim "_unit_s" #simdgroups "_r" #row_tiles \
-                       "_q" #block_queries)]] [[kernel]]                                                            \
-  decltype(backward_dkdv_unit<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>)                    \
-      backward_dkdv_unit<dtype, head_dim, value_dim, simdgroups, row_tiles, block_queries>;
-
 }  // namespace mfa

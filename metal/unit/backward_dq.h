@@ -51,10 +51,4 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   rows.store(params, grad_query, grad_alibi, tile);
 }
 
-#define BACKWARD_DQ_UNIT(dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys)               \
-  template [[host_name("backward_dq_" #dtype "_d" #head_dim "_v" #value_dim "_" #own "_unit_s" #simdgroups \
-                       "_r" #row_tiles "_k" #block_keys)]] [[kernel]]                                      \
-  decltype(backward_dq_unit<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>)           \
-      backward_dq_unit<dtype, own, head_dim, value_dim, simdgroups, row_tiles, block_keys>;
-
 }  // namespace mfa

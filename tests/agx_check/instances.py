@@ -91,7 +91,7 @@ def sources() -> dict[str, str]:
     return {
         family: _digest(
             [_code(path) for path in sorted(_included(METAL / f"{family}.h", set()))]
-            + re.findall(rf"^{family.upper()}\(.*\)$", rows, re.MULTILINE)
+            + re.findall(rf"^{family.removesuffix('_team').upper()}\(.*\)$", rows, re.MULTILINE)
         )
         for family in families
     }

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 FORMS = {  # of names, by the arguments of a row of csrc/plan/tuning.def
     "FORWARD": "forward_{1}_d{2}_v{3}_{4}_s{5}_r{6}_k{7}",
     "DELTA": "backward_delta_{1}_s{2}",
-    "DKDV": "backward_dkdv_{1}_d{2}_v{3}_s{4}_r{5}_q{6}",
-    "DQ": "backward_dq_{1}_d{3}_v{4}_{2}_s{5}_r{6}_k{7}",
+    "DKDV": "backward_dkdv_{1}_d{2}_v{3}_{4}_s{5}_r{6}_q{7}",
+    "DQ": "backward_dq_{1}_d{3}_v{4}_{2}_{5}_s{6}_r{7}_k{8}",
     "DQ_FROM_DS": "backward_dq_from_ds_{1}_d{2}_s{3}_q{4}_k{5}",
-    "DBIAS": "backward_dbias_{1}_d{2}_v{3}_s{4}_k{5}",
+    "DBIAS": "backward_dbias_{1}_d{2}_v{3}_{4}_s{5}_k{6}",
     "MASK_BLOCKS": "mask_blocks_{1}_s{2}",
 }
 COLUMNS = {
@@ -36,7 +36,8 @@ def tuned() -> set[str]:
     """Kernels that tuning.def names."""
     text = (ROOT / "csrc/plan/tuning.def").read_text(encoding="utf-8")
     rows = re.findall(r"^TUNE_(\w+)\((\w+, \w+, .*)\)$", text, re.MULTILINE)
-    return {FORMS[macro].format(*arguments.split(", ")) for macro, arguments in rows if macro in FORMS}
+    names = {(macro, FORMS[macro].format(*arguments.split(", "))) for macro, arguments in rows if macro in FORMS}
+    return {name if macro == "FORWARD" else name.replace("_staged", "") for macro, name in names}
 
 
 def chosen() -> set[str]:

@@ -52,12 +52,10 @@ class Winner(NamedTuple):
 def row_of(instance: _native.Instance, family: str) -> str:
     """Its row in tuning.def."""
     own = f"{instance.own}, " if instance.kind == "backward_dq" else ""
-    path = f"{instance.path}, " if instance.kind == "forward" else ""
-    macro = TUNABLE[instance.kind] + ("_UNIT" if instance.path == "unit" and not path else "")
     tiles = instance.name.rsplit("_r", 1)[1].split("_")[0]
     return (
-        f"{macro}({family}, {instance.dtype}, {own}{instance.head_dim}, {instance.value_dim}, "
-        f"{path}{instance.simdgroups}, {tiles}, {instance.block})"
+        f"{TUNABLE[instance.kind]}({family}, {instance.dtype}, {own}{instance.head_dim}, {instance.value_dim}, "
+        f"{instance.path}, {instance.simdgroups}, {tiles}, {instance.block})"
     )
 
 
