@@ -79,11 +79,16 @@ struct BackwardKeys {
     clear(grad_value);
   }
 
-  // P'. A block that is not masked is seen whole by every key.
-  template <typename Queries, typename Statistics>
-  void make_probabilities(constant AttentionParams& params, Rules<T> rules, Queries queries, Statistics statistics,
-                          int first_query, bool masked) {
+  // S'.
+  template <typename Queries>
+  void multiply_queries(Queries queries) {
     multiply_transposed<T, kHeadDim>(p, key, queries, lane);
+  }
+
+  // P' of it. kIsOpen: every key is known to be seen by the whole block.
+  template <bool kIsOpen, typename Statistics>
+  void make_probabilities(constant AttentionParams& params, Rules<T> rules, Statistics statistics, int first_query) {
+    const bool masked = !kIsOpen && (!has_window || !view.sees_all(first_query, kBlockQueries));
     float largest = 0;
     MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
@@ -136,17 +141,16 @@ struct BackwardKeys {
     multiply_accumulate<T, kValueDim>(grad_value, kept, grad_outs, lane, refines);
   }
 
-  // dP' = V dO', dS' = P' (dP' - delta).
-  template <typename GradOuts, typename Statistics>
-  void make_score_gradient(Rules<T> rules, GradOuts grad_outs, Statistics statistics, int first_query) {
-    Fragment<float> dp[kRowTiles][kQueryTiles];
+  // dP' = V dO'.
+  template <typename GradOuts>
+  void multiply_grad_outs(GradOuts grad_outs, thread Fragment<float> (&dp)[kRowTiles][kQueryTiles]) {
     multiply_transposed<T, kValueDim>(dp, value, grad_outs, lane);
-    subtract_delta(rules, dp, statistics, first_query);
   }
 
+  // dS' = P' (dP' - delta).
   template <typename Statistics>
-  void subtract_delta(Rules<T> rules, thread Fragment<float> (&dp)[kRowTiles][kQueryTiles], Statistics statistics,
-                      int first_query) {
+  void make_score_gradient(Rules<T> rules, thread Fragment<float> (&dp)[kRowTiles][kQueryTiles], Statistics statistics,
+                           int first_query) {
     MFA_UNROLL
     for (short n = 0; n < kQueryTiles; ++n) {
       const float2 delta = statistics.delta(n);
@@ -186,7 +190,9 @@ struct BackwardKeys {
     return dropout.of_queries(first_query + lane.column_of(n), first_key + r * kFragment + lane.row);
   }
 
-  void store(constant AttentionParams& params, device T* key_tensor, device T* value_tensor, KeyTile<T> tile) {
+  // `first_dim` and `first_value_dim` are those of slices of D and Dv, of which these are one.
+  void store(constant AttentionParams& params, device T* key_tensor, device T* value_tensor, KeyTile<T> tile,
+             int first_dim = 0, int first_value_dim = 0) {
     float key_factor[kRowTiles], value_factor[kRowTiles];
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
@@ -196,16 +202,16 @@ struct BackwardKeys {
     if (wants_grad_key) {
       store_rows<T, kHeadDim>(key_tensor + (uint(sequence.index) * params.grad_key_strides[0] +
                                             uint(tile.key_head) * params.grad_key_strides[1] +
-                                            uint(sequence.first_key) * params.grad_key_strides[2]),
+                                            uint(sequence.first_key) * params.grad_key_strides[2] + first_dim),
                               params.grad_key_strides[2], first_key, sequence.key_length, tile.head_dim, grad_key,
                               key_factor, lane);
     }
     if (wants_grad_value) {
-      store_rows<T, kValueDim>(value_tensor + (uint(sequence.index) * params.grad_value_strides[0] +
-                                               uint(tile.key_head) * params.grad_value_strides[1] +
-                                               uint(sequence.first_key) * params.grad_value_strides[2]),
-                               params.grad_value_strides[2], first_key, sequence.key_length, tile.value_dim, grad_value,
-                               value_factor, lane);
+      store_rows<T, kValueDim>(
+          value_tensor + (uint(sequence.index) * params.grad_value_strides[0] +
+                          uint(tile.key_head) * params.grad_value_strides[1] +
+                          uint(sequence.first_key) * params.grad_value_strides[2] + first_value_dim),
+          params.grad_value_strides[2], first_key, sequence.key_length, tile.value_dim, grad_value, value_factor, lane);
     }
   }
 };
@@ -280,13 +286,15 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       const Queries staged_queries(paired_queries, queries);
       const GradOuts staged_grad_outs(paired_grad_outs, grad_outs);
       const StagedStatistics row_statistics = {lse, delta, rows.lane};
-      rows.make_probabilities(params, own_rules, staged_queries, row_statistics, first_query,
-                              !has_window || !rows.view.sees_all(first_query, kBlockQueries));
+      rows.multiply_queries(staged_queries);
+      rows.template make_probabilities<false>(params, own_rules, row_statistics, first_query);
       if (wants_grad_value) {
         rows.add_values(own_rules, staged_grad_outs, first_query);
       }
       if (wants_grad_key) {
-        rows.make_score_gradient(own_rules, staged_grad_outs, row_statistics, first_query);
+        Fragment<float> dp[kRowTiles][kBlockQueries / kFragment];
+        rows.multiply_grad_outs(staged_grad_outs, dp);
+        rows.make_score_gradient(own_rules, dp, row_statistics, first_query);
         if (writes_score_gradient) {
           rows.store_score_gradient(blobs, first_query);
         }

@@ -40,7 +40,7 @@ struct BackwardQueries {
   static constant constexpr int kKeyTiles = kBlockKeys / kFragment;
 
   Fragment<float> grad_query[kRowTiles][kHeadDim / kFragment];
-  Fragment<float> ds[kRowTiles][kKeyTiles];  // of the block
+  Fragment<float> ds[kRowTiles][kKeyTiles];  // of the block: S, then dS
   bool refines;
   OwnOperand<T, kOwn, kRowTiles, kHeadDim, OwnRows<T, kRowTiles>> query;
   OwnOperand<T, kOwn, kRowTiles, kValueDim, OwnRows<T, kRowTiles>> grad_out;
@@ -71,12 +71,22 @@ struct BackwardQueries {
     }
   }
 
-  // dS = P (dP - delta). kIsOpen: every query is known to see the whole block.
-  template <bool kIsOpen, typename Keys, typename Values>
-  void make_score_gradient(constant AttentionParams& params, Rules<T> rules, Keys keys, Values values, int first_key) {
-    Fragment<float> dp[kRowTiles][kKeyTiles];
+  // S.
+  template <typename Keys>
+  void multiply_keys(Keys keys) {
     multiply_transposed<T, kHeadDim>(ds, query.operand, keys, lane);
+  }
+
+  // dP = dO V'.
+  template <typename Values>
+  void multiply_values(Values values, thread Fragment<float> (&dp)[kRowTiles][kKeyTiles]) {
     multiply_transposed<T, kValueDim>(dp, grad_out.operand, values, lane);
+  }
+
+  // dS = P (dP - delta), P of S. kIsOpen: every query is known to see the whole block.
+  template <bool kIsOpen>
+  void make_score_gradient(constant AttentionParams& params, Rules<T> rules,
+                           thread Fragment<float> (&dp)[kRowTiles][kKeyTiles], int first_key) {
     const bool masked = !kIsOpen && (!has_window || !view.sees_all(first_key, kBlockKeys));
     float largest = 0;
     MFA_UNROLL
@@ -118,12 +128,14 @@ struct BackwardQueries {
     multiply_accumulate<T, kHeadDim>(grad_query, ds, keys, lane, refines);
   }
 
-  void store(constant AttentionParams& params, device T* query_tensor, device float* grad_alibi, QueryTile<T> tile) {
+  // `first_dim` is that of a slice of D, of which this is one.
+  void store(constant AttentionParams& params, device T* query_tensor, device float* grad_alibi, QueryTile<T> tile,
+             int first_dim = 0) {
     float factor[kRowTiles];
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       factor[r] = params.scale;
-      if (wants_grad_alibi) {
+      if (wants_grad_alibi && first_dim == 0) {
         const float sum = row_sum(alibi[r]);
         const int row = first_row + r * kFragment + lane.row;
         if (lane.column == 0 && row < sequence.query_length) {
@@ -133,7 +145,7 @@ struct BackwardQueries {
     }
     store_rows<T, kHeadDim>(query_tensor + (uint(sequence.index) * params.grad_query_strides[0] +
                                             uint(tile.head) * params.grad_query_strides[1] +
-                                            uint(sequence.first_query) * params.grad_query_strides[2]),
+                                            uint(sequence.first_query) * params.grad_query_strides[2] + first_dim),
                             params.grad_query_strides[2], first_row, sequence.query_length, tile.head_dim, grad_query,
                             factor, lane);
   }
@@ -185,8 +197,10 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     const MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(blocks, rows.first_row, first_key);
     if (rows.view.sees(first_key, kBlockKeys) && mask_class != kHidden) {
       const Keys staged_keys(paired_keys, keys);
-      rows.template make_score_gradient<false>(params, rules.in_block(mask_class, walk), staged_keys, Values{values},
-                                               first_key);
+      Fragment<float> dp[kRowTiles][kBlockKeys / kFragment];
+      rows.multiply_keys(staged_keys);
+      rows.multiply_values(Values{values}, dp);
+      rows.template make_score_gradient<false>(params, rules.in_block(mask_class, walk), dp, first_key);
       rows.add_queries(staged_keys);
     }
   }

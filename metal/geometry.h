@@ -8,26 +8,36 @@ namespace mfa {
 enum Path { staged, direct, team, unit, unit_team };
 constexpr int kTeamMembers = 4;
 
+constexpr bool is_on_unit(Path path) { return path == unit || path == unit_team; }
+
 // What the names of backward kernels say of it.
 #define MFA_IN_NAME_staged ""
 #define MFA_IN_NAME_team "_team"
 #define MFA_IN_NAME_unit "_unit"
 #define MFA_IN_NAME_unit_team "_unit_team"
 
-// SIMD-groups that share rows, of so many columns of results. A team of the backward pass is the whole threadgroup, but
-// on the matrix unit.
-constexpr int members_of(Path path, int columns) {
-  return path == team ? kTeamMembers : path == unit_team ? (columns <= 256 ? 2 : 4) : 1;
+// SIMD-groups that share rows, by D; and keys, by D and Dv, in the backward pass on the matrix unit, where one holds
+// 128 columns of dK and dV. Other teams of the backward pass are the whole threadgroup.
+constexpr int members_of(Path path, int head_dim) {
+  return path == team ? kTeamMembers : path == unit_team ? (head_dim <= 256 ? 2 : 4) : 1;
+}
+constexpr int unit_members_of_keys(int head_dim, int value_dim) {
+  const int members = (head_dim + value_dim) / 128;
+  return members < 2 ? 2 : members;
 }
 
-// That a threadgroup owns.
-constexpr int rows_of(Path path, int columns, int simdgroups, int row_tiles) {
-  return 8 * row_tiles * simdgroups / members_of(path, columns);
+// That a threadgroup owns: rows, or in backward_dkdv keys.
+constexpr int rows_of(Path path, int head_dim, int simdgroups, int row_tiles) {
+  return 8 * row_tiles * simdgroups / members_of(path, head_dim);
 }
-constexpr int backward_rows_of(Path path, int columns, int simdgroups, int row_tiles) {
-  return path == team ? 8 * row_tiles : rows_of(path, columns, simdgroups, row_tiles);
+constexpr int dq_rows_of(Path path, int head_dim, int simdgroups, int row_tiles) {
+  return path == team ? 8 * row_tiles : rows_of(path, head_dim, simdgroups, row_tiles);
 }
-
+constexpr int dkdv_rows_of(Path path, int head_dim, int value_dim, int simdgroups, int row_tiles) {
+  return path == team
+             ? 8 * row_tiles
+             : 8 * row_tiles * simdgroups / (path == unit_team ? unit_members_of_keys(head_dim, value_dim) : 1);
+}
 constexpr int backward_dbias_rows_of(Path path, int simdgroups) { return (path == unit ? 16 : 8) * simdgroups; }
 
 // Threadgroup memory of a staged kernel. split: K and V side by side, Q in registers. shared: K and V take turns in one
@@ -131,7 +141,7 @@ constexpr int backward_dkdv_threadgroup_bytes(Path path, int head_dim, int value
   const int queries = plain_row_bytes(head_dim, element_size);
   const int grad_outs = plain_row_bytes(value_dim, element_size);
   const int row =
-      path == unit || path == unit_team ? 0
+      is_on_unit(path) ? 0
       : path == team
           ? larger(padded_row_bytes(head_dim, element_size, both), padded_row_bytes(head_dim, element_size, octets))
           : paired_row_bytes(head_dim, element_size) + paired_row_bytes(value_dim, element_size) +

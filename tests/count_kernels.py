@@ -69,7 +69,7 @@ def rows_of_instances() -> Iterator[tuple[str, _native.Instance, str]]:
             instance = catalogue[name]
             # dV and dK may come from two launches that differ. Of those in 8x8 matrices the model has none.
             pair = instance.head_dim + instance.value_dim
-            apart = instance.kind == "backward_dkdv" and instance.path != "team" and pair > 128
+            apart = instance.kind == "backward_dkdv" and not instance.path.endswith("team") and pair > 128
             if apart and instance.path == "unit":
                 yield from ((row, instance, variant) for variant in APART)
             elif not apart or pair <= 256:
@@ -108,7 +108,7 @@ def launch_counters(instance: _native.Instance, variant: str, length: int) -> di
         torch.zeros(1, 1, length, dim, dtype=TORCH_DTYPES[instance.dtype], requires_grad=instance.kind != "forward")
         for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
     )
-    if instance.path == "unit" and instance.kind != "forward":  # else all P were the same, and the unit refines those
+    if instance.path.startswith("unit") and instance.kind != "forward":  # else all P were the same, and the unit refines those
         generator = torch.Generator().manual_seed(0)
         query, key = ((0.1 * torch.randn(x.shape, generator=generator)).to(x).requires_grad_() for x in (query, key))
     with mfa.simulate(FAMILIES.get(instance.path, "apple7")) as sim:

@@ -25,10 +25,7 @@ struct Backward {
 
   std::int64_t units() const { return problem.batch * problem.key_heads; }
 
-  const Instance& instance(Kind kind) const {
-    const bool exact_head = problem.head_dim == start.bucket.head_dim && problem.value_dim == start.bucket.value_dim;
-    return *choose(kind, problem, start.bucket, start.aligned && exact_head);
-  }
+  const Instance& instance(Kind kind) const { return *choose(kind, problem, start.bucket, is_exact(problem, start)); }
 
   void add_delta() {
     const Instance& delta = instance(Kind::backward_delta);
@@ -101,7 +98,7 @@ struct Backward {
   std::int64_t units_per_chunk() const {
     const BackwardMode mode =
         gradients.mode == BackwardMode::automatic ? default_mode(problem.family, start.bucket) : gradients.mode;
-    if (mode != BackwardMode::five_gemm || !dq_from_ds() || instance(Kind::backward_dkdv).path == unit) return 0;
+    if (mode != BackwardMode::five_gemm || !dq_from_ds() || is_on_unit(instance(Kind::backward_dkdv).path)) return 0;
     // Without dK, dQ alone is cheaper; and only backward_dq has the sums that ALiBi's gradient needs.
     if (!gradients.query || !gradients.key || gradients.alibi || problem.sequences > 0) return 0;
     if (problem.bias.kind == BiasKind::blocks) return 0;  // of dS, blocks that no list names would stay unwritten
@@ -116,8 +113,9 @@ struct Backward {
   void add_gradients() {
     has_classes = add_mask_blocks(plan, problem, start);
     const Path path = instance(Kind::backward_dkdv).path;
-    const bool separate = path != team && start.bucket.head_dim + start.bucket.value_dim >
-                                              (path == unit ? kLargestUnitPair : kLargestPair);
+    const bool is_team = path == team || path == unit_team;
+    const bool separate =
+        !is_team && start.bucket.head_dim + start.bucket.value_dim > (path == unit ? kLargestUnitPair : kLargestPair);
     const bool value_first = separate && gradients.key && gradients.value;
     const bool value_with_key = gradients.value && !value_first;
     if (value_first) add_dkdv(false, true, 0, units(), false);

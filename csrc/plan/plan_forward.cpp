@@ -6,8 +6,7 @@ namespace mfa {
 
 Plan plan_forward(const Problem& problem) {
   const Canonical start = canonical(problem);
-  const bool exact_head = problem.head_dim == start.bucket.head_dim && problem.value_dim == start.bucket.value_dim;
-  const Instance& instance = *choose(Kind::forward, problem, start.bucket, start.aligned && exact_head);
+  const Instance& instance = *choose(Kind::forward, problem, start.bucket, is_exact(problem, start));
   if (packs_rows(problem, start, instance)) return plan_decode(problem, start);
   Plan plan{.launches = {}, .params = start.params};
   const bool has_classes = add_mask_blocks(plan, problem, start);

@@ -17,6 +17,12 @@ struct Canonical {
   bool has_window;  // the window hides a pair
 };
 
+// Whether rows are aligned and D and Dv are the bucket's: else a kernel needs code for tails.
+inline bool is_exact(const Problem& problem, const Canonical& canonical) {
+  return canonical.aligned && problem.head_dim == canonical.bucket.head_dim &&
+         problem.value_dim == canonical.bucket.value_dim;
+}
+
 // Throws std::invalid_argument.
 Canonical canonical(const Problem& problem);
 

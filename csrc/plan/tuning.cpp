@@ -27,15 +27,15 @@ constexpr Tuning kTuning[] = {
    block_keys},
 #define TUNE_DELTA(family, dtype, simdgroups) \
   {Family::family, Kind::backward_delta, DType::dtype, 0, 0, staged, held, simdgroups, 4 * simdgroups, 0},
-#define TUNE_DKDV(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_queries)                  \
-  {Family::family, Kind::backward_dkdv, DType::dtype,                                                              \
-   head_dim,       value_dim,           Path::path,                                                                \
-   held,           simdgroups,          backward_rows_of(Path::path, head_dim + value_dim, simdgroups, row_tiles), \
+#define TUNE_DKDV(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_queries)             \
+  {Family::family, Kind::backward_dkdv, DType::dtype,                                                         \
+   head_dim,       value_dim,           Path::path,                                                           \
+   held,           simdgroups,          dkdv_rows_of(Path::path, head_dim, value_dim, simdgroups, row_tiles), \
    block_queries},
-#define TUNE_DQ(family, dtype, own, head_dim, value_dim, path, simdgroups, row_tiles, block_keys)    \
-  {Family::family, Kind::backward_dq, DType::dtype,                                                  \
-   head_dim,       value_dim,         Path::path,                                                    \
-   Own::own,       simdgroups,        backward_rows_of(Path::path, head_dim, simdgroups, row_tiles), \
+#define TUNE_DQ(family, dtype, own, head_dim, value_dim, path, simdgroups, row_tiles, block_keys) \
+  {Family::family, Kind::backward_dq, DType::dtype,                                               \
+   head_dim,       value_dim,         Path::path,                                                 \
+   Own::own,       simdgroups,        dq_rows_of(Path::path, head_dim, simdgroups, row_tiles),    \
    block_keys},
 #define TUNE_DQ_FROM_DS(family, dtype, head_dim, simdgroups, query_tiles, block_keys)     \
   {Family::family, Kind::backward_dq_from_ds,    DType::dtype, head_dim, 0, staged, held, \
@@ -94,7 +94,7 @@ constexpr bool every_row_has_an_instance() {
 static_assert(every_row_has_an_instance(), "tuning.def names an instance that instances.def does not have");
 
 // Such kernels have no code for tails.
-constexpr bool takes_exact_only(Path path) { return path == direct || path == unit || path == unit_team; }
+constexpr bool takes_exact_only(Path path) { return path == direct || is_on_unit(path); }
 
 constexpr bool fits(int dim, int bucket) { return dim == 0 || dim == bucket; }  // 0: the kernel takes any
 

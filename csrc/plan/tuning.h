@@ -8,8 +8,8 @@
 
 namespace mfa {
 
-// The first row for this kind of kernel that serves the family and the bucket; null if there is none. is_exact: rows
-// are aligned, and D and Dv are the bucket's. A kind that has only paths with code for tails, or doesn't care for Dv,
+// The first row for this kind of kernel that serves the family and the bucket; null if there is none. is_exact: see
+// problem.h. A kind that has only paths with code for tails, or doesn't care for Dv,
 // ignores that argument.
 const Instance* choose(Kind kind, const Problem& problem, Bucket bucket, bool is_exact = false);
 

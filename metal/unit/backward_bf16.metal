@@ -1,8 +1,8 @@
 // Backward kernels on the matrix unit, bf16.
 #define MFA_INSTANCES_WITHOUT_F16
 #include "backward_dbias.h"
-#include "backward_dkdv.h"
-#include "backward_dq.h"
+#include "backward_dkdv_team.h"
+#include "backward_dq_team.h"
 
 namespace mfa {
 #include "instances.def"

@@ -6,55 +6,85 @@
 #include "../backward_dkdv.h"
 #include "../device_rows.h"
 #include "rows.h"
+#include "team_scores.h"
 
 namespace mfa {
 
-// The statistics of a block's queries, read from device memory; of those that fragments have in column tile n.
-template <int kTiles>
-struct ReadStatistics {
-  float2 lse_and_delta[kTiles][2];
+// The statistics of a block's queries in device memory; of those that fragments have in column tile n, read when asked
+// for.
+struct UnreadStatistics {
+  const device float2* rows;
+  bool is_open;
+  int valid;
+  Lane lane;
+
+  float2 lse(short n) const { return pair(n, 0, kUnseenLse); }
+  float2 delta(short n) const { return pair(n, 1, 0); }
 
   // A row from `valid` on is one that sees nothing; in an open block all are there.
-  ReadStatistics(const device float2* rows, bool is_open, int valid, Lane lane) {
+  float2 pair(short n, short which, float unseen) const {
+    const short i = lane.column_of(n);
+    return float2(is_open || i < valid ? rows[i][which] : unseen,
+                  is_open || i + 1 < valid ? rows[i + 1][which] : unseen);
+  }
+};
+
+// The same, read at once.
+template <int kTiles>
+struct ReadStatistics {
+  float2 lse_of[kTiles], delta_of[kTiles];
+
+  explicit ReadStatistics(UnreadStatistics rows) {
     MFA_UNROLL
     for (short n = 0; n < kTiles; ++n) {
-      MFA_UNROLL
-      for (short e = 0; e < 2; ++e) {
-        const short i = lane.column_of(n) + e;
-        lse_and_delta[n][e] = is_open || i < valid ? rows[i] : float2(kUnseenLse, 0);
-      }
+      lse_of[n] = rows.lse(n);
+      delta_of[n] = rows.delta(n);
     }
   }
 
-  float2 lse(short n) const { return float2(lse_and_delta[n][0].x, lse_and_delta[n][1].x); }
-  float2 delta(short n) const { return float2(lse_and_delta[n][0].y, lse_and_delta[n][1].y); }
+  float2 lse(short n) const { return lse_of[n]; }
+  float2 delta(short n) const { return delta_of[n]; }
 };
 
-// One block of queries. An open one has neither bounds of rows nor a mask.
-template <bool kIsOpen, typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockQueries>
+// One block of queries. An open one has neither bounds of rows nor a mask. takes_part: whether the keys see any of
+// them; who has keys with others must come here all the same.
+template <bool kIsOpen, typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockQueries, typename Team>
 inline void add_block(constant AttentionParams& params,
-                      thread BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries>& keys, Rules<T> rules,
-                      HeadRows<T> head_queries, HeadRows<T> head_grad_outs, const device float2* head_statistics,
-                      int first_query) {
+                      thread BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries>& keys, thread Team& team,
+                      Rules<T> rules, HeadRows<T> head_queries, HeadRows<T> head_grad_outs,
+                      const device float2* head_statistics, int first_query, bool takes_part = true) {
   constexpr int kTiles = kBlockQueries / kFragment;
   const auto queries = unit_rows<kIsOpen>(head_queries.from(first_query));
   const auto grad_outs = unit_rows<kIsOpen>(head_grad_outs.from(first_query));
-  const ReadStatistics<kTiles> statistics(head_statistics + first_query, kIsOpen, head_queries.length - first_query,
-                                          keys.lane);
-  keys.make_probabilities(params, rules, queries, statistics, first_query, !kIsOpen);
-  if (wants_grad_value && wants_grad_key) {
-    keep_in_loop();  // V, which would else be read once, into registers that there aren't
-    Fragment<float> dp[kRowTiles][kTiles], kept[kRowTiles][kTiles];
-    keys.keep(rules, first_query, kept);
-    multiply_both<T, kValueDim>(dp, keys.value, keys.grad_value, kept, grad_outs, keys.lane, keys.refines);
-    keys.subtract_delta(rules, dp, statistics, first_query);
-  } else if (wants_grad_value) {
-    keys.add_values(rules, grad_outs, first_query);
-  } else {
-    keys.make_score_gradient(rules, grad_outs, statistics, first_query);
+  const UnreadStatistics unread = {head_statistics + first_query, kIsOpen, head_queries.length - first_query,
+                                   keys.lane};
+  const conditional_t<Team::kIsTeam, UnreadStatistics, ReadStatistics<kTiles>> statistics(unread);
+  Fragment<float> dp[kRowTiles][kTiles];
+  if (takes_part) {
+    keys.multiply_queries(queries);
+  }
+  team.exchange(keys.p, takes_part);
+  if (takes_part) {
+    keys.template make_probabilities<kIsOpen>(params, rules, statistics, first_query);
+    if (wants_grad_value && wants_grad_key) {
+      if (!Team::kIsTeam) {
+        keep_in_loop();  // V, which would else be read once, into registers that there aren't
+      }
+      Fragment<float> kept[kRowTiles][kTiles];
+      keys.keep(rules, first_query, kept);
+      multiply_both<T, kValueDim>(dp, keys.value, keys.grad_value, kept, grad_outs, keys.lane, keys.refines);
+    } else if (wants_grad_value) {
+      keys.add_values(rules, grad_outs, first_query);
+    } else {
+      keys.multiply_grad_outs(grad_outs, dp);
+    }
   }
   if (wants_grad_key) {
-    keys.add_keys(queries);
+    team.exchange(dp, takes_part);
+    if (takes_part) {
+      keys.make_score_gradient(rules, dp, statistics, first_query);
+      keys.add_keys(queries);
+    }
   }
 }
 
@@ -68,6 +98,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       key, value, unit, kSimdgroups * kRows, kHeadDim, kValueDim);
   BackwardKeys<T, kHeadDim, kValueDim, kRowTiles, kBlockQueries> rows(params, tile, tile.first_key + simdgroup * kRows,
                                                                       Lane(lane_index));
+  NoTeam team;
   for (int member = 0; member < params.group_size; ++member) {
     const int head = tile.key_head * params.group_size + member;
     const HeadRows<T> queries = query_rows(query, params.query_strides, tile.sequence, head, kHeadDim);
@@ -79,13 +110,13 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
       MaskClass mask_class = walk.template classify<kBlockQueries, kRows>(rules.blocks, walk.first, rows.first_key);
       // Open blocks have a loop of their own, without a branch.
       while (mask_class != kHidden && !walk.is_done() && rows.view.sees_all(walk.first, kBlockQueries)) {
-        add_block<true>(params, rows, rules.in_block(mask_class, walk), queries, grad_outs, head_statistics,
+        add_block<true>(params, rows, team, rules.in_block(mask_class, walk), queries, grad_outs, head_statistics,
                         walk.first);
         walk.next();
         mask_class = walk.template classify<kBlockQueries, kRows>(rules.blocks, walk.first, rows.first_key);
       }
       if (mask_class != kHidden && !walk.is_done()) {
-        add_block<false>(params, rows, rules.in_block(mask_class, walk), queries, grad_outs, head_statistics,
+        add_block<false>(params, rows, team, rules.in_block(mask_class, walk), queries, grad_outs, head_statistics,
                          walk.first);
       }
     }

@@ -6,20 +6,32 @@
 #include "../backward_dq.h"
 #include "../device_rows.h"
 #include "rows.h"
+#include "team_scores.h"
 
 namespace mfa {
 
-// One block of keys. An open one has neither bounds of rows nor a mask.
-template <bool kIsOpen, typename T, typename Queries>
-inline void add_block(constant AttentionParams& params, thread Queries& queries, Rules<T> rules, QueryTile<T> tile,
-                      int first_key) {
+// One block of keys. An open one has neither bounds of rows nor a mask. takes_part: whether the queries see any of
+// them; who has queries with others must come here all the same.
+template <bool kIsOpen, typename T, Own kOwn, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys, typename Team>
+inline void add_block(constant AttentionParams& params,
+                      thread BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys>& queries,
+                      thread Team& team, Rules<T> rules, thread const QueryTile<T>& tile, int first_key,
+                      bool takes_part = true) {
   const auto keys = unit_rows<kIsOpen>(tile.keys.from(first_key));
-  queries.template make_score_gradient<kIsOpen>(params, rules, keys, unit_rows<kIsOpen>(tile.values.from(first_key)),
-                                                first_key);
-  if (Queries::kOperands == held) {
-    keep_in_loop();  // else K is read once for both of its products, into registers that there aren't
+  Fragment<float> dp[kRowTiles][kBlockKeys / kFragment];
+  if (takes_part) {
+    queries.multiply_keys(keys);
+    queries.multiply_values(unit_rows<kIsOpen>(tile.values.from(first_key)), dp);
   }
-  queries.add_queries(keys);
+  team.exchange(queries.ds, takes_part);  // not before dP is made: the parts of others would take registers
+  team.exchange(dp, takes_part);
+  if (takes_part) {
+    queries.template make_score_gradient<kIsOpen>(params, rules, dp, first_key);
+    if (kOwn == held && !Team::kIsTeam) {
+      keep_in_loop();  // else K is read once for both of its products, into registers that there aren't
+    }
+    queries.add_queries(keys);
+  }
 }
 
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
@@ -34,18 +46,19 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
   }
   BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
       params, tile, statistics, tile.first_row + simdgroup * kRows, Lane(lane_index));
+  NoTeam team;
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row);
   for (; !walk.is_done(); walk.next()) {
     MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
     // Open blocks have a loop of their own, without a branch.
     while (mask_class != kHidden && !walk.is_done() && rows.view.sees_all(walk.first, kBlockKeys)) {
-      add_block<true>(params, rows, rules.in_block(mask_class, walk), tile, walk.first);
+      add_block<true>(params, rows, team, rules.in_block(mask_class, walk), tile, walk.first);
       walk.next();
       mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);
     }
     if (mask_class != kHidden && !walk.is_done()) {
-      add_block<false>(params, rows, rules.in_block(mask_class, walk), tile, walk.first);
+      add_block<false>(params, rows, team, rules.in_block(mask_class, walk), tile, walk.first);
     }
   }
   rows.store(params, grad_query, grad_alibi, tile);

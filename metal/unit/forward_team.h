@@ -4,71 +4,24 @@
 #pragma once
 
 #include "forward.h"
+#include "team_scores.h"
 
 namespace mfa {
 
-// The members' parts of a team's scores, one quad of each lane after another.
-template <int kMembers, int kRowTiles, int kKeyTiles>
-struct UnitTeamScores {
-  static_assert(kMembers == 2 || kMembers == 4, "see sum()");
-  static constant constexpr int kQuads = kRowTiles * kKeyTiles / 2 * 32;  // of a member
-
-  threadgroup float4* base;  // of the team
-  short next;                // from there on, the team's other place
-  short member;
-  ushort lane_index;
-
-  threadgroup float4* part(short other) const { return base + (member ^ other) * kQuads + lane_index; }
-
-  void take_turns() {
-    base += next;
-    next = -next;
-  }
-
-  void write(thread Fragment<float> (&score)[kRowTiles][kKeyTiles]) const {
-    MFA_UNROLL
-    for (short r = 0; r < kRowTiles; ++r) {
-      MFA_UNROLL
-      for (short n = 0; n < kKeyTiles; n += 2) {
-        part(0)[(r * kKeyTiles + n) * 16] = quad_at(&score[r][n]);
-      }
-    }
-  }
-
-  // (0 + 1) + (2 + 3) in whatever order of the two of each sum, so that all members have the same bits.
-  void sum(thread Fragment<float> (&score)[kRowTiles][kKeyTiles]) const {
-    MFA_UNROLL
-    for (short r = 0; r < kRowTiles; ++r) {
-      MFA_UNROLL
-      for (short n = 0; n < kKeyTiles; n += 2) {
-        const short i = (r * kKeyTiles + n) * 16;
-        float4 total = quad_at(&score[r][n]) + part(1)[i];
-        if (kMembers == 4) {
-          total += part(2)[i] + part(3)[i];
-        }
-        score[r][n] = total.xy;
-        score[r][n + 1] = total.zw;
-      }
-    }
-  }
-};
-
 // One block of keys: a member's slices of K and V. sees: whether the team's rows see any of them, as they do in an open
-// block. The SIMD-groups of a threadgroup meet once, because the scores of two blocks take turns in two places.
+// block.
 template <bool kIsOpen, int kValueDim, typename T, typename Rows, typename Queries, typename TeamScores>
 inline void add_team_block(constant AttentionParams& params, thread Rows& rows, thread const Queries& queries,
                            thread TeamScores& team_scores, HeadRows<T> keys, HeadRows<T> values, Rules<T> rules,
                            int first_key, bool sees) {
-  if (kIsOpen || sees) {
+  const bool takes_part = kIsOpen || sees;
+  if (takes_part) {
     rows.multiply_keys(queries, unit_rows<kIsOpen>(keys.from(first_key)));
-    team_scores.write(rows.score);
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (kIsOpen || sees) {
-    team_scores.sum(rows.score);
+  team_scores.exchange(rows.score, takes_part);
+  if (takes_part) {
     add_values<kIsOpen, kValueDim>(params, rows, values.from(first_key), rules, first_key);
   }
-  team_scores.take_turns();
 }
 
 // A member's slice.

@@ -65,7 +65,7 @@ class Kernel(NamedTuple):
     def sharers(self) -> int:
         """SIMD-groups that have the same rows: a team's, see metal/team.h, metal/backward_team.h and metal/unit/."""
         if self.path == "unit_team":
-            return 2 if self.head_dim <= 256 else 4
+            return 16 * self.simdgroups // self.rows
         if self.path != "team":
             return 1
         return self.simdgroups if self.kind.startswith("backward") else 4
