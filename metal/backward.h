@@ -62,6 +62,7 @@ inline float2 probability(constant AttentionParams &params, Rules<T> rules, floa
   return fast::exp2(float2(exponent.x > 0 ? 0 : exponent.x, exponent.y > 0 ? 0 : exponent.y));
 }
 
+#ifndef MFA_MATRIX_UNIT
 // A SIMD-group's own rows, in device memory, for left operands. A row past the last reads as the last, without a
 // branch: what becomes of it stays in its row, which is not stored, or is multiplied by zeros (backward_dq_from_ds).
 template <typename T, int kRowTiles>
@@ -84,5 +85,6 @@ struct OwnRows {
                                        : GuardedRows<T>{row[tile], 0, 1, dim}.octet(0, 0, d);
   }
 };
+#endif
 
 }  // namespace mfa

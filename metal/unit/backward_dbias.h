@@ -3,7 +3,6 @@
 
 #define MFA_MATRIX_UNIT
 #include "../backward_dbias.h"
-#include "rows.h"
 
 namespace mfa {
 
@@ -21,11 +20,15 @@ struct BiasBlocks<unit> {
     const bool is_open = end_row <= params.query_length &&
                          view_of_queries(params, sequence, first_row, end_row).sees_all(first_key, kBlockKeys);
     if (is_open) {
-      bias.add_block(params, sequence, rules, queries, unit_rows<true>(keys.from(first_key)),
-                     unit_rows<true>(values.from(first_key)), grad_outs, statistics, first_row, first_key, false);
+      bias.add_block(params, sequence, rules, queries,
+                     unit_rows<true, kBlockKeys / kFragment>(of_lane(keys, bias.lane).from(first_key)),
+                     unit_rows<true, kBlockKeys / kFragment>(of_lane(values, bias.lane).from(first_key)), grad_outs,
+                     statistics, first_row, first_key, false);
     } else {
-      bias.add_block(params, sequence, rules, queries, unit_rows<false>(keys.from(first_key)),
-                     unit_rows<false>(values.from(first_key)), grad_outs, statistics, first_row, first_key, true);
+      bias.add_block(params, sequence, rules, queries,
+                     unit_rows<false, kBlockKeys / kFragment>(of_lane(keys, bias.lane).from(first_key)),
+                     unit_rows<false, kBlockKeys / kFragment>(of_lane(values, bias.lane).from(first_key)), grad_outs,
+                     statistics, first_row, first_key, true);
     }
   }
 };

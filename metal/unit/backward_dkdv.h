@@ -5,7 +5,6 @@
 #define MFA_MATRIX_UNIT
 #include "../backward_dkdv.h"
 #include "../device_rows.h"
-#include "rows.h"
 #include "team_scores.h"
 
 namespace mfa {
@@ -54,8 +53,8 @@ inline void add_block(constant AttentionParams& params,
                       Rules<T> rules, HeadRows<T> head_queries, HeadRows<T> head_grad_outs,
                       const device float2* head_statistics, int first_query, bool takes_part = true) {
   constexpr int kTiles = kBlockQueries / kFragment;
-  const auto queries = unit_rows<kIsOpen>(head_queries.from(first_query));
-  const auto grad_outs = unit_rows<kIsOpen>(head_grad_outs.from(first_query));
+  const auto queries = unit_rows<kIsOpen, kTiles>(head_queries.from(first_query));
+  const auto grad_outs = unit_rows<kIsOpen, kTiles>(head_grad_outs.from(first_query));
   const UnreadStatistics unread = {head_statistics + first_query, kIsOpen, head_queries.length - first_query,
                                    keys.lane};
   const conditional_t<Team::kIsTeam, UnreadStatistics, ReadStatistics<kTiles>> statistics(unread);
@@ -101,8 +100,10 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   NoTeam team;
   for (int member = 0; member < params.group_size; ++member) {
     const int head = tile.key_head * params.group_size + member;
-    const HeadRows<T> queries = query_rows(query, params.query_strides, tile.sequence, head, kHeadDim);
-    const HeadRows<T> grad_outs = query_rows(grad_out, params.grad_out_strides, tile.sequence, head, kValueDim);
+    const HeadRows<T> queries =
+        of_lane(query_rows(query, params.query_strides, tile.sequence, head, kHeadDim), rows.lane);
+    const HeadRows<T> grad_outs =
+        of_lane(query_rows(grad_out, params.grad_out_strides, tile.sequence, head, kValueDim), rows.lane);
     const device float2* head_statistics = statistics + first_row_index(params, tile.sequence, head);
     const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, head);
     BlockWalk<kBlockQueries, false> walk(rules.scores.block_mask, rows.view, rows.first_key);

@@ -34,9 +34,11 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
   const bool have_keys = tile.first_key + kBlockKeys - kRows < tile.sequence.key_length;  // all teams
   for (int index = 0; index < params.group_size; ++index) {
     const int head = tile.key_head * params.group_size + index;
-    const HeadRows<T> queries = query_rows(query + member * kSlice, params.query_strides, tile.sequence, head, kSlice);
+    const HeadRows<T> queries =
+        of_lane(query_rows(query + member * kSlice, params.query_strides, tile.sequence, head, kSlice), rows.lane);
     const HeadRows<T> grad_outs =
-        query_rows(grad_out + member * kValueSlice, params.grad_out_strides, tile.sequence, head, kValueSlice);
+        of_lane(query_rows(grad_out + member * kValueSlice, params.grad_out_strides, tile.sequence, head, kValueSlice),
+                rows.lane);
     const device float2* head_statistics = statistics + first_row_index(params, tile.sequence, head);
     const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, head);
     BlockWalk<kBlockQueries, false> walk(rules.scores.block_mask, view, tile.first_key);

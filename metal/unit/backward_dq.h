@@ -5,7 +5,6 @@
 #define MFA_MATRIX_UNIT
 #include "../backward_dq.h"
 #include "../device_rows.h"
-#include "rows.h"
 #include "team_scores.h"
 
 namespace mfa {
@@ -17,11 +16,11 @@ inline void add_block(constant AttentionParams& params,
                       thread BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys>& queries,
                       thread Team& team, Rules<T> rules, thread const QueryTile<T>& tile, int first_key,
                       bool takes_part = true) {
-  const auto keys = unit_rows<kIsOpen>(tile.keys.from(first_key));
+  const auto keys = unit_rows<kIsOpen, kBlockKeys / kFragment>(tile.keys.from(first_key));
   Fragment<float> dp[kRowTiles][kBlockKeys / kFragment];
   if (takes_part) {
     queries.multiply_keys(keys);
-    queries.multiply_values(unit_rows<kIsOpen>(tile.values.from(first_key)), dp);
+    queries.multiply_values(unit_rows<kIsOpen, kBlockKeys / kFragment>(tile.values.from(first_key)), dp);
   }
   team.exchange(queries.ds, takes_part);  // not before dP is made: the parts of others would take registers
   team.exchange(dp, takes_part);
@@ -37,15 +36,17 @@ inline void add_block(constant AttentionParams& params,
 template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_unit(BACKWARD_DQ_ARGUMENTS) {
   constexpr int kRows = kRowTiles * kFragment;
-  const QueryTile<T> tile(params,
-                          query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
-                                     kSimdgroups * kRows),
-                          query, key, value, grad_out, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  QueryTile<T> tile(params,
+                    query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
+                               kSimdgroups * kRows),
+                    query, key, value, grad_out, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
   if (tile.sequence.query_length == 0) {
     return;  // a threadgroup without work: there is not even a last row to read
   }
   BackwardQueries<T, kOwn, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
       params, tile, statistics, tile.first_row + simdgroup * kRows, Lane(lane_index));
+  tile.keys = of_lane(tile.keys, rows.lane);
+  tile.values = of_lane(tile.values, rows.lane);
   NoTeam team;
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row);

@@ -22,7 +22,7 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
 
   const short member = simdgroup % kMembers;
   const short own = simdgroup / kMembers;
-  const QueryTile<T> tile(
+  QueryTile<T> tile(
       params,
       query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y, kBlockQueries),
       query + member * kSlice, key + member * kSlice, value + member * kValueSlice, grad_out + member * kValueSlice,
@@ -31,6 +31,8 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
     return;  // a threadgroup without work: there is not even a last row to read
   }
   Rows rows(params, tile, statistics, tile.first_row + own * kRows, Lane(lane_index));
+  tile.keys = of_lane(tile.keys, rows.lane);
+  tile.values = of_lane(tile.values, rows.lane);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   TeamScores team = {memory + own * kMembers * TeamScores::kQuads, kSimdgroups * TeamScores::kQuads, member,
                      lane_index};

@@ -4,7 +4,6 @@
 
 #define MFA_MATRIX_UNIT
 #include "../forward.h"
-#include "rows.h"
 
 namespace mfa {
 
@@ -50,7 +49,7 @@ template <bool kIsOpen, int kValueDim, typename T, typename Rows>
 inline void add_values(constant AttentionParams& params, thread Rows& rows, GuardedRows<T> values, Rules<T> rules,
                        int first_key) {
   rows.template softmax<kIsOpen>(params, rules, first_key);
-  multiply_accumulate<T, kValueDim>(rows.out, rows.score, unit_rows<kIsOpen>(values), rows.lane,
+  multiply_accumulate<T, kValueDim>(rows.out, rows.score, unit_rows<kIsOpen, Rows::kKeyTiles>(values), rows.lane,
                                     needs_refinement<T>(rows));
 }
 
@@ -58,7 +57,7 @@ inline void add_values(constant AttentionParams& params, thread Rows& rows, Guar
 template <bool kIsOpen, int kValueDim, typename T, typename Rows, typename Queries>
 inline void add_block(constant AttentionParams& params, thread Rows& rows, thread const Queries& queries,
                       thread const ForwardTile<T>& tile, Rules<T> rules, int first_key) {
-  rows.multiply_keys(queries, unit_rows<kIsOpen>(tile.keys.from(first_key)));
+  rows.multiply_keys(queries, unit_rows<kIsOpen, Rows::kKeyTiles>(tile.keys.from(first_key)));
   add_values<kIsOpen, kValueDim>(params, rows, tile.values.from(first_key), rules, first_key);
 }
 
@@ -66,17 +65,20 @@ inline void add_block(constant AttentionParams& params, thread Rows& rows, threa
 template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTiles, int kBlockKeys>
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void forward_unit(FORWARD_ARGUMENTS) {
   constexpr int kRows = kRowTiles * kFragment;
-  const ForwardTile<T> tile(params,
-                            query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position,
-                                       grid.y, kSimdgroups * kRows),
-                            query, key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  ForwardTile<T> tile(params,
+                      query_tile(params, {tile_map, query_starts, key_starts, key_lengths}, bias, position, grid.y,
+                                 kSimdgroups * kRows),
+                      query, key, value, position.x, kSimdgroups * kRows, kHeadDim, kValueDim);
+  if (tile.sequence.query_length == 0) {
+    return;  // a threadgroup without work: there is not even a last row to read
+  }
   Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(params, tile.sequence, tile.first_row + simdgroup * kRows,
                                                               sinks, alibi_slopes, tile.head, true, lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
-  const GuardedRows<T> own = tile.queries.from(rows.first_row);
-  typedef conditional_t<kMemory == split, BoundedRows<T>, ClampedRows<T>> OwnRows;
-  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, OwnRows> queries(
-      OwnRows{own.base, own.stride, own.valid}, rows.lane);
+  const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, OwnRows<T, kRowTiles>> queries(
+      {tile.queries, rows.first_row, rows.lane}, rows.lane);
+  tile.keys = of_lane(tile.keys, rows.lane);
+  tile.values = of_lane(tile.values, rows.lane);
   BlockWalk<kBlockKeys, true> walk(rules.scores.block_mask, rows.view, rows.first_row);
   for (;; walk.next()) {
     MaskClass mask_class = walk.template classify<kRows, kBlockKeys>(rules.blocks, rows.first_row, walk.first);

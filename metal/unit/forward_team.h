@@ -16,7 +16,7 @@ inline void add_team_block(constant AttentionParams& params, thread Rows& rows, 
                            int first_key, bool sees) {
   const bool takes_part = kIsOpen || sees;
   if (takes_part) {
-    rows.multiply_keys(queries, unit_rows<kIsOpen>(keys.from(first_key)));
+    rows.multiply_keys(queries, unit_rows<kIsOpen, Rows::kKeyTiles>(keys.from(first_key)));
   }
   team_scores.exchange(rows.score, takes_part);
   if (takes_part) {
@@ -54,10 +54,10 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
   const short own = simdgroup / kMembers;
   Rows rows(params, tile.sequence, tile.first_row + own * kRows, sinks, alibi_slopes, tile.head, true, lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
-  const HeadRows<T> keys = sliced(tile.keys, member * kSlice);
-  const HeadRows<T> values = sliced(tile.values, member * kValueSlice);
-  const GuardedRows<T> own_rows = sliced(tile.queries, member * kSlice).from(rows.first_row);
-  const ReadRows<T, kSlice, ClampedRows<T>> queries = {{own_rows.base, own_rows.stride, own_rows.valid}};
+  const HeadRows<T> keys = of_lane(sliced(tile.keys, member * kSlice), rows.lane);
+  const HeadRows<T> values = of_lane(sliced(tile.values, member * kValueSlice), rows.lane);
+  const ReadRows<T, kSlice, OwnRows<T, kRowTiles>> queries = {
+      {sliced(tile.queries, member * kSlice), rows.first_row, rows.lane}};
   TeamScores scores = {memory + own * kMembers * TeamScores::kQuads, kSimdgroups * TeamScores::kQuads, member,
                        lane_index};
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "product.h"
+#include "rows.h"
 
 namespace mfa {
 
@@ -19,11 +20,11 @@ constant constexpr int kSetsPerStep = sets_of(kDim);
 template <typename T, int kDim, typename Rows>
 constant constexpr int kSetsPerStep<ReadRows<T, kDim, Rows>, kDim> = kDim >= 4 * kSetWidth ? 2 : 1;
 
-// Column tiles of S that a product has, or of P that it is deep: 32 columns, or 16, beside which the other dimension of
-// a product is then 32.
+// Row tiles of B that C += P B takes at a time.
 constexpr int tiles_together(int tiles) { return tiles % 4 == 0 ? 4 : 2; }
 
-// S += A B' of one set.
+// S += A B' of one set: 16 columns at a time, so that few of B's registers are on their way; of a half set, which is 16
+// deep, 32.
 template <typename T, int kDim, int kRowTiles, int kColumnTiles, typename Left, typename Rows>
 inline void multiply_transposed_set(thread Fragment<float> (&result)[kRowTiles][kColumnTiles], thread const Left& left,
                                     Rows rows, short set, Lane lane) {
@@ -32,33 +33,32 @@ inline void multiply_transposed_set(thread Fragment<float> (&result)[kRowTiles][
   for (short r = 0; r < kRowTiles; ++r) {
     left.fill(a[r], r, set, lane);
   }
-  constexpr int kTogether = tiles_together(kColumnTiles);
-  MFA_UNROLL
-  for (short first = 0; first < kColumnTiles; first += kTogether) {
-    Fragment<T> b[kTogether][kSetFragments];
+  if (is_whole<kDim>(set)) {
     MFA_UNROLL
-    for (short c = 0; c < kTogether; ++c) {
-      load_right_transposed<kDim>(b[c], rows, first + c, set, lane);
-    }
-    if constexpr (kTogether == 2) {
+    for (short first = 0; first < kColumnTiles; first += 2) {
+      Fragment<T> b[2][kSetFragments];
+      load_right_transposed<kDim>(b[0], rows, first, set, lane);
+      load_right_transposed<kDim>(b[1], rows, first + 1, set, lane);
       const vec<T, 4> right[4] = {quad_at(b[0]), quad_at(b[1]), quad_at(b[0] + 2), quad_at(b[1] + 2)};
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; r += 2) {
         const vec<T, 4> own[4] = {quad_at(a[r]), quad_at(a[r + 1]), quad_at(a[r] + 2), quad_at(a[r + 1] + 2)};
         multiply_tiles<16, 32, true>(&result[r][first], &result[r + 1][first], own, right);
       }
-      continue;
     }
+  } else if constexpr (kColumnTiles % 4 == 0) {
     MFA_UNROLL
-    for (short j = 0; j < kSetFragments; j += 2) {
-      if (j >= fragments_of<kDim>(set)) {
-        continue;
+    for (short first = 0; first < kColumnTiles; first += 4) {
+      vec<T, 4> right[4];
+      MFA_UNROLL
+      for (short c = 0; c < 4; ++c) {
+        Fragment<T> b[kSetFragments];
+        load_right_transposed<kDim>(b, rows, first + c, set, lane);
+        right[c] = quad_at(b);
       }
-      const vec<T, 4> right[4] = {quad_at(b[0] + j), quad_at(b[1] + j), quad_at(b[kTogether - 2] + j),
-                                  quad_at(b[kTogether - 1] + j)};
       MFA_UNROLL
       for (short r = 0; r < kRowTiles; r += 2) {
-        const vec<T, 4> own[2] = {quad_at(a[r] + j), quad_at(a[r + 1] + j)};
+        const vec<T, 4> own[2] = {quad_at(a[r]), quad_at(a[r + 1])};
         multiply_tiles<32, 16, true>(&result[r][first], &result[r + 1][first], own, right);
       }
     }
@@ -72,10 +72,24 @@ inline void multiply_transposed(thread Fragment<float> (&result)[kRowTiles][kCol
   static_assert(kRowTiles % 2 == 0 && kColumnTiles % 2 == 0, "products are of 16 rows and 16 or 32 columns");
   static_assert(kColumnTiles % 4 == 0 || kDim % kSetWidth == 0, "those of 16 columns are 32 deep");
   constexpr short kWhole = kDim / kSetWidth;
+  constexpr short kStep = kSetsPerStep<Left, kDim>;
   clear(result);
-  MFA_UNROLL_BY((kSetsPerStep<Left, kDim>))
-  for (short set = 0; set < kWhole; ++set) {
-    multiply_transposed_set<T, kDim>(result, left, rows, set, lane);
+  if constexpr (kStep >= kWhole) {
+    MFA_UNROLL
+    for (short set = 0; set < kWhole; ++set) {
+      multiply_transposed_set<T, kDim>(result, left, rows, set, lane);
+    }
+  } else {
+    static_assert(kWhole % kStep == 0, "steps are whole");
+    MFA_UNROLL_BY(1)
+    for (int first = 0; first < kWhole; first += kStep) {
+      const Left left_part = {left.rows.from_set(first)};
+      const Rows part = rows.from_set(first);
+      MFA_UNROLL
+      for (short set = 0; set < kStep; ++set) {
+        multiply_transposed_set<T, kDim>(result, left_part, part, set, lane);
+      }
+    }
   }
   if (kWhole < sets_of(kDim)) {
     multiply_transposed_set<T, kDim>(result, left, rows, kWhole, lane);

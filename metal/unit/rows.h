@@ -6,61 +6,79 @@
 
 namespace mfa {
 
-// All rows are there.
+// All rows of a head as a lane sees them: from its row of a tile and its octet of the first set on.
 template <typename T>
-struct OpenRows {
-  const device T* base;
-  long stride;
+inline HeadRows<T> of_lane(HeadRows<T> rows, Lane lane) {
+  rows.base += lane.row * rows.stride + 4 * lane.column;
+  return rows;
+}
 
-  vec<T, 4> quad(short tile, short row, short d) const {
-    return load_quad(base + (tile * kFragment + row) * stride + d);
-  }
-  Octet<T> octet(short tile, short row, short d) const {
-    return load_octet(base + (tile * kFragment + row) * stride + d);
-  }
-};
+// Where a lane reads of kTiles row tiles. A pointer per tile, since other sets are a constant further, which is part of
+// a load: between them, no address costs an instruction.
+template <typename T, int kTiles, bool kIsBounded = false>
+struct LaneRows {
+  const device T* tiles[kTiles];
+  int valid;  // bounded rows from here on read as zeros: they may hold NaN, and 0 * NaN would reach the output
 
-// Rows from `valid` on read as zeros: they may hold NaN, and 0 * NaN would reach the output.
-template <typename T>
-struct BoundedRows {
-  const device T* base;
-  long stride;
-  int valid;
-
-  vec<T, 4> quad(short tile, short row, short d) const {
-    return tile * kFragment + row < valid ? OpenRows<T>{base, stride}.quad(tile, row, d) : vec<T, 4>(0);
+  // Rows of a block, of_lane.
+  explicit LaneRows(GuardedRows<T> block) : valid(block.valid) {
+    MFA_UNROLL
+    for (short i = 0; i < kTiles; ++i) {
+      tiles[i] = block.base + i * kFragment * block.stride;
+    }
   }
-  Octet<T> octet(short tile, short row, short d) const {
-    if (tile * kFragment + row < valid) {
-      return OpenRows<T>{base, stride}.octet(tile, row, d);
+
+  // Rows first ... of a head, for left operands. One past the last reads as the last, without a branch: results of it
+  // stay in its row, and nobody looks at them.
+  LaneRows(HeadRows<T> rows, int first, Lane lane) : valid(0) {
+    MFA_UNROLL
+    for (short i = 0; i < kTiles; ++i) {
+      const int row = max(0, min(first + i * kFragment + lane.row, rows.length - 1));
+      tiles[i] = rows.from(row).base + 4 * lane.column;
+    }
+  }
+
+  LaneRows from_set(int set) const {
+    LaneRows rows = *this;
+    MFA_UNROLL
+    for (short i = 0; i < kTiles; ++i) {
+      rows.tiles[i] += set * kSetWidth;
+    }
+    return rows;
+  }
+
+  bool has(short tile, Lane lane) const { return !kIsBounded || lane.row < valid - tile * kFragment; }
+
+  Octet<T> whole_set(short tile, short set, Lane lane) const {
+    if (has(tile, lane)) {
+      return load_octet(tiles[tile] + set * kSetWidth);
     }
     return {vec<T, 4>(0), vec<T, 4>(0)};
   }
-};
 
-// Rows from `valid` on read as the last one, without a branch: for left operands, whose rows are those of results, of
-// which nobody looks at these. At least one row is valid.
-template <typename T>
-struct ClampedRows {
-  const device T* base;
-  long stride;
-  int valid;
-
-  OpenRows<T> of(short tile, short row) const {
-    return {base + min(tile * kFragment + row, valid - 1) * stride, stride};
+  vec<T, 4> half_set(short tile, short set, Lane lane) const {
+    return has(tile, lane) ? load_quad(tiles[tile] + set * kSetWidth - 2 * lane.column) : vec<T, 4>(0);
   }
-  vec<T, 4> quad(short tile, short row, short d) const { return of(tile, row).quad(0, 0, d); }
-  Octet<T> octet(short tile, short row, short d) const { return of(tile, row).octet(0, 0, d); }
 };
 
-// Rows of a block: open or bounded.
-template <bool kIsOpen, typename T>
-inline conditional_t<kIsOpen, OpenRows<T>, BoundedRows<T>> unit_rows(GuardedRows<T> rows) {
-  if constexpr (kIsOpen) {
-    return {rows.base, rows.stride};
+template <int kDim, typename T, int kTiles, bool kIsBounded>
+inline void load_right(thread Fragment<T>* fragments, LaneRows<T, kTiles, kIsBounded> rows, short tile, short set,
+                       Lane lane) {
+  if (is_whole<kDim>(set)) {
+    fill_right(fragments, rows.whole_set(tile, set, lane));
   } else {
-    return {rows.base, rows.stride, rows.valid};
+    fill_right(fragments, rows.half_set(tile, set, lane));
   }
+}
+
+// A SIMD-group's own rows, as in ../backward.h.
+template <typename T, int kRowTiles>
+using OwnRows = LaneRows<T, kRowTiles>;
+
+// Rows of a block, of_lane: open or bounded.
+template <bool kIsOpen, int kTiles, typename T>
+inline LaneRows<T, kTiles, !kIsOpen> unit_rows(GuardedRows<T> block) {
+  return LaneRows<T, kTiles, !kIsOpen>(block);
 }
 
 }  // namespace mfa
