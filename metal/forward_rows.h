@@ -20,7 +20,6 @@ struct Forward {
   Fragment<float> score[kRowTiles][kKeyTiles];
   Fragment<float> out[kRowTiles][kValueDim / kFragment];
   SoftmaxRow row[kRowTiles];
-  float block_sum[kRowTiles];   // what this lane added to a row's sum last
   float slope_log2[kRowTiles];  // ALiBi
   Lane lane;
   Sequence sequence;
@@ -61,45 +60,63 @@ struct Forward {
     return !(scores.are_modified() || params.scale_log2 < 0 || !rows.sees_all(first_key, kBlockKeys));
   }
 
-  // P = softmax step of the scores that S makes. kIsOpen: the block is known to be open.
-  template <bool kIsOpen = false>
-  void softmax(constant AttentionParams& params, Rules<T> rules, int first_key) {
-    float scale = params.scale_log2;
-    if (!kIsOpen && !is_open(params, rules.scores, view, first_key)) {
-      modify_and_mask(params, rules.scores, first_key);
-      scale = 1;
+  // The scores that S makes, but for a factor, which it returns. kIsOpen: the block is known to be open.
+  template <bool kIsOpen>
+  float make_scores(constant AttentionParams& params, Rules<T> rules, int first_key) {
+    if (kIsOpen || is_open(params, rules.scores, view, first_key)) {
+      return params.scale_log2;
     }
+    modify_and_mask(params, rules.scores, first_key);
+    return 1;
+  }
+
+  // P = softmax step of the scores that S makes.
+  void softmax(constant AttentionParams& params, Rules<T> rules, int first_key) {
+    const float scale = make_scores<false>(params, rules, first_key);
     rescale(scale);
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
-      const float maximum = row[r].maximum;
-      float sum = 0;
-      // The fma does not round its product, but the maximum is rounded: of huge scores the difference alone overflows
-      // exp2. A branch, since computing both would cost three operations per score.
-      if (fabs(maximum) > kExactProduct) {
-        MFA_UNROLL
-        for (short n = 0; n < kKeyTiles; ++n) {
-          const float2 rounded = score[r][n] * scale;  // within one expression the compiler may make an fma
-          score[r][n] = rounded - maximum;
-        }
-      } else {
-        MFA_UNROLL
-        for (short n = 0; n < kKeyTiles; ++n) {
-          score[r][n] = fma(score[r][n], float2(scale), float2(-maximum));
-        }
-      }
+      subtract_maximum(r, scale);
+      exponentiate(r, rules, first_key);
+    }
+  }
+
+  // A row's exponents. The fma does not round its product, but the maximum is rounded: of huge scores the difference
+  // alone overflows exp2. A branch, since computing both would cost three operations per score.
+  void subtract_maximum(short r, float scale) {
+    const float maximum = row[r].maximum;
+    if (fabs(maximum) > kExactProduct) {
       MFA_UNROLL
       for (short n = 0; n < kKeyTiles; ++n) {
-        const float2 p = fast::exp2(score[r][n]);
-        sum += p.x + p.y;
-        score[r][n] = p;
-        if (has_dropout) {
-          score[r][n] *= rules.dropout.of_keys(first_row + r * kFragment + lane.row, first_key + lane.column_of(n));
-        }
+        const float2 rounded = score[r][n] * scale;  // within one expression the compiler may make an fma
+        score[r][n] = rounded - maximum;
       }
-      row[r].add(sum);
-      block_sum[r] = sum;
+    } else {
+      subtract_exactly(r, scale);
     }
+  }
+
+  void subtract_exactly(short r, float scale) {
+    const float maximum = row[r].maximum;
+    MFA_UNROLL
+    for (short n = 0; n < kKeyTiles; ++n) {
+      score[r][n] = fma(score[r][n], float2(scale), float2(-maximum));
+    }
+  }
+
+  // A row's P of its exponents.
+  void exponentiate(short r, Rules<T> rules, int first_key) {
+    float sum = 0;
+    MFA_UNROLL
+    for (short n = 0; n < kKeyTiles; ++n) {
+      const float2 p = fast::exp2(score[r][n]);
+      sum += p.x + p.y;
+      score[r][n] = p;
+      if (has_dropout) {
+        score[r][n] *= rules.dropout.of_keys(first_row + r * kFragment + lane.row, first_key + lane.column_of(n));
+      }
+    }
+    row[r].add(sum);
   }
 
   template <typename Values>
@@ -125,19 +142,24 @@ struct Forward {
     }
   }
 
+  // Of a row, this lane's.
+  float largest_score(short r) const {
+    const float2 first = score[r][0];
+    float largest = max(first.x, first.y);
+    MFA_UNROLL
+    for (short n = 1; n < kKeyTiles; ++n) {
+      const float2 x = score[r][n];
+      largest = max(largest, max(x.x, x.y));
+    }
+    return largest;
+  }
+
   // Moves each row's maximum if it has to move, and what was accumulated under the old one with it. No vote before the
   // branch: a GPU skips it as well where no lane takes it.
   void rescale(float scale) {
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
-      const float2 first = score[r][0];
-      float largest = max(first.x, first.y);
-      MFA_UNROLL
-      for (short n = 1; n < kKeyTiles; ++n) {
-        const float2 x = score[r][n];
-        largest = max(largest, max(x.x, x.y));
-      }
-      const float candidate = row_max(largest) * scale;
+      const float candidate = row_max(largest_score(r)) * scale;
       if (row[r].is_exceeded(candidate)) {
         const float factor = row[r].move_to(candidate);
         MFA_UNROLL

@@ -216,7 +216,7 @@ def test_products_and_threadgroup_memory(dims: tuple[int, int], dtype: str) -> N
     counters, tiles = found.counters, length // 16
     assert counters.unit_mma == length * length * sum(dims) // 4096
     assert (counters.mma, counters.simdgroup_barriers) == (0, 0)
-    assert counters.shuffles == tiles * members * (4 * blocks + 4)
+    assert counters.shuffles == tiles * members * 2 * 4  # where a first maximum is found, and at the end
     path = "unit" if members == 1 else "unit_team"
     assert found.kernel == f"forward_{dtype}_d{dims[0]}_v{dims[1]}_{path}_s{simdgroups}_r2_k32"
     if members == 1:
@@ -244,16 +244,17 @@ def test_a_team_without_rows_does_nothing() -> None:
     assert launch("bf16", (256, 256), (17, 64)).counters.unit_mma == 2 * 2 * 64
 
 
-# Additions and multiplications (fused ones are one) and loads of a lane, per 16 queries and 32 keys. A hand count gives
-# 51 and 18 at D 64, 55 and 42 at D 128; MLX 0.32.4 has 94 and 43, 128 and 88, with 16 shuffles. A member of a team adds
-# up S, 16 scores per other member, and loads the others' parts (4 per member) and a parameter.
+# Additions and multiplications (fused ones are one), integer operations, 16 of them to round P, and loads of a lane, per 16
+# queries and 32 keys. A hand count gives 51 and 18 of the first and the last at D 64, 55 and 42 at D 128; MLX 0.32.4 has 94,
+# 62 and 43; 128, 97 and 88; with 16 shuffles. A member of a team adds up S, 16 scores per other member, and loads the
+# others' parts (4 per member) and a parameter.
 OPEN_BLOCK = {
-    "FORWARD(f16, unit, split, 64, 64, 4, 2, 32)": (44, 16),
-    "FORWARD(bf16, unit, split, 64, 64, 4, 2, 32)": (42, 16),
-    "FORWARD(f16, unit, shared, 128, 128, 4, 2, 32)": (44, 40),
-    "FORWARD(bf16, unit, shared, 128, 128, 4, 2, 32)": (42, 40),
-    "FORWARD(f16, unit_team, shared, 256, 256, 8, 2, 32)": (44 + 16, 40 + 4 + 1),
-    "FORWARD(bf16, unit_team, shared, 512, 512, 8, 2, 32)": (42 + 48, 40 + 12 + 1),
+    "FORWARD(f16, unit, split, 64, 64, 4, 2, 32)": (40, 38, 16),
+    "FORWARD(bf16, unit, split, 64, 64, 4, 2, 32)": (40, 35, 16),
+    "FORWARD(f16, unit, shared, 128, 128, 4, 2, 32)": (40, 52, 40),
+    "FORWARD(bf16, unit, shared, 128, 128, 4, 2, 32)": (40, 49, 40),
+    "FORWARD(f16, unit_team, shared, 256, 256, 8, 2, 32)": (40 + 16, 60, 40 + 4 + 1),
+    "FORWARD(bf16, unit_team, shared, 512, 512, 8, 2, 32)": (40 + 48, 61, 40 + 12 + 1),
 }
 
 
@@ -273,14 +274,15 @@ def test_instructions_of_an_open_block(row: str) -> None:
         for instruction in function.blocks[name]
         if is_sum_or_product(instruction)
     )
-    most_operations, loads = OPEN_BLOCK[row]
-    assert operations <= most_operations
+    most_operations, most_integers, loads = OPEN_BLOCK[row]
     counts, share = step.counts, min(int(dim), 128)  # of D, for a SIMD-group
-    assert (counts["load"], counts["unit_mma"], counts["shuffle"], counts["exp"]) == (loads, share // 4, 4, 16)
-    assert counts["vote"] == (dtype == "f16")  # on refinement
+    assert operations <= most_operations
+    assert counts["integer"] <= most_integers
+    assert (counts["load"], counts["unit_mma"], counts["shuffle"], counts["exp"]) == (loads, share // 4, 0, 16)
+    assert counts["vote"] == 1  # on maxima and refinement
     assert (counts["store"], counts["barrier"]) == ((4, 1) if path == "unit_team" else (0, 0))
     assert counts["conversion"] == counts["move"] == 0
-    assert step.registers <= 112  # beside addresses and counters
+    assert step.registers <= 106  # beside addresses and counters
 
 
 def is_sum_or_product(instruction: instructions.Instruction) -> bool:

@@ -238,17 +238,17 @@ def uses_unit(function: Function) -> bool:
 
 
 def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, int]:
-    """Those that every step runs, and how often."""
-    header = next(name for name in function.order if name in body)
-    usual = usual_arms(function, {name: [classify(i) for i in function.blocks[name]] for name in body})
+    """Those that every step runs, and how often; in a kernel for the matrix unit, where refining what rounding took from
+    P and moving a maximum have blocks of their own, those of the cheapest step."""
     if uses_unit(function):
-        # A product that a branch leaves out is an exception too: of what rounding took from P.
         inner = [loop for loop in function.loops() if loop[1] < body]
-        return {
+        times = {
             name: math.prod(trips(function, inner_latch) for inner_latch, blocks in inner if name in blocks)
             for name in body
-            if not function.reaches(header, latch, without=name, inside=body) or name in usual
         }
+        return {name: times[name] for name in cheapest_path(function, latch, times)}
+    header = next(name for name in function.order if name in body)
+    usual = usual_arms(function, {name: [classify(i) for i in function.blocks[name]] for name in body})
     multiplying = [name for name in body if any(map(is_product, function.blocks[name]))]
     return {
         name: 1
@@ -262,6 +262,23 @@ def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, in
         or any(moves_data(i) for i in function.blocks[name])
         or name in usual
     }
+
+
+def cheapest_path(function: Function, latch: str, times: Mapping[str, int]) -> set[str]:
+    """Of the ways through a loop, which has these blocks so often each, to its latch."""
+    order = [name for name in function.order if name in times]
+    costs = {order[0]: 0}
+    before: dict[str, str] = {}
+    for place, name in enumerate(order):
+        for target in function.successors[name]:
+            if target in order[place + 1 :]:
+                cost = costs[name] + times[target] * sum(classify(i)[1] for i in function.blocks[target])
+                if cost < costs.get(target, math.inf):
+                    costs[target], before[target] = cost, name
+    path = [latch]
+    while path[-1] != order[0]:
+        path.append(before[path[-1]])
+    return set(path)
 
 
 def trips(function: Function, latch: str) -> int:
