@@ -244,10 +244,10 @@ def test_a_team_without_rows_does_nothing() -> None:
     assert launch("bf16", (256, 256), (17, 64)).counters.unit_mma == 2 * 2 * 64
 
 
-# Additions and multiplications (fused ones are one), integer operations, 16 of them to round P, and loads of a lane, per 16
-# queries and 32 keys. A hand count gives 51 and 18 of the first and the last at D 64, 55 and 42 at D 128; MLX 0.32.4 has 94,
-# 62 and 43; 128, 97 and 88; with 16 shuffles. A member of a team adds up S, 16 scores per other member, and loads the
-# others' parts (4 per member) and a parameter.
+# Additions and multiplications (fused ones are one), integer operations (16 of them round P) and loads of a lane, per
+# 16 queries and 32 keys. A hand count gives 51 and 18 of the first and the last at D 64, 55 and 42 at D 128; MLX 0.32.4
+# has 94, 62 and 43, 128, 97 and 88, with 16 shuffles. A member of a team adds up S, 16 scores per other member, and
+# loads the others' parts (4 per member) and a parameter.
 OPEN_BLOCK = {
     "FORWARD(f16, unit, split, 64, 64, 4, 2, 32)": (40, 38, 16),
     "FORWARD(bf16, unit, split, 64, 64, 4, 2, 32)": (40, 35, 16),
@@ -262,7 +262,7 @@ OPEN_BLOCK = {
 def test_instructions_of_an_open_block(row: str) -> None:
     """In a kernel with a window as well: an open block has no code for it, nor for rows that are not there."""
     assert row in (METAL / "unit" / "instances.def").read_text()
-    dtype, path, _, dim = row.removeprefix("FORWARD(").split(", ")[:4]
+    _, path, _, dim = row.removeprefix("FORWARD(").split(", ")[:4]
     source = f'#include "unit/forward_team.h"\nnamespace mfa {{\n{row}\n}}\n'
     true = ["is_aligned", "is_exact_head", "writes_lse", "has_correction", "has_window"]
     function = instructions.kernel_of(instructions.emit(source, [METAL], true, standard="metal4.0"))
@@ -307,6 +307,36 @@ def test_large_probabilities_are_refined(trains: bool) -> None:
         expected, plain = (function(query, key, value)[0] for function in (oracle.attention, oracle.composition))
         summands = oracle.attention(query, key, value.abs())[0]
         assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected, summands=summands)
+
+
+def refined_blocks(query: Tensor, key: Tensor, share: float) -> int:
+    """Of 32 keys and 16 queries, where a lane has a P that is more than a share of four times its part of the sum."""
+    scores = (query @ key.mT).double() * math.log2(math.e) / math.sqrt(query.shape[-1])
+    # By lane: of 16 keys each has four neighbours.
+    blocks = scores.reshape(len(query) // 16, 16, len(key) // 32, 2, 4, 4).permute(2, 0, 1, 4, 3, 5).flatten(-2)
+    maximum, total, refined = torch.full((len(query) // 16, 16, 1, 1), -math.inf), torch.zeros(1), 0
+    for block in blocks:
+        largest = block.amax((-1, -2), keepdim=True)
+        moved = torch.where(largest > maximum + 8, largest, maximum)
+        total, maximum = total * torch.exp2(maximum - moved), moved
+        weights = torch.exp2(block - maximum)
+        total = total + weights.sum(-1, keepdim=True)
+        refined += int((weights > 4 * share * total).flatten(1).any(1).sum())
+    return refined
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("deviation", [0.8, 1, 1.5])
+def test_which_blocks_are_refined(deviation: float, trains: bool) -> None:
+    """Not those in which nothing is large, though a limit of scores that is older than the sum asks for a look."""
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(1, 1, length, 64, generator=generator) for length in (160, 256, 256))
+    query, key, value = (deviation * query).half(), key.half(), value.half()
+    with mfa.simulate("apple10") as sim:
+        mfa.attention(query.clone().requires_grad_(trains), key, value)
+    refined = refined_blocks(query[0, 0].float(), key[0, 0].float(), 1 / 16 if trains else 1 / 8)
+    assert sim.counters.unit_mma == 80 * 16 + 8 * refined
+    assert 0 < refined < 80
 
 
 def test_how_often_probabilities_are_refined() -> None:

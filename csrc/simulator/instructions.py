@@ -238,8 +238,8 @@ def uses_unit(function: Function) -> bool:
 
 
 def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, int]:
-    """Those that every step runs, and how often; in a kernel for the matrix unit, where refining what rounding took from
-    P and moving a maximum have blocks of their own, those of the cheapest step."""
+    """Those that every step runs, and how often. In a kernel for the matrix unit, which moves maxima and makes up for
+    the rounding of P in blocks of their own, those of the cheapest step."""
     if uses_unit(function):
         inner = [loop for loop in function.loops() if loop[1] < body]
         times = {
@@ -287,10 +287,12 @@ def trips(function: Function, latch: str) -> int:
     condition = of[function.blocks[latch][-1].operands[0]]
     if condition.text.startswith("phi i1"):  # whether this is the first time
         return 2
-    last, end = re.fullmatch(r"icmp eq \w+ %(\d+), (\d+)", condition.text).groups()  # type: ignore[union-attr]
+    tested, end = re.fullmatch(r"icmp (?:eq|(?:samesign )?ult) \w+ %(\d+), (\d+)", condition.text).groups()  # type: ignore[union-attr]
+    is_counter = of[tested].opcode == "phi"  # before it grows, for the last time when it has reached the end
+    last = re.search(r"\[ %(\d+), ", of[tested].text)[1] if is_counter else tested  # type: ignore[index]
     counter, step = re.fullmatch(r"add (?:nuw |nsw )*\w+ %(\d+), (\d+)", of[last].text).groups()  # type: ignore[union-attr]
     (start,) = re.search(r"\[ (\d+), ", of[counter].text).groups()  # type: ignore[union-attr]
-    return (int(end) - int(start)) // int(step)
+    return (int(end) - int(start)) // int(step) + is_counter
 
 
 def step_of(function: Function) -> Step:
