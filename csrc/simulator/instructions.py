@@ -240,15 +240,22 @@ def uses_unit(function: Function) -> bool:
 def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, int]:
     """Those that every step runs, and how often. In a kernel for the matrix unit, which moves maxima and makes up for
     the rounding of P in blocks of their own, those of the cheapest step."""
+    header = next(name for name in function.order if name in body)
+    kinds = {name: [classify(i) for i in function.blocks[name]] for name in body}
     if uses_unit(function):
         inner = [loop for loop in function.loops() if loop[1] < body]
         times = {
             name: math.prod(trips(function, inner_latch) for inner_latch, blocks in inner if name in blocks)
             for name in body
         }
-        return {name: times[name] for name in cheapest_path(function, latch, times)}
-    header = next(name for name in function.order if name in body)
-    usual = usual_arms(function, {name: [classify(i) for i in function.blocks[name]] for name in body})
+        costs = {name: times[name] * sum(width for _, width in kinds[name]) for name in body}
+        exponentiating = [name for name in body if any(kind == "exp" for kind, _ in kinds[name])]
+        ways = [
+            cheapest_way(function, header, name, costs) | cheapest_way(function, name, latch, costs)
+            for name in exponentiating
+        ]
+        return {name: times[name] for name in min(ways, key=lambda way: sum(costs[name] for name in way))}
+    usual = usual_arms(function, kinds)
     multiplying = [name for name in body if any(map(is_product, function.blocks[name]))]
     return {
         name: 1
@@ -264,21 +271,21 @@ def usual_blocks(function: Function, latch: str, body: set[str]) -> dict[str, in
     }
 
 
-def cheapest_path(function: Function, latch: str, times: Mapping[str, int]) -> set[str]:
-    """Of the ways through a loop, which has these blocks so often each, to its latch."""
-    order = [name for name in function.order if name in times]
-    costs = {order[0]: 0}
+def cheapest_way(function: Function, start: str, end: str, costs: Mapping[str, int]) -> set[str]:
+    """Blocks, of those that have a cost, on a way that doesn't go back."""
+    order = [name for name in function.order if name in costs]
+    order = order[order.index(start) : order.index(end) + 1]
+    least: dict[str, float] = {start: 0}
     before: dict[str, str] = {}
     for place, name in enumerate(order):
         for target in function.successors[name]:
-            if target in order[place + 1 :]:
-                cost = costs[name] + times[target] * sum(classify(i)[1] for i in function.blocks[target])
-                if cost < costs.get(target, math.inf):
-                    costs[target], before[target] = cost, name
-    path = [latch]
-    while path[-1] != order[0]:
-        path.append(before[path[-1]])
-    return set(path)
+            cost = least.get(name, math.inf) + costs.get(target, math.inf)
+            if target in order[place + 1 :] and cost < least.get(target, math.inf):
+                least[target], before[target] = cost, name
+    way = [end]
+    while way[-1] != start:
+        way.append(before[way[-1]])
+    return set(way)
 
 
 def trips(function: Function, latch: str) -> int:

@@ -55,7 +55,7 @@ inline void add_block(constant AttentionParams& params,
   constexpr int kTiles = kBlockQueries / kFragment;
   const auto queries = unit_rows<kIsOpen, kTiles>(head_queries.from(first_query));
   const auto grad_outs = unit_rows<kIsOpen, kTiles>(head_grad_outs.from(first_query));
-  const UnreadStatistics unread = {head_statistics + first_query, kIsOpen, head_queries.length - first_query,
+  const UnreadStatistics unread = {head_statistics + first_query, kIsOpen, keys.sequence.query_length - first_query,
                                    keys.lane};
   const conditional_t<Team::kIsTeam, UnreadStatistics, ReadStatistics<kTiles>> statistics(unread);
   Fragment<float> dp[kRowTiles][kTiles];

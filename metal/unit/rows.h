@@ -6,10 +6,11 @@
 
 namespace mfa {
 
-// All rows of a head as a lane sees them: from its row of a tile and its octet of the first set on.
+// All rows of a head as a lane sees them: from its own row of a tile, and its octet of the first set, on.
 template <typename T>
 inline HeadRows<T> of_lane(HeadRows<T> rows, Lane lane) {
   rows.base += lane.row * rows.stride + 4 * lane.column;
+  rows.length -= lane.row;
   return rows;
 }
 
@@ -47,17 +48,17 @@ struct LaneRows {
     return rows;
   }
 
-  bool has(short tile, Lane lane) const { return !kIsBounded || lane.row < valid - tile * kFragment; }
+  bool has(short tile) const { return !kIsBounded || tile * kFragment < valid; }
 
-  Octet<T> whole_set(short tile, short set, Lane lane) const {
-    if (has(tile, lane)) {
+  Octet<T> whole_set(short tile, short set) const {
+    if (has(tile)) {
       return load_octet(tiles[tile] + set * kSetWidth);
     }
     return {vec<T, 4>(0), vec<T, 4>(0)};
   }
 
   vec<T, 4> half_set(short tile, short set, Lane lane) const {
-    return has(tile, lane) ? load_quad(tiles[tile] + set * kSetWidth - 2 * lane.column) : vec<T, 4>(0);
+    return has(tile) ? load_quad(tiles[tile] + set * kSetWidth - 2 * lane.column) : vec<T, 4>(0);
   }
 };
 
@@ -65,7 +66,7 @@ template <int kDim, typename T, int kTiles, bool kIsBounded>
 inline void load_right(thread Fragment<T>* fragments, LaneRows<T, kTiles, kIsBounded> rows, short tile, short set,
                        Lane lane) {
   if (is_whole<kDim>(set)) {
-    fill_right(fragments, rows.whole_set(tile, set, lane));
+    fill_right(fragments, rows.whole_set(tile, set));
   } else {
     fill_right(fragments, rows.half_set(tile, set, lane));
   }
