@@ -30,15 +30,15 @@ constexpr int unit_members_of_keys(int head_dim, int value_dim) {
 constexpr int rows_of(Path path, int head_dim, int simdgroups, int row_tiles) {
   return 8 * row_tiles * simdgroups / members_of(path, head_dim);
 }
-constexpr int dq_rows_of(Path path, int head_dim, int simdgroups, int row_tiles) {
+constexpr int backward_dq_rows(Path path, int head_dim, int simdgroups, int row_tiles) {
   return path == team ? 8 * row_tiles : rows_of(path, head_dim, simdgroups, row_tiles);
 }
-constexpr int dkdv_rows_of(Path path, int head_dim, int value_dim, int simdgroups, int row_tiles) {
+constexpr int backward_dkdv_rows(Path path, int head_dim, int value_dim, int simdgroups, int row_tiles) {
   return path == team
              ? 8 * row_tiles
              : 8 * row_tiles * simdgroups / (path == unit_team ? unit_members_of_keys(head_dim, value_dim) : 1);
 }
-constexpr int backward_dbias_rows_of(Path path, int simdgroups) { return (path == unit ? 16 : 8) * simdgroups; }
+constexpr int backward_dbias_rows(Path path, int simdgroups) { return (path == unit ? 16 : 8) * simdgroups; }
 
 // Threadgroup memory of a staged kernel. split: K and V side by side, Q in registers. shared: K and V take turns in one
 // buffer, Q beside it.

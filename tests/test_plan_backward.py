@@ -257,20 +257,39 @@ def test_five_gemms_are_the_default_and_seven_a_choice(family: str, head_dim: in
     assert mode_of(native.plan_backward(**problem, mode="seven_gemm")) == 7
 
 
+ON_UNIT = {  # paths of backward_dkdv, backward_dq, backward_dbias
+    (64, 64): ["unit", "unit", "unit"],
+    (80, 80): ["unit", "unit", "unit", "unit"],  # dV has a launch of its own
+    (96, 96): ["unit_team", "unit", "unit"],
+    (128, 128): ["unit_team", "unit", "unit"],
+    (192, 128): ["unit_team", "unit_team", "unit"],
+    (192, 192): ["unit_team", "unit_team", "unit"],
+    (256, 256): ["unit_team", "unit_team", "unit"],
+    (320, 320): ["team", "team", "unit"],
+    (384, 384): ["team", "team", "unit"],
+    (512, 512): ["team", "team", "unit"],
+    (576, 512): ["team", "team", "unit"],
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-def test_what_the_matrix_unit_takes(dtype: str, head_dim: int) -> None:
-    """All or nothing: aligned rows of 16 bits, whose D and Dv are the bucket. Above D 64 dV has a launch of its own."""
-    problem = SHAPE | {"family": "apple10", "dtype": dtype, "head_dim": head_dim, "value_dim": head_dim}
-    problem |= {"bias": "float32", "wants_bias": True}
+@pytest.mark.parametrize("dims", ON_UNIT)
+def test_what_the_matrix_unit_takes(dtype: str, dims: tuple[int, int]) -> None:
+    """Aligned rows of 16 bits, whose D and Dv are the bucket."""
+    head_dim, value_dim = dims
+    problem = SHAPE | {"family": "apple10", "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    problem |= {"bias": "float32", "wants_bias": True, "mode": "seven_gemm"}
 
     def paths(**change: Any) -> list[str]:
         rows = [CATALOGUE[launch.kernel] for launch in native.plan_backward(**(problem | change)).launches]
         return [row.path for row in rows if row.kind in ("backward_dkdv", "backward_dq", "backward_dbias")]
 
-    for change in ({"head_dim": head_dim - 8}, {"value_dim": head_dim - 8}, {"aligned": False}, {"family": "apple9"}):
-        assert "unit" not in paths(**change)
-    assert "unit" not in paths() if dtype == "f32" else paths() == ["unit"] * (3 if head_dim == 64 else 4)
+    for change in ({"head_dim": head_dim - 8}, {"value_dim": value_dim - 8}, {"aligned": False}, {"family": "apple9"}):
+        assert set(paths(**change)) <= {"staged", "team"}
+    if dtype == "f32":
+        assert set(paths()) <= {"staged", "team"}
+    else:
+        assert paths() == ON_UNIT[dims]
 
 
 @pytest.mark.parametrize(

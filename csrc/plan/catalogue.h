@@ -73,7 +73,7 @@ inline constexpr Instance kInstances[] = {
    head_dim,                                                                                                  \
    value_dim,                                                                                                 \
    simdgroups,                                                                                                \
-   dkdv_rows_of(Path::path, head_dim, value_dim, simdgroups, row_tiles),                                      \
+   backward_dkdv_rows(Path::path, head_dim, value_dim, simdgroups, row_tiles),                                \
    block_queries,                                                                                             \
    backward_dkdv_threadgroup_bytes(Path::path, head_dim, value_dim, simdgroups, row_tiles, block_queries,     \
                                    element_size(DType::dtype)),                                               \
@@ -86,7 +86,7 @@ inline constexpr Instance kInstances[] = {
    head_dim,                                                                                                         \
    value_dim,                                                                                                        \
    simdgroups,                                                                                                       \
-   dq_rows_of(Path::path, head_dim, simdgroups, row_tiles),                                                          \
+   backward_dq_rows(Path::path, head_dim, simdgroups, row_tiles),                                                    \
    block_keys,                                                                                                       \
    backward_dq_threadgroup_bytes(Path::path, head_dim, value_dim, simdgroups, row_tiles, block_keys,                 \
                                  element_size(DType::dtype)),                                                        \
@@ -110,7 +110,7 @@ inline constexpr Instance kInstances[] = {
    head_dim,                                                                                                     \
    value_dim,                                                                                                    \
    simdgroups,                                                                                                   \
-   backward_dbias_rows_of(Path::path, simdgroups),                                                               \
+   backward_dbias_rows(Path::path, simdgroups),                                                                  \
    block_keys,                                                                                                   \
    simdgroups * block_keys * int(sizeof(float)),                                                                 \
    Path::path},

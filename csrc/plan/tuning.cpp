@@ -27,15 +27,15 @@ constexpr Tuning kTuning[] = {
    block_keys},
 #define TUNE_DELTA(family, dtype, simdgroups) \
   {Family::family, Kind::backward_delta, DType::dtype, 0, 0, staged, held, simdgroups, 4 * simdgroups, 0},
-#define TUNE_DKDV(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_queries)             \
-  {Family::family, Kind::backward_dkdv, DType::dtype,                                                         \
-   head_dim,       value_dim,           Path::path,                                                           \
-   held,           simdgroups,          dkdv_rows_of(Path::path, head_dim, value_dim, simdgroups, row_tiles), \
+#define TUNE_DKDV(family, dtype, head_dim, value_dim, path, simdgroups, row_tiles, block_queries)                   \
+  {Family::family, Kind::backward_dkdv, DType::dtype,                                                               \
+   head_dim,       value_dim,           Path::path,                                                                 \
+   held,           simdgroups,          backward_dkdv_rows(Path::path, head_dim, value_dim, simdgroups, row_tiles), \
    block_queries},
-#define TUNE_DQ(family, dtype, own, head_dim, value_dim, path, simdgroups, row_tiles, block_keys) \
-  {Family::family, Kind::backward_dq, DType::dtype,                                               \
-   head_dim,       value_dim,         Path::path,                                                 \
-   Own::own,       simdgroups,        dq_rows_of(Path::path, head_dim, simdgroups, row_tiles),    \
+#define TUNE_DQ(family, dtype, own, head_dim, value_dim, path, simdgroups, row_tiles, block_keys)    \
+  {Family::family, Kind::backward_dq, DType::dtype,                                                  \
+   head_dim,       value_dim,         Path::path,                                                    \
+   Own::own,       simdgroups,        backward_dq_rows(Path::path, head_dim, simdgroups, row_tiles), \
    block_keys},
 #define TUNE_DQ_FROM_DS(family, dtype, head_dim, simdgroups, query_tiles, block_keys)     \
   {Family::family, Kind::backward_dq_from_ds,    DType::dtype, head_dim, 0, staged, held, \
@@ -49,7 +49,7 @@ constexpr Tuning kTuning[] = {
    Path::path,                                                                       \
    held,                                                                             \
    simdgroups,                                                                       \
-   backward_dbias_rows_of(Path::path, simdgroups),                                   \
+   backward_dbias_rows(Path::path, simdgroups),                                      \
    block_keys},
 #define TUNE_MASK_BLOCKS(family, dtype, simdgroups) \
   {Family::family, Kind::mask_blocks, DType::dtype, 0, 0, staged, held, simdgroups, kMaskBlockRows, kMaskBlockRows},

@@ -10,39 +10,43 @@
 namespace mfa {
 
 // The statistics of a block's queries in device memory; of those that fragments have in column tile n, read when asked
-// for.
+// for. A row that isn't there is one that sees nothing; in an open block all are.
 struct UnreadStatistics {
   const device float2* rows;
   bool is_open;
   int valid;
   Lane lane;
 
+  bool has(short row) const { return is_open || row < valid; }
+
   float2 lse(short n) const { return pair(n, 0, kUnseenLse); }
   float2 delta(short n) const { return pair(n, 1, 0); }
 
-  // A row from `valid` on is one that sees nothing; in an open block all are there.
   float2 pair(short n, short which, float unseen) const {
     const short i = lane.column_of(n);
-    return float2(is_open || i < valid ? rows[i][which] : unseen,
-                  is_open || i + 1 < valid ? rows[i + 1][which] : unseen);
+    const device float* row = (const device float*)(rows + i) + which;
+    return float2(has(i) ? row[0] : unseen, has(i + 1) ? row[2] : unseen);
   }
 };
 
 // The same, read at once.
 template <int kTiles>
 struct ReadStatistics {
-  float2 lse_of[kTiles], delta_of[kTiles];
+  float2 lse_and_delta[kTiles][2];
 
-  explicit ReadStatistics(UnreadStatistics rows) {
+  explicit ReadStatistics(UnreadStatistics unread) {
     MFA_UNROLL
     for (short n = 0; n < kTiles; ++n) {
-      lse_of[n] = rows.lse(n);
-      delta_of[n] = rows.delta(n);
+      MFA_UNROLL
+      for (short e = 0; e < 2; ++e) {
+        const short i = unread.lane.column_of(n) + e;
+        lse_and_delta[n][e] = unread.has(i) ? unread.rows[i] : float2(kUnseenLse, 0);
+      }
     }
   }
 
-  float2 lse(short n) const { return lse_of[n]; }
-  float2 delta(short n) const { return delta_of[n]; }
+  float2 lse(short n) const { return float2(lse_and_delta[n][0].x, lse_and_delta[n][1].x); }
+  float2 delta(short n) const { return float2(lse_and_delta[n][0].y, lse_and_delta[n][1].y); }
 };
 
 // One block of queries. An open one has neither bounds of rows nor a mask. takes_part: whether the keys see any of

@@ -11,7 +11,7 @@ template <typename T, int kHeadDim, int kValueDim, int kSimdgroups, int kRowTile
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dkdv_unit_team(BACKWARD_DKDV_ARGUMENTS) {
   constexpr int kMembers = unit_members_of_keys(kHeadDim, kValueDim);
   constexpr int kRows = kRowTiles * kFragment;
-  constexpr int kBlockKeys = dkdv_rows_of(unit_team, kHeadDim, kValueDim, kSimdgroups, kRowTiles);
+  constexpr int kBlockKeys = backward_dkdv_rows(unit_team, kHeadDim, kValueDim, kSimdgroups, kRowTiles);
   constexpr int kSlice = kHeadDim / kMembers;
   constexpr int kValueSlice = kValueDim / kMembers;
   typedef BackwardKeys<T, kSlice, kValueSlice, kRowTiles, kBlockQueries> Rows;

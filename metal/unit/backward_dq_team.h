@@ -11,7 +11,7 @@ template <typename T, Own kOwn, int kHeadDim, int kValueDim, int kSimdgroups, in
 [[kernel, max_total_threads_per_threadgroup(kSimdgroups * 32)]] void backward_dq_unit_team(BACKWARD_DQ_ARGUMENTS) {
   constexpr int kMembers = members_of(unit_team, kHeadDim);
   constexpr int kRows = kRowTiles * kFragment;
-  constexpr int kBlockQueries = dq_rows_of(unit_team, kHeadDim, kSimdgroups, kRowTiles);
+  constexpr int kBlockQueries = backward_dq_rows(unit_team, kHeadDim, kSimdgroups, kRowTiles);
   constexpr int kSlice = kHeadDim / kMembers;
   constexpr int kValueSlice = kValueDim / kMembers;
   typedef BackwardQueries<T, kOwn, kSlice, kValueSlice, kRowTiles, kBlockKeys> Rows;

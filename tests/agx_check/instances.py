@@ -54,7 +54,7 @@ def pipelines(*, on_unit: bool = False) -> list[Pipeline]:
         if is_on_unit(instance) != on_unit:
             continue
         variants = VARIANTS.get(instance.kind, {"": ()})
-        shared = instance.path == "team"
+        shared = instance.path.endswith("team")
         if instance.kind == "backward_dkdv" and not shared and instance.head_dim + instance.value_dim > 256:
             variants = APART
         for variant, names in variants.items():
