@@ -12,6 +12,7 @@ def info() -> None:
 
     gpu = asdict(device_info())
     why_not, why_not_simulated = gpu.pop("why_not"), simulator.why_not()
+    del gpu["uses_matrix_unit"]  # matrix_unit says more
     backend = _metal.info() or {}
     facts = {
         **{name.replace("_", " "): fact for name, fact in gpu.items()},

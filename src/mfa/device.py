@@ -16,6 +16,7 @@ class DeviceInfo:
     cores: int | None
     metallib: str | None  # the compiled kernels in use
     matrix_unit: str | None  # of M5: "used", or why not; None where nothing can be used
+    uses_matrix_unit: bool
     torch: str  # version
     why_not: str | None  # why `mps` tensors can't be used here; None if they can
 
@@ -38,6 +39,7 @@ def device_info() -> DeviceInfo:
         cores=torch.backends.mps.get_core_count() if has_mps else None,
         metallib=gpu.get("metallib") or None,
         matrix_unit=None if why_no_unit is None else f"not used: {why_no_unit}" if why_no_unit else "used",
+        uses_matrix_unit=why_no_unit == "",
         torch=torch.__version__,
         why_not="; ".join(reasons) or None,
     )

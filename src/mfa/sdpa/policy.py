@@ -118,7 +118,7 @@ def machine() -> Machine:
     """This one."""
     info = device.device_info()
     versions = version(torch.__version__), version(platform.mac_ver()[0])
-    return Machine(info.family, info.matrix_unit == "used", *versions, frozenset(os.environ))
+    return Machine(info.family, info.uses_matrix_unit, *versions, frozenset(os.environ))
 
 
 def version(text: str) -> tuple[int, ...]:
