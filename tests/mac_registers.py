@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import lief
 from agx_check.emit import Pipeline
-from agx_check.instances import CONSTANTS, pipelines, sources
+from agx_check.instances import constants_of, pipelines, sources
 from flatbuffers.number_types import Uint32Flags
 from flatbuffers.table import Table
 
@@ -35,15 +35,15 @@ class Compiled(NamedTuple):
 
 
 def script(metallib: Path, pipeline: Pipeline) -> dict[str, Any]:
-    """A pipelines script. Every function constant has a value, as in every launch."""
+    """A pipelines script."""
     values = [
         {
             "id_type": "FunctionConstantIndex",
             "id": {"data": index},
             "value_type": "ConstantBool",
-            "value": {"data": index in pipeline.constants},
+            "value": {"data": value},
         }
-        for index in sorted(CONSTANTS.values())
+        for index, value in constants_of(pipeline).items()
     ]
     special = {"label": "pipeline", "function": f"alias:mfa#{pipeline.kernel}", "constant_values": values}
     return {

@@ -38,6 +38,12 @@ SHAPES = [
     ("float16", 2, 10, 10, 4096, 4096, 64, False),  # an image model
 ]
 
+# Of M5's matrix unit, in the order in which each answer is good for the next: see mac_unit/questions.py.
+UNIT_QUESTIONS = (
+    *("layout", "adder", "overlap", "spills", "queries", "unroll", "barrier", "block", "simdgroups", "rounding", "l1"),
+    "mlx",
+)
+
 
 def anonymous(value: Any) -> Any:
     """A JSON value without the user's and the machine's name, at any depth, in keys too."""
@@ -211,6 +217,16 @@ def unit(device: str = "mps", length: int = 4096) -> list[dict[str, Any]] | None
     return rows
 
 
+def unit_question(name: str) -> dict[str, Any] | None:
+    """On M5, one of the design's open questions about the matrix unit; also where mfa doesn't use it."""
+    import mfa
+    from mac_unit import questions
+
+    info = mfa.device_info()
+    cores = info.cores or gpu_cores()
+    return questions.ask(name, cores) if info.family == "apple10" and cores else None
+
+
 def registers() -> dict[str, Any]:
     """Of every pipeline, by Apple's own compiler: {chip: {pipeline: [registers, spill bytes, code bytes]}}."""
     import mac_registers
@@ -254,6 +270,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "first-calls": first_calls,
     "benchmark": benchmark,
     "unit": unit,
+    **{f"unit-{name}": partial(unit_question, name) for name in UNIT_QUESTIONS},
     "registers": registers,
     "tests": lambda: pytest(["-m", "not mps", "-n", "auto"], {}),
     "mps-tests": lambda: pytest(["-m", "mps"], {}),
@@ -281,7 +298,8 @@ def verdict(name: str, outcome: dict[str, Any]) -> str:
         failed = result["failures"] + result["errors"]
         counts = f"{result['tests']} tests, {failed} failed, {result['skipped']} skipped"
         return f"{'FAIL' if result['exit'] else 'ok  '} {name}: {counts}"
-    return f"ok   {name}"
+    answer = result.get("answer") if isinstance(result, dict) else None
+    return f"ok   {name}: {answer}" if answer else f"ok   {name}"
 
 
 def main() -> None:

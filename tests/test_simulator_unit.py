@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from simulator_engine import BOUNDS, RACES, Library, SimulationError, build_kernels, open_library
-from unit_products import PRODUCTS, Product, source_of
+from unit_products import M5, OLDER, PRODUCTS, Product, places, source_of
 
 pytestmark = pytest.mark.simulator
 
-M5, OLDER = 10, 9
 SHUFFLES = Path(__file__).parents[1] / "csrc/simulator/cuda/unit_product.h"
 
 
@@ -35,28 +34,6 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     layout = OLDER if request.param == "older" else M5
     options = {"standard": "metal4.0", "unit_layout": layout}
     return open_library(build_kernels([source], source.with_suffix(".so"), **options)), layout
-
-
-def places(layout: int, product: Product) -> np.ndarray:
-    """Column and row, as stored, of all elements of a lane: left, right, destination."""
-    lane, found = np.arange(32)[:, None], []
-    b = [lane >> bit & 1 for bit in range(5)]
-    row, (m, n, k) = 4 * b[4] + 2 * b[2] + b[1], product.shape
-    for rows, columns, is_transposed in ((m, k, product.left), (k, n, product.right), (m, n, False)):
-        i = np.arange(rows * columns // 32)
-        if layout == M5:
-            across = (rows if is_transposed else columns) // 16
-            tile_row, tile_column = i // 8 // across, i // 8 % across
-            x = 16 * tile_column + 8 * b[3] + 4 * b[0] + i % 4
-            y = 16 * tile_row + row + 8 * (i // 4 % 2)
-        else:
-            across = columns // 16
-            half, tile = i // (4 * across), i // 4 % across
-            x = 16 * tile + 4 * b[3] + 2 * b[0] + np.array([0, 1, 8, 9])[i % 4]
-            y = row + 8 * half
-            x, y = (y, x) if is_transposed else (x, y)
-        found.append(np.stack(np.broadcast_arrays(x, y), axis=-1))
-    return np.concatenate(found, axis=1)
 
 
 @pytest.mark.parametrize("seed", [0, 5])

@@ -10,6 +10,7 @@ import numpy as np
 from encoding import decode, encode
 
 SCALARS = {"f16": "half", "bf16": "bfloat", "f32": "float", "i8": "int8_t", "u8": "uchar", "i32": "int"}
+M5, OLDER = 10, 9  # families whose layouts differ
 INTEGERS = {"i8": np.int8, "u8": np.uint8, "i32": np.int32}
 
 
@@ -91,6 +92,28 @@ PRODUCTS = [
     Product("i8_i8_i32", (16, 32, 16)),
     Product("u8_u8_i32", (16, 16, 32), right=True),
 ]
+
+
+def places(layout: int, product: Product) -> np.ndarray:
+    """Column and row, as stored, of all elements of a lane: left, right, destination."""
+    lane, found = np.arange(32)[:, None], []
+    b = [lane >> bit & 1 for bit in range(5)]
+    row, (m, n, k) = 4 * b[4] + 2 * b[2] + b[1], product.shape
+    for rows, columns, is_transposed in ((m, k, product.left), (k, n, product.right), (m, n, False)):
+        i = np.arange(rows * columns // 32)
+        if layout == M5:
+            across = (rows if is_transposed else columns) // 16
+            tile_row, tile_column = i // 8 // across, i // 8 % across
+            x = 16 * tile_column + 8 * b[3] + 4 * b[0] + i % 4
+            y = 16 * tile_row + row + 8 * (i // 4 % 2)
+        else:
+            across = columns // 16
+            half, tile = i // (4 * across), i // 4 % across
+            x = 16 * tile + 4 * b[3] + 2 * b[0] + np.array([0, 1, 8, 9])[i % 4]
+            y = row + 8 * half
+            x, y = (y, x) if is_transposed else (x, y)
+        found.append(np.stack(np.broadcast_arrays(x, y), axis=-1))
+    return np.concatenate(found, axis=1)
 
 
 def source_of(products: Iterable[Product]) -> str:

@@ -16,8 +16,8 @@ METAL = ROOT / "metal"
 HERE = Path(__file__).parent
 CONSTANTS = enumerators("FunctionConstant")
 PLAIN = ("aligned", "exact_head")
-# Pipelines of a kind that a plain problem may launch. backward_dkdv of five GEMMs writes dS too; above D + Dv 256 dK
-# and dV come from launches of their own, but of a team.
+# Pipelines of a kind that a plain problem may launch. backward_dkdv of five GEMMs writes dS too; above D + Dv 256, on
+# the matrix unit 128, dK and dV come from launches of their own, but of a team. The unit has seven GEMMs.
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "forward": {"": ("writes_lse",)},
     "decode": {"": ("writes_lse",), "split": ("is_split",)},
@@ -32,6 +32,7 @@ APART: dict[str, tuple[str, ...]] = {
     "dk/ds": ("wants_grad_key", "writes_score_gradient"),
     "dv": ("wants_grad_value",),
 }
+LARGEST_PAIR, LARGEST_UNIT_PAIR = 256, 128
 
 
 def family_of(instance: _native.Instance) -> str:
@@ -54,9 +55,12 @@ def pipelines(*, on_unit: bool = False) -> list[Pipeline]:
         if is_on_unit(instance) != on_unit:
             continue
         variants = VARIANTS.get(instance.kind, {"": ()})
+        largest = LARGEST_UNIT_PAIR if on_unit else LARGEST_PAIR
         shared = instance.path.endswith("team")
-        if instance.kind == "backward_dkdv" and not shared and instance.head_dim + instance.value_dim > 256:
+        if instance.kind == "backward_dkdv" and not shared and instance.head_dim + instance.value_dim > largest:
             variants = APART
+        if on_unit:
+            variants = {name: names for name, names in variants.items() if not name.endswith("ds")}
         for variant, names in variants.items():
             name = f"{instance.name}/{variant}" if variant else instance.name
             if instance.kind == "decode" and instance.head_dim == 576:
@@ -64,6 +68,11 @@ def pipelines(*, on_unit: bool = False) -> list[Pipeline]:
             indices = sorted(CONSTANTS[constant] for constant in (*PLAIN, *names))
             found.append(Pipeline(name, instance.threads, tuple(indices)))
     return found
+
+
+def constants_of(pipeline: Pipeline) -> dict[int, bool]:
+    """By index; every function constant has a value, as in every launch."""
+    return {index: index in pipeline.constants for index in sorted(CONSTANTS.values())}
 
 
 def _digest(parts: list[str]) -> str:

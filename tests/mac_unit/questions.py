@@ -1,0 +1,252 @@
+"""The questions, in the design's order. Each measures on the GPU at hand; `answers` says what that means for mfa.
+
+A result is {"question", "measured", "answer"}, ready for JSON; seconds are the GPU's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from agx_check import instances
+from encoding import decode
+from unit_products import M5, Product, multiplied, places, source_of
+
+from . import answers, build, variants
+from .metal import Device, Launch, Library
+from .variants import Attention, Problem
+
+HERE = Path(__file__).parent
+PROBLEM = Problem(heads=32, length=4096)
+STEPS = 20_000  # of a probe: some milliseconds
+ROUNDS, REPEATS = 5, 8  # of a comparison; launches of each
+SIMDGROUPS = 4, 8, 16, 32  # of a core: 1 ... 8 per scheduler
+REGIONS = 4 << 10, 16 << 10, 64 << 10, 4 << 20  # bytes that a core reads again and again
+MLX_SHAPES = [
+    (dtype, dim, causal) for dtype in ("float16", "bfloat16") for dim in (64, 128) for causal in (False, True)
+]
+
+# What kernels multiply: S of 32 keys and of 16, P V whole and of half a set; then what they could.
+PRODUCTS = [
+    Product("f16_f16_f32", (16, 32, 16), right=True),
+    Product("bf16_bf16_f32", (16, 16, 32), right=True),
+    Product("f32_f16_f32", (16, 32, 16)),
+    Product("f32_bf16_f32", (16, 16, 32)),
+    Product("f16_f16_f32", (32, 32, 16)),
+    Product("f16_f16_f32", (16, 32, 32)),
+    Product("f16_f16_f32", (32, 32, 32)),
+]
+
+
+class Bench:
+    """The GPU, its number of cores, and a folder for what is compiled."""
+
+    def __init__(self, folder: Path, cores: int) -> None:
+        self.folder, self.cores, self.device = folder, cores, Device()
+
+    def probes(self) -> Library:
+        source = self.folder / "probes.metal"
+        source.write_text((HERE / "probes.metal").read_text(encoding="utf-8"), encoding="utf-8")
+        return self.device.library(build.metallib(source))
+
+    def least(self, launches: Sequence[Launch], times: int = 1) -> list[float]:
+        """Seconds of each, the least of several rounds in turns, after one that isn't counted."""
+        rounds = [[self.device.run(launch, times) / times for launch in launches] for _ in range(ROUNDS + 1)]
+        return [min(column) for column in zip(*rounds[1:], strict=True)]
+
+    def probe(self, library: Library, kernel: str, simdgroups: int, left: float = 0.5, right: float = 2) -> Launch:
+        """One threadgroup per core."""
+        threads = 32 * simdgroups
+        out = self.device.buffer(np.zeros(self.cores * threads, np.float32))
+        operands = struct.pack("ffi", left, right, STEPS)
+        return Launch(library.pipeline(kernel), (self.cores, 1, 1), (threads, 1, 1), {0: out, 1: operands})
+
+    def hertz(self, library: Library) -> float:
+        """Of the clock, if a product of 16x16x16 takes a scheduler's unit 32 of it; a full core knows nothing better."""
+        (seconds,) = self.least([self.probe(library, "chain_16x32x16_1", 32)])
+        return 2 * STEPS * 32 * 32 / 4 / seconds
+
+
+def layout(bench: Bench) -> dict[str, Any]:
+    """Of each operand, of each lane the column and row of its elements."""
+    source = bench.folder / "products.metal"
+    source.write_text(source_of(PRODUCTS), encoding="utf-8")
+    library, measured = bench.device.library(build.metallib(source)), {}
+    for product in PRODUCTS:
+        a, b, d, expected = product.problem(seed=0)
+        found = np.full((32, (a.size + b.size + d.size) // 32, 2), -1, np.int32)
+        buffers = dict(enumerate(map(bench.device.buffer, (a, b, d, found))))
+        bench.device.run(Launch(library.pipeline(product.name), (1, 1, 1), (32, 1, 1), buffers))
+        found = buffers[3].read()
+        measured[product.name] = {
+            "places": [" ".join(f"{x},{y}" for x, y in lane) for lane in found],
+            "as_expected": bool((found == places(M5, product)).all()),
+            "sums_as_expected": bool((buffers[2].read() == expected).all()),
+        }
+    return {"measured": measured, "answer": answers.layout(measured)}
+
+
+def adder(bench: Bench) -> dict[str, Any]:
+    """Chains of products, by shape; and what becomes of a C that is too large for each of four summands alone."""
+    library = bench.probes()
+    kernels = [f"chain_16x{shape}_{chains}" for chains in (1, 2) for shape in ("32x16", "16x32", "32x32")]
+    measured: dict[str, Any] = {"hertz": bench.hertz(library), "clocks_per_product": {}}
+    for simdgroups in SIMDGROUPS:
+        seconds = bench.least([bench.probe(library, kernel, simdgroups) for kernel in kernels])
+        of = measured["clocks_per_product"][str(simdgroups)] = {}
+        for kernel, taken in zip(kernels, seconds, strict=True):
+            columns, depth, chains = map(int, re.findall(r"x(\d+)x(\d+)_(\d)", kernel)[0])
+            products = STEPS * chains * columns * depth // 256 * simdgroups / 4  # of a scheduler
+            of[kernel] = taken * measured["hertz"] / products
+    measured["adds_c_first"] = {
+        shape: adds_c_first(bench, shape) for shape in ((16, 32, 16), (16, 16, 32), (16, 32, 32))
+    }
+    measured["adds_c_first"] = {"x".join(map(str, shape)): first for shape, first in measured["adds_c_first"].items()}
+    return {"measured": measured, "answer": answers.adder(measured)}
+
+
+def adds_c_first(bench: Bench, shape: tuple[int, int, int]) -> bool:
+    """Whether C + 1 + 1 + ... is what the unit does: C of 2^24 then stays, and C + (1 + 1 + ...) does not."""
+    product = Product("f16_f16_f32", shape)
+    folder = bench.folder / product.name
+    folder.mkdir()
+    source = folder / "product.metal"
+    source.write_text(source_of([product]), encoding="utf-8")
+    m, n, k = shape
+    a, b, c = np.ones((m, k), np.float16), np.zeros((k, n), np.float16), np.full((m, n), 2.0**24, np.float32)
+    for first in range(0, k, 16):
+        b[first : first + 8 : 2] = 1  # one in each of the four sums of a product
+    found = np.zeros((32, (a.size + b.size + c.size) // 32, 2), np.int32)
+    buffers = dict(enumerate(map(bench.device.buffer, (a, b, c, found))))
+    pipeline = bench.device.library(build.metallib(source)).pipeline(product.name)
+    bench.device.run(Launch(pipeline, (1, 1, 1), (32, 1, 1), buffers))
+    expected = multiplied(a.astype(np.float64), b.astype(np.float64), c.astype(np.float64))
+    return bool((buffers[2].read() == expected).all())
+
+
+def overlap(bench: Bench) -> dict[str, Any]:
+    """Products and 32 multiply-adds each, alone, in the same SIMD-groups, and in others."""
+    library, measured = bench.probes(), {}
+    works = ("products", "arithmetic", "together", "apart")
+    for simdgroups in SIMDGROUPS[1:]:  # with four, each scheduler's SIMD-group has one kind of work
+        launches = [bench.probe(library, f"beside_{work}", simdgroups) for work in works]
+        measured[str(simdgroups)] = dict(zip(works, bench.least(launches), strict=True))
+    return {"measured": measured, "answer": answers.overlap(measured)}
+
+
+WITHOUT_LIMIT = re.compile(r", max_total_threads_per_threadgroup\([^\]]*\)")
+
+
+def spills(bench: Bench) -> dict[str, Any]:
+    """How many threads each kernel could have, and how near forward comes to the unit's peak at each D."""
+    metal = build.patched(bench.folder, ())
+    for header in metal.rglob("*.h"):
+        header.write_text(WITHOUT_LIMIT.sub("", header.read_text(encoding="utf-8")), encoding="utf-8")
+    sources = sorted((metal / "unit").glob("*ward_*.metal"))
+    libraries = [bench.device.library(build.metallib(source, metal)) for source in sources]
+    of = {name: library for library in libraries for name in library.names()}
+    threads = {
+        each.name: of[each.kernel].pipeline(each.kernel, instances.constants_of(each)).most_threads
+        for each in instances.pipelines(on_unit=True)
+    }
+    peak = 4096 * 2 / 32 * 4 * bench.hertz(bench.probes()) * bench.cores
+    shares = {}
+    for row in variants.rows_of_instances().values():
+        if row.head_dim == row.value_dim and row == variants.shipped(row.dtype, row.head_dim):
+            attention = Attention(bench.device, PROBLEM, row.dtype, row.head_dim)
+            library = bench.device.library(variants.compiled(bench.folder / row.kernel, row))
+            launch = attention.launch(library.pipeline(row.kernel, attention.constants()), row)
+            (seconds,) = bench.least([launch], REPEATS)
+            shares[row.kernel] = PROBLEM.operations(row) / (seconds * peak)
+    measured = {"most_threads": threads, "share_of_peak": shares}
+    return {"measured": measured, "answer": answers.spills(measured)}
+
+
+def compared(bench: Bench, question: str) -> dict[str, Any]:
+    """Variants of shipped kernels, each beside its own."""
+    measured: dict[str, Any] = {}
+    for number, variant in enumerate(variants.of_question(question)):
+        folder, dtype = bench.folder / str(number), variant.row.dtype
+        attention = Attention(bench.device, PROBLEM, dtype, variant.row.head_dim)
+        launches = []
+        for row, patches in ((variant.base, ()), (variant.row, variant.patches)):
+            path = variants.compiled(folder / str(len(launches)), row, patches)
+            pipeline = bench.device.library(path).pipeline(row.kernel, attention.constants())
+            launches.append(attention.launch(pipeline, row))
+        before, after = bench.least(launches, REPEATS)
+        outs = [decode(variants.out_of(launch), dtype) for launch in launches]
+        measured[f"{dtype}, {variant.name}"] = {
+            "shipped": variant.base.kernel,
+            "seconds_shipped": before,
+            "seconds": after,
+            "times_as_fast": before / after,
+            "largest_difference": float(np.abs(outs[1] - outs[0]).max()),
+            "means": variant.means,
+        }
+    answer = answers.cost(measured) if question == "rounding" else answers.compared(measured)
+    return {"measured": measured, "answer": answer}
+
+
+def l1(bench: Bench) -> dict[str, Any]:
+    """Bytes per clock that a core gets, by the size of what it reads."""
+    library = bench.probes()
+    hertz, measured = bench.hertz(library), {}
+    words = np.random.default_rng(0).integers(0, 2**32, max(REGIONS) // 4, np.uint32)
+    source = bench.device.buffer(words)
+    for region in REGIONS:
+        for simdgroups in SIMDGROUPS[1:]:
+            out = bench.device.buffer(np.zeros(bench.cores * simdgroups * 32, np.uint32))
+            arguments = {0: source, 1: out, 2: struct.pack("II", STEPS, region // 16 - 1)}
+            pipeline = library.pipeline("loads")
+            launch = Launch(pipeline, (bench.cores, 1, 1), (32 * simdgroups, 1, 1), arguments)
+            (seconds,) = bench.least([launch])
+            measured.setdefault(str(region), {})[str(simdgroups)] = STEPS * simdgroups * 4096 / (seconds * hertz)
+    return {"measured": measured, "answer": answers.l1(measured)}
+
+
+def mlx(bench: Bench) -> dict[str, Any]:
+    """mfa and MLX by turns, as their users call them."""
+    if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx.core") is None:
+        return {"measured": {}, "answer": answers.NO_MLX}
+    import mlx.core
+
+    from . import against_mlx
+
+    measured = {}
+    for dtype, dim, causal in MLX_SHAPES:
+        seconds = against_mlx.seconds(mlx.core, PROBLEM, dtype, dim, causal, ROUNDS)
+        measured[f"{dtype}, D {dim}{', causal' * causal}"] = {**seconds, "ratio": seconds["mlx"] / seconds["mfa"]}
+    return {"measured": measured, "answer": answers.mlx(measured)}
+
+
+def _comparison(question: str) -> Callable[[Bench], dict[str, Any]]:
+    return lambda bench: compared(bench, question)
+
+
+QUESTIONS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
+    "layout": ("Where are a product's elements, and in what order does it add?", layout),
+    "adder": ("Does the unit add C, or do ALUs? What does a product cost by its shape?", adder),
+    "overlap": ("How much of other instructions do products hide, in a SIMD-group and across them?", overlap),
+    "spills": ("Which kernels take all registers, and does speed fall with D?", spills),
+    "queries": ("Is Q to be held in registers, or read again for every block?", _comparison("queries")),
+    "unroll": ("How many sets of D is a step of the loop over Q K' to have?", _comparison("unroll")),
+    "barrier": ("Do barriers that keep SIMD-groups in step make the pass faster?", _comparison("barrier")),
+    "block": ("How many keys is a step to have?", _comparison("block")),
+    "simdgroups": ("Are eight SIMD-groups per threadgroup better than four?", _comparison("simdgroups")),
+    "rounding": ("What do rounding P and refining products cost?", _comparison("rounding")),
+    "l1": ("Which of the cost model's views is right: does L1 bind?", l1),
+    "mlx": ("How does mfa compare with MLX's kernel?", mlx),
+}
+
+
+def ask(name: str, cores: int) -> dict[str, Any]:
+    """Raises MetalError, CalledProcessError (the compiler's words are in its stderr)."""
+    question, measure = QUESTIONS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        return {"question": question, **measure(Bench(Path(folder), cores))}

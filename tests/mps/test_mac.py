@@ -1,0 +1,96 @@
+"""What `make mac` does on an M5, on the software driver: every line of it, but Apple's compiler and clock."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mac_report
+import pytest
+from driver import process, xcrun
+
+from mfa import _native
+
+pytestmark = [pytest.mark.mps, pytest.mark.usefixtures("stand_in")]
+
+# As much of MLX as the report calls.
+MLX = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+float16, bfloat16 = torch.float16, torch.bfloat16
+
+def eval(arrays):
+    assert all(isinstance(array, torch.Tensor) for array in arrays)
+
+class Array(torch.Tensor):
+    def astype(self, dtype):
+        return self.to(dtype)
+
+class random:
+    @staticmethod
+    def normal(shape):
+        return torch.randn(shape).as_subclass(Array)
+
+class fast:
+    @staticmethod
+    def scaled_dot_product_attention(query, key, value, *, scale, mask=None):
+        assert mask in (None, "causal")
+        assert scale == query.shape[-1] ** -0.5
+        return scaled_dot_product_attention(query, key, value, is_causal=mask is not None)
+"""
+
+
+@pytest.fixture(name="run")
+def runner(tmp_path: Path) -> Any:
+    """Results of parts, by name, with a compiler and MLX in place."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text(MLX)
+
+    def run(*parts: str) -> dict[str, Any]:
+        paths = os.pathsep.join([str(process.TESTS), str(tmp_path)])
+        text = process.run("mac_case", *parts, PATH=xcrun.install(tmp_path), PYTHONPATH=paths)
+        results: dict[str, Any] = json.loads(text.splitlines()[-1])
+        assert results.pop("findings") == []
+        for name, result in results.items():
+            if name.startswith("unit-"):
+                assert set(result) == {"question", "measured", "answer"}
+                assert mac_report.verdict(name, {"result": result}) == f"ok   {name}: {result['answer']}"
+        return results
+
+    return run
+
+
+def test_probes(run: Any) -> None:
+    found = {name: result["measured"] for name, result in run("unit-layout", "unit-adder", "unit-mlx").items()}
+    for product in found["unit-layout"].values():
+        assert product["as_expected"] and product["sums_as_expected"]
+    of_left = found["unit-layout"]["f32_f16_f32_16x32x16_001"]["places"][9].split(" ")[:8]
+    assert of_left == ["12,0", "13,0", "14,0", "15,0", "12,8", "13,8", "14,8", "15,8"]
+    assert found["unit-adder"]["adds_c_first"] == {"16x32x16": True, "16x16x32": True, "16x32x32": True}
+    assert len(found["unit-adder"]["clocks_per_product"]["4"]) == 6
+    assert len(found["unit-mlx"]) == 8
+    assert all(each["ratio"] > 0 for each in found["unit-mlx"].values())
+
+
+@pytest.mark.slow
+def test_all_other_questions(run: Any) -> None:
+    parts = [f"unit-{name}" for name in mac_report.UNIT_QUESTIONS]
+    found = {name: result["measured"] for name, result in run(*parts).items()}
+    assert list(found) == parts
+    assert {name for name in found["unit-spills"]["most_threads"]} >= {
+        each.name for each in _native.catalogue() if each.path.startswith("unit") and each.kind == "forward"
+    }
+    assert min(found["unit-spills"]["most_threads"].values()) == 1024  # the limit is the simulator's, not the kernels'
+    assert len(found["unit-spills"]["share_of_peak"]) == 8
+    for question in ("queries", "unroll", "barrier", "block", "simdgroups", "rounding"):
+        for name, each in found[f"unit-{question}"].items():
+            assert each["largest_difference"] < 4e-3, name
+            assert each["times_as_fast"] == 1
+
+
+@pytest.mark.slow
+def test_forward_kernels_of_the_unit(run: Any) -> None:
+    assert len(run("unit")["unit"]) == sum(
+        each.kind == "forward" and each.path.startswith("unit") for each in _native.catalogue()
+    )
