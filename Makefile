@@ -26,7 +26,7 @@ TORCH_TESTS := $(patsubst %,tests/test_%.py,append append_ops block_attention bl
 	double_backward dropout errors fidelity_torch generation main masks merge mps_flash_attn_quantized ops plan public_reports sdpa \
 	sdpa_nested sdpa_opinfo sdpa_policy sdpa_varlen simulator_snippets sizes_from_data torch_func torch_internals \
 	training transformers transformers_kinds varlen_ops)
-FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal') $(wildcard tests/agx_check/*/*.[ch])
+FORMATTED := $(shell find csrc metal -name '*.h' -o -name '*.cpp' -o -name '*.metal') $(wildcard tests/agx_check/*/*.[ch] tests/mac_unit/*.metal)
 
 .PHONY: demo test test-main test-mps test-slow test-torch host-cost lint format build wheel mac mac-check gpu-check agx-check clean help
 

@@ -9,8 +9,10 @@ read it at the same places, on M1, M4, A18 Pro and M5, and find the registers an
 import argparse
 import json
 import os
+import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +23,10 @@ from agx_check.instances import constants_of, pipelines, sources
 from flatbuffers.number_types import Uint32Flags
 from flatbuffers.table import Table
 
-from mfa.bench import registers
+from mfa.bench import kernels, registers
 
 FAMILIES = ("apple7", "apple8", "apple9", "apple10")
+UNIT_FAMILY = "apple10"
 REGISTERS, SPILL_BYTES = 0, 14  # slots of the table that slot 0 of the root refers to
 MOST_REGISTERS = 256  # what any instruction can name
 
@@ -118,32 +121,78 @@ def _row(metallib: Path, pipeline: Pipeline, family: str) -> dict[str, Compiled 
         return {family: str(error)}
 
 
-def report(metallib: Path, families: tuple[str, ...] = FAMILIES) -> dict[str, dict[str, Compiled | str]]:
-    """By chip and pipeline; by family and pipeline, why there is none. One whose first pipeline fails is given up.
+def _of_family(
+    metallib: Path, wanted: list[Pipeline], family: str
+) -> Iterator[tuple[Pipeline, dict[str, Compiled | str]]]:
+    """By chip; by family why there is none. One whose first pipeline fails is given up."""
+    first, *others = wanted
+    row = _row(metallib, first, family)
+    yield first, row
+    if family not in row:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from zip(others, pool.map(lambda each: _row(metallib, each, family), others), strict=True)
+
+
+def report(
+    metallib: Path, unit_metallib: Path | None = None, families: tuple[str, ...] = FAMILIES
+) -> dict[str, dict[str, Compiled | str]]:
+    """By chip and pipeline; by family and pipeline, why there is none. The unit's are for M5 alone.
 
     Raises OSError without Xcode.
     """
     found: dict[str, dict[str, Compiled | str]] = {}
-    for family in families:
-        first, *others = pipelines()
-        tried = [(first, _row(metallib, first, family))]
-        if family not in tried[0][1]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                tried += zip(others, pool.map(lambda each: _row(metallib, each, family), others), strict=True)  # noqa: B023
-        for pipeline, row in tried:
+    tried = [(metallib, pipelines(), family) for family in families]
+    if unit_metallib is not None:
+        tried += [(unit_metallib, pipelines(on_unit=True), UNIT_FAMILY)]
+    for library, wanted, family in tried:
+        for pipeline, row in _of_family(library, wanted, family):
             for chip, compiled_row in row.items():
                 found.setdefault(chip, {})[pipeline.name] = compiled_row
     return found
 
 
+def unit_chip(chips: Iterable[str]) -> str | None:
+    """Of M5's, but a phone's, which mfa doesn't let use its unit: that of M5 Pro, if it is among them."""
+    return max((chip for chip in chips if re.fullmatch(r"applegpu_g17[^p]", chip)), default=None)
+
+
+def rows_on_unit(chips: dict[str, dict[str, Any]]) -> dict[str, registers.OnUnit]:
+    """By pipeline, of a report: those that the cost model has."""
+    counted, rows = kernels.counted(), chips.get(unit_chip(chips) or "", {})
+    return {
+        name: registers.OnUnit(*row[:2], counted[name].counted)
+        for name, row in rows.items()
+        if name in counted and counted[name].unit_mma and not isinstance(row, str)
+    }
+
+
+def changes(before: dict[str, kernels.Kernel], after: dict[str, kernels.Kernel]) -> list[str]:
+    """Lines: rows of the cost model that Apple's compiler replaces."""
+
+    def words(kernel: kernels.Kernel) -> str:
+        return f"{kernel.registers} registers, {kernel.stack_bytes} bytes of stack per step"
+
+    return [
+        f"{name}: {words(kernel)}; Apple's: {words(after[name])}"
+        for name, kernel in before.items()
+        if after[name] != kernel
+    ]
+
+
 def main() -> None:
-    """Takes a report's registers into the cost model: they replace those of the open compiler."""
+    """Takes a report's registers into the cost model, and prints the rows that they replace there: those of the open
+    compiler for M1, and for M5's matrix unit estimates."""
     parser = argparse.ArgumentParser(prog="mac_registers", description=main.__doc__)
     parser.add_argument("report", type=Path, help="mac-report.json, which `make mac` wrote from these sources")
     chips = json.loads(parser.parse_args().report.read_text())["registers"]["result"]
+    before = kernels.load()
     lines = [f'"{name}": {json.dumps(row[:2])}' for name, row in chips[registers.CHIP].items()]
+    unit = [f'"{name}": {json.dumps(row)}' for name, row in rows_on_unit(chips).items()]
     head = json.dumps({"sources": sources()})[:-1]
-    registers.APPLE.write_text(f'{head}, "kernels": {{\n' + ",\n".join(lines) + "\n}}\n")
+    sections = ['"kernels": {\n' + ",\n".join(lines) + "\n}", '"unit": {\n' + ",\n".join(unit) + "\n}"]
+    registers.APPLE.write_text(f"{head}, " + ", ".join(sections) + "}\n")
+    for line in changes(before, kernels.load()) or ["no row of the cost model changes"]:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,8 @@ SHAPES = [
 ]
 
 # Of M5's matrix unit, in the order in which each answer is good for the next: see mac_unit/questions.py.
-UNIT_QUESTIONS = (
-    *("layout", "adder", "overlap", "spills", "queries", "unroll", "barrier", "block", "simdgroups", "rounding", "l1"),
-    "mlx",
-)
+UNIT_QUESTIONS = ("layout", "adder", "overlap", "spills", "queries", "unroll", "barrier", "block", "simdgroups")
+UNIT_QUESTIONS += ("rounding", "l1", "mlx")
 
 
 def anonymous(value: Any) -> Any:
@@ -219,8 +217,9 @@ def unit(device: str = "mps", length: int = 4096) -> list[dict[str, Any]] | None
 
 def unit_question(name: str) -> dict[str, Any] | None:
     """On M5, one of the design's open questions about the matrix unit; also where mfa doesn't use it."""
-    import mfa
     from mac_unit import questions
+
+    import mfa
 
     info = mfa.device_info()
     cores = info.cores or gpu_cores()
@@ -228,15 +227,19 @@ def unit_question(name: str) -> dict[str, Any] | None:
 
 
 def registers() -> dict[str, Any]:
-    """Of every pipeline, by Apple's own compiler: {chip: {pipeline: [registers, spill bytes, code bytes]}}."""
+    """Of every pipeline, by Apple's own compiler: {chip: {pipeline: [registers, spill bytes, code bytes]}}.
+
+    Those for the matrix unit on any Mac, if Xcode's SDK was new enough for them.
+    """
     import mac_registers
 
-    from mfa import _metal
+    from mfa import _library
 
-    found = [file for file in _metal.info()["metallib"].split(", ") if Path(file).name == "mfa.metallib"]
-    if not found:
+    metallib = _library.metallib()
+    if not metallib.exists():
         raise ValueError("this build has no metallib: it needs Xcode's Metal toolchain")
-    return mac_registers.report(Path(found[0]))
+    unit_metallib = metallib.with_name("mfa_metal4.metallib")
+    return mac_registers.report(metallib, unit_metallib if unit_metallib.exists() else None)
 
 
 def pytest(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from encoding import decode, encode
 from mac_unit import answers, build, questions, variants
 from mac_unit.variants import ARGUMENTS, Row, Variant
 from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
+from unit_products import Product, multiplied
 
 from mfa import _native
 
@@ -76,6 +77,14 @@ def test_sums_of_a_probe(probes: Library, kernel: str) -> None:
         assert counters["unit_mma"] == 6 * STEPS * chains * columns * depth // 256
 
 
+@pytest.mark.parametrize("shape", [(16, 32, 16), (16, 16, 32), (16, 32, 32)])
+def test_large_sums_tell_who_adds_c(shape: tuple[int, int, int]) -> None:
+    """By the unit's documented order nothing is left of the products; added to C at last, all of them are."""
+    left, right, c = (x.astype(np.float64) for x in questions.large_sums(Product("f16_f16_f32", shape)))
+    np.testing.assert_array_equal(multiplied(left, right, c), 2.0**24)
+    np.testing.assert_array_equal(multiplied(left, right, 0 * c) + c, 2.0**24 + shape[2] / 4)
+
+
 @pytest.mark.simulator
 @pytest.mark.parametrize("region", [4 << 10, 16 << 10])
 def test_reads_of_a_probe(probes: Library, region: int) -> None:
@@ -108,12 +117,15 @@ def each_variant() -> Iterator[Any]:
         )
 
 
-def run(library: Library, row: Row, lengths: tuple[int, int], causal: bool, seed: int) -> tuple[list[torch.Tensor], Any]:
+def run(
+    library: Library, row: Row, lengths: tuple[int, int], causal: bool, seed: int
+) -> tuple[list[torch.Tensor], Any]:
     """Two heads: inputs and output."""
     heads, (queries, keys) = 2, lengths
     generator = np.random.default_rng(seed)
     arrays = [
-        encode(generator.standard_normal((1, heads, length, row.head_dim)), row.dtype) for length in (queries, keys, keys)
+        encode(generator.standard_normal((1, heads, length, row.head_dim)), row.dtype)
+        for length in (queries, keys, keys)
     ]
     plan = _native.plan(
         family="apple10",
@@ -155,7 +167,9 @@ def test_a_variant_is_right(variant: Variant, tmp_path: Path) -> None:
     options: dict[str, Any] = {"standard": "metal4.0", "include_dirs": [metal]}
     library = open_library(build_kernels([source], tmp_path / "kernel.so", **options))
     # SIMD-groups meet at a threadgroup barrier only if they walk the same blocks.
-    problems = [((128, 256), False)] if "threadgroup barrier" in variant.name else [((130, 97), False), ((77, 160), True)]
+    problems = (
+        [((128, 256), False)] if "threadgroup barrier" in variant.name else [((130, 97), False), ((77, 160), True)]
+    )
     for seed, (lengths, causal) in enumerate(problems, 1):
         (query, key, value), out = run(library, variant.row, lengths, causal, seed)
         window = (None, 0) if causal else (None, None)
@@ -178,7 +192,11 @@ def test_a_patch_of_a_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_rows_are_those_of_the_kernels() -> None:
     catalogue = {instance.name: instance for instance in _native.catalogue()}
     for name, row in variants.rows_of_instances().items():
-        assert (catalogue[name].rows, catalogue[name].memory, catalogue[name].block) == (row.rows, row.memory, row.block)
+        assert (catalogue[name].rows, catalogue[name].memory, catalogue[name].block) == (
+            row.rows,
+            row.memory,
+            row.block,
+        )
     assert {row.kernel for row in variants.rows_of_instances().values()} == {
         instance.name for instance in catalogue.values() if (instance.kind, instance.path) == ("forward", "unit")
     }
@@ -250,7 +268,11 @@ def gains(*times_as_fast: float) -> dict[str, Any]:
         ("compared", gains(0.9, 1.01), "What mfa ships stays: the best of the others is 1.01 times as fast (D 1)"),
         ("compared", gains(1.07, 1.0, 1.03), "D 0 is 1.07 times as fast: line 0; D 2 is 1.03 times as fast: line 2."),
         ("cost", gains(1.25), "D 0: 0.80 of the shipped kernel's time. Accuracy decides"),
-        ("l1", {"4096": {"8": 50.0, "32": 120.0}, "65536": {"8": 200.0}}, "120 bytes per clock from L1: the view 'issue'"),
+        (
+            "l1",
+            {"4096": {"8": 50.0, "32": 120.0}, "65536": {"8": 200.0}},
+            "120 bytes per clock from L1: the view 'issue'",
+        ),
         ("l1", {"4096": {"8": 66.0}}, "L1 binds: what reads less pays"),
         ("mlx", {"a": {"ratio": 1.2}, "b": {"ratio": 1.05}}, "mfa is at least 1.05 times as fast as MLX's kernel"),
         ("mlx", {"a": {"ratio": 1.2}, "b": {"ratio": 0.9}}, "MLX's kernel is faster at b (0.90)"),

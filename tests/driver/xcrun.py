@@ -1,4 +1,4 @@
-"""Stands in for `xcrun -sdk macosx metal SOURCE -o METALLIB`: compiles for the simulator what it is given for Metal 4."""
+"""Stands in for `xcrun -sdk macosx metal SOURCE -o METALLIB`: compiles a Metal 4 source for the simulator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def install(folder: Path) -> str:
 def main(arguments: list[str]) -> None:
     assert arguments[:3] == ["-sdk", "macosx", "metal"], arguments
     if arguments[3:] == ["--version"]:
-        print("Apple metal version 32023 (a stand-in)")
+        sys.stdout.write("Apple metal version 32023 (a stand-in)\n")
         return
     from simulator_engine import build_kernels
 

@@ -55,14 +55,14 @@ def overlap(measured: dict[str, Any]) -> str:
     middle = sorted(measured, key=int)[len(measured) // 2]
     inside, across = shown[middle]["together"], shown[middle]["apart"]
     said = (
-        f"With {int(middle) // 4} SIMD-groups per scheduler, {inside:.0%} of arithmetic shows beside products of the same "
-        f"SIMD-group, and {across:.0%} beside those of others"
+        f"With {int(middle) // 4} SIMD-groups per scheduler, {inside:.0%} of arithmetic shows beside products of the "
+        f"same SIMD-group, and {across:.0%} beside those of others"
     )
     view = min(VIEWS, key=lambda name: abs(VIEWS[name].exposed - inside))
     if inside - across > 0.2:
         return (
-            f"{said}: View.exposed in src/mfa/bench/model.py is {inside:.2f} (view {view!r}), and SIMD-groups of unequal "
-            "phase pay: more of them per core, no barrier."
+            f"{said}: View.exposed in src/mfa/bench/model.py is {inside:.2f} (view {view!r}), and SIMD-groups of "
+            "unequal phase pay: more of them per core, no barrier."
         )
     return f"{said}: View.exposed in src/mfa/bench/model.py is {inside:.2f} (view {view!r}); nothing else changes."
 

@@ -54,7 +54,8 @@ struct Chain {
   }
 };
 
-// A lane's sum of all of its results, kColumns / 2 per chain: each kDepth * left * right per step, and its chain's number.
+// A lane's sum of all of its results, kColumns / 2 per chain: each kDepth * left * right per step, and its chain's
+// number.
 template <int kColumns, int kDepth, int kChains>
 [[kernel]] void chain(device float* out [[buffer(0)]], constant Operands& operands [[buffer(1)]],
                       uint thread_index [[thread_position_in_grid]]) {
@@ -151,9 +152,10 @@ struct Reads {
   out[thread_index] = seen.x ^ seen.y ^ seen.z ^ seen.w;
 }
 
-#define CHAIN(columns, depth, chains)                                                    \
-  template [[host_name("chain_16x" #columns "x" #depth "_" #chains)]] [[kernel]] decltype( \
-      chain<columns, depth, chains>) chain<columns, depth, chains>;
+#define CHAIN(columns, depth, chains)             \
+  template                                        \
+      [[host_name("chain_16x" #columns "x" #depth \
+                  "_" #chains)]] [[kernel]] decltype(chain<columns, depth, chains>) chain<columns, depth, chains>;
 CHAIN(32, 16, 1)
 CHAIN(16, 32, 1)
 CHAIN(32, 32, 1)

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from agx_check import instances
 from encoding import decode
-from unit_products import M5, Product, multiplied, places, source_of
+from unit_products import M5, Product, places, source_of
+
+from mfa.bench.model import SCHEDULERS, UNIT
 
 from . import answers, build, variants
 from .metal import Device, Launch, Library
@@ -26,7 +28,9 @@ HERE = Path(__file__).parent
 PROBLEM = Problem(heads=32, length=4096)
 STEPS = 20_000  # of a probe: some milliseconds
 ROUNDS, REPEATS = 5, 8  # of a comparison; launches of each
-SIMDGROUPS = 4, 8, 16, 32  # of a core: 1 ... 8 per scheduler
+MOST = 16  # SIMD-groups of a core: four per scheduler, which have 104 registers each
+SIMDGROUPS = 4, 8, MOST
+SOURCES = "*ward_*.metal"  # of metal/unit/: those with kernels of the two passes
 REGIONS = 4 << 10, 16 << 10, 64 << 10, 4 << 20  # bytes that a core reads again and again
 MLX_SHAPES = [
     (dtype, dim, causal) for dtype in ("float16", "bfloat16") for dim in (64, 128) for causal in (False, True)
@@ -50,44 +54,52 @@ class Bench:
     def __init__(self, folder: Path, cores: int) -> None:
         self.folder, self.cores, self.device = folder, cores, Device()
 
-    def probes(self) -> Library:
-        source = self.folder / "probes.metal"
-        source.write_text((HERE / "probes.metal").read_text(encoding="utf-8"), encoding="utf-8")
+    def compiled(self, name: str, text: str) -> Library:
+        source = self.folder / f"{name}.metal"
+        source.write_text(text, encoding="utf-8")
         return self.device.library(build.metallib(source))
+
+    def probes(self) -> Library:
+        return self.compiled("probes", (HERE / "probes.metal").read_text(encoding="utf-8"))
 
     def least(self, launches: Sequence[Launch], times: int = 1) -> list[float]:
         """Seconds of each, the least of several rounds in turns, after one that isn't counted."""
         rounds = [[self.device.run(launch, times) / times for launch in launches] for _ in range(ROUNDS + 1)]
         return [min(column) for column in zip(*rounds[1:], strict=True)]
 
-    def probe(self, library: Library, kernel: str, simdgroups: int, left: float = 0.5, right: float = 2) -> Launch:
+    def probe(self, library: Library, kernel: str, simdgroups: int) -> Launch:
         """One threadgroup per core."""
         threads = 32 * simdgroups
         out = self.device.buffer(np.zeros(self.cores * threads, np.float32))
-        operands = struct.pack("ffi", left, right, STEPS)
+        operands = struct.pack("ffi", 0.5, 2, STEPS)
         return Launch(library.pipeline(kernel), (self.cores, 1, 1), (threads, 1, 1), {0: out, 1: operands})
 
     def hertz(self, library: Library) -> float:
-        """Of the clock, if a product of 16x16x16 takes a scheduler's unit 32 of it; a full core knows nothing better."""
-        (seconds,) = self.least([self.probe(library, "chain_16x32x16_1", 32)])
-        return 2 * STEPS * 32 * 32 / 4 / seconds
+        """Of the clock, if a product of 16x16x16 takes a scheduler's unit 32 of it, and a full core keeps it busy."""
+        (seconds,) = self.least([self.probe(library, "chain_16x32x16_1", MOST)])
+        return 2 * STEPS * UNIT * MOST / SCHEDULERS / seconds
+
+
+def multiplied_by_unit(
+    bench: Bench, library: Library, product: Product, *matrices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of left, right and destination: the destination after, and the places of all elements."""
+    places_found = np.full((32, sum(x.size for x in matrices) // 32, 2), -1, np.int32)
+    buffers = dict(enumerate(map(bench.device.buffer, (*matrices, places_found))))
+    bench.device.run(Launch(library.pipeline(product.name), (1, 1, 1), (32, 1, 1), buffers))
+    return buffers[2].read(), buffers[3].read()
 
 
 def layout(bench: Bench) -> dict[str, Any]:
     """Of each operand, of each lane the column and row of its elements."""
-    source = bench.folder / "products.metal"
-    source.write_text(source_of(PRODUCTS), encoding="utf-8")
-    library, measured = bench.device.library(build.metallib(source)), {}
+    library, measured = bench.compiled("products", source_of(PRODUCTS)), {}
     for product in PRODUCTS:
-        a, b, d, expected = product.problem(seed=0)
-        found = np.full((32, (a.size + b.size + d.size) // 32, 2), -1, np.int32)
-        buffers = dict(enumerate(map(bench.device.buffer, (a, b, d, found))))
-        bench.device.run(Launch(library.pipeline(product.name), (1, 1, 1), (32, 1, 1), buffers))
-        found = buffers[3].read()
+        *matrices, expected = product.problem(seed=0)
+        sums, found = multiplied_by_unit(bench, library, product, *matrices)
         measured[product.name] = {
             "places": [" ".join(f"{x},{y}" for x, y in lane) for lane in found],
             "as_expected": bool((found == places(M5, product)).all()),
-            "sums_as_expected": bool((buffers[2].read() == expected).all()),
+            "sums_as_expected": bool((sums == expected).all()),
         }
     return {"measured": measured, "answer": answers.layout(measured)}
 
@@ -96,45 +108,43 @@ def adder(bench: Bench) -> dict[str, Any]:
     """Chains of products, by shape; and what becomes of a C that is too large for each of four summands alone."""
     library = bench.probes()
     kernels = [f"chain_16x{shape}_{chains}" for chains in (1, 2) for shape in ("32x16", "16x32", "32x32")]
-    measured: dict[str, Any] = {"hertz": bench.hertz(library), "clocks_per_product": {}}
+    hertz, clocks = bench.hertz(library), {}
     for simdgroups in SIMDGROUPS:
         seconds = bench.least([bench.probe(library, kernel, simdgroups) for kernel in kernels])
-        of = measured["clocks_per_product"][str(simdgroups)] = {}
+        of = clocks[str(simdgroups)] = {}
         for kernel, taken in zip(kernels, seconds, strict=True):
             columns, depth, chains = map(int, re.findall(r"x(\d+)x(\d+)_(\d)", kernel)[0])
-            products = STEPS * chains * columns * depth // 256 * simdgroups / 4  # of a scheduler
-            of[kernel] = taken * measured["hertz"] / products
-    measured["adds_c_first"] = {
-        shape: adds_c_first(bench, shape) for shape in ((16, 32, 16), (16, 16, 32), (16, 32, 32))
-    }
-    measured["adds_c_first"] = {"x".join(map(str, shape)): first for shape, first in measured["adds_c_first"].items()}
+            products = STEPS * chains * columns * depth // 256 * simdgroups / SCHEDULERS
+            of[kernel] = taken * hertz / products
+    measured = {"hertz": hertz, "clocks_per_product": clocks, "adds_c_first": adds_c_first(bench)}
     return {"measured": measured, "answer": answers.adder(measured)}
 
 
-def adds_c_first(bench: Bench, shape: tuple[int, int, int]) -> bool:
-    """Whether C + 1 + 1 + ... is what the unit does: C of 2^24 then stays, and C + (1 + 1 + ...) does not."""
-    product = Product("f16_f16_f32", shape)
-    folder = bench.folder / product.name
-    folder.mkdir()
-    source = folder / "product.metal"
-    source.write_text(source_of([product]), encoding="utf-8")
-    m, n, k = shape
-    a, b, c = np.ones((m, k), np.float16), np.zeros((k, n), np.float16), np.full((m, n), 2.0**24, np.float32)
+def large_sums(product: Product) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Left, right and C: 2^24, to which the unit adds four ones per 16 of the depth. Each by itself would be lost."""
+    m, n, k = product.shape
+    left, right = np.ones((m, k), np.float16), np.zeros((k, n), np.float16)
     for first in range(0, k, 16):
-        b[first : first + 8 : 2] = 1  # one in each of the four sums of a product
-    found = np.zeros((32, (a.size + b.size + c.size) // 32, 2), np.int32)
-    buffers = dict(enumerate(map(bench.device.buffer, (a, b, c, found))))
-    pipeline = bench.device.library(build.metallib(source)).pipeline(product.name)
-    bench.device.run(Launch(pipeline, (1, 1, 1), (32, 1, 1), buffers))
-    expected = multiplied(a.astype(np.float64), b.astype(np.float64), c.astype(np.float64))
-    return bool((buffers[2].read() == expected).all())
+        right[first : first + 8 : 2] = 1  # one in each of the four sums of a product
+    return left, right, np.full((m, n), 2.0**24, np.float32)
+
+
+def adds_c_first(bench: Bench) -> dict[str, bool]:
+    """By shape, whether C + 1 + 1 + ... is what the unit computes, or C + (1 + 1 + ...)."""
+    products = [Product("f16_f16_f32", shape) for shape in ((16, 32, 16), (16, 16, 32), (16, 32, 32))]
+    library = bench.compiled("large_sums", source_of(products))
+    found = {}
+    for product in products:
+        sums, _ = multiplied_by_unit(bench, library, product, *large_sums(product))
+        found["x".join(map(str, product.shape))] = bool((sums == 2**24).all())
+    return found
 
 
 def overlap(bench: Bench) -> dict[str, Any]:
     """Products and 32 multiply-adds each, alone, in the same SIMD-groups, and in others."""
     library, measured = bench.probes(), {}
     works = ("products", "arithmetic", "together", "apart")
-    for simdgroups in SIMDGROUPS[1:]:  # with four, each scheduler's SIMD-group has one kind of work
+    for simdgroups in SIMDGROUPS[1:]:  # of four, each scheduler's SIMD-group has one kind of work
         launches = [bench.probe(library, f"beside_{work}", simdgroups) for work in works]
         measured[str(simdgroups)] = dict(zip(works, bench.least(launches), strict=True))
     return {"measured": measured, "answer": answers.overlap(measured)}
@@ -148,17 +158,20 @@ def spills(bench: Bench) -> dict[str, Any]:
     metal = build.patched(bench.folder, ())
     for header in metal.rglob("*.h"):
         header.write_text(WITHOUT_LIMIT.sub("", header.read_text(encoding="utf-8")), encoding="utf-8")
-    sources = sorted((metal / "unit").glob("*ward_*.metal"))
+    sources = sorted((metal / "unit").glob(SOURCES))
     libraries = [bench.device.library(build.metallib(source, metal)) for source in sources]
     of = {name: library for library in libraries for name in library.names()}
     threads = {
         each.name: of[each.kernel].pipeline(each.kernel, instances.constants_of(each)).most_threads
         for each in instances.pipelines(on_unit=True)
+        if each.kernel in of
     }
-    peak = 4096 * 2 / 32 * 4 * bench.hertz(bench.probes()) * bench.cores
+    peak = 2 * 16**3 / UNIT * SCHEDULERS * bench.hertz(bench.probes()) * bench.cores
     shares = {}
     for row in variants.rows_of_instances().values():
-        if row.head_dim == row.value_dim and row == variants.shipped(row.dtype, row.head_dim):
+        if row.dtype not in variants.DTYPES or row.head_dim != row.value_dim:
+            continue
+        if row == variants.shipped(row.dtype, row.head_dim):
             attention = Attention(bench.device, PROBLEM, row.dtype, row.head_dim)
             library = bench.device.library(variants.compiled(bench.folder / row.kernel, row))
             launch = attention.launch(library.pipeline(row.kernel, attention.constants()), row)

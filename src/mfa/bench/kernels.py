@@ -5,6 +5,7 @@ Registers and what goes to the stack are a compiler's (registers.py); of kernels
 """
 
 import csv
+import hashlib
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +76,11 @@ class Kernel(NamedTuple):
         """8x8x8 MMAs per SIMD-group and step, or what is as much of the matrix unit's."""
         return self.mma + self.mixed_mma + self.wide_mma + 8 * self.unit_mma
 
+    @property
+    def counted(self) -> str:
+        """All that is counted of it, in short: of two kernels that do the same, the same."""
+        return hashlib.sha256(repr(self[: len(COUNTED)]).encode()).hexdigest()[:16]
+
 
 COUNTED = tuple(field for field in Kernel._fields if field not in Kernel._field_defaults)
 
@@ -90,7 +96,7 @@ def counted(path: Path = PATH) -> dict[str, Kernel]:
 
 def load(path: Path = PATH) -> dict[str, Kernel]:
     """By name: ours of every dtype, and MLX's."""
-    kernels, compiled = counted(path), registers.of_kernels()
+    kernels, compiled, on_unit = counted(path), registers.of_kernels(), registers.on_unit()
     besides: dict[tuple[str, str], list[int]] = {}  # what addresses and counters take
     for name in kernels.keys() & compiled.keys():
         kernel = kernels[name]
@@ -100,6 +106,10 @@ def load(path: Path = PATH) -> dict[str, Kernel]:
     def complete(kernel: Kernel) -> Kernel:
         if own := compiled.get(kernel.name):
             return kernel._replace(registers=own.registers, stack=own.stack, stack_bytes=own.stack_bytes)
+        theirs = on_unit.get(kernel.name)
+        if theirs is not None and theirs.counted == kernel.counted:
+            stack, stack_bytes = registers.stack_of(theirs.spill_bytes)
+            return kernel._replace(registers=theirs.registers, stack=stack, stack_bytes=stack_bytes)
         # Those for the matrix unit keep their addresses as direct ones do.
         like = ("forward", "direct") if kernel.unit_mma else (kernel.kind, kernel.path)
         estimate = kernel.data_registers + statistics.median_low(besides[like])

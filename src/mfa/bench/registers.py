@@ -25,10 +25,13 @@ class Registers(NamedTuple):
     least_stack: int
 
 
-def _as_compiled_by_apple(row: Registers, registers: int, spill_bytes: int) -> Registers:
-    """Apple's compiler says what goes to the stack, not how often: taken to be written and read once per step."""
+def stack_of(spill_bytes: int) -> tuple[int, int]:
+    """Loads and stores of a step, and their bytes.
+
+    Apple's compiler says what goes to the stack, not how often: taken to be written and read once.
+    """
     moved = 2 * spill_bytes
-    return row._replace(registers=registers, stack=-(-moved // 16), stack_bytes=moved)
+    return -(-moved // 16), moved
 
 
 def load(path: Path = PATH, apple: Path = APPLE) -> dict[str, Registers]:
@@ -41,8 +44,23 @@ def load(path: Path = PATH, apple: Path = APPLE) -> dict[str, Registers]:
     theirs = json.loads(apple.read_text(encoding="utf-8")) if apple.exists() else {}
     if theirs.get("sources") == table["sources"]:
         for name, (registers, spill_bytes) in theirs["kernels"].items():
-            found[name] = _as_compiled_by_apple(found[name], registers, spill_bytes)
+            stack, stack_bytes = stack_of(spill_bytes)
+            found[name] = found[name]._replace(registers=registers, stack=stack, stack_bytes=stack_bytes)
     return found
+
+
+class OnUnit(NamedTuple):
+    """Of a kernel for M5's matrix unit, which the open compiler doesn't know: Apple's, or none."""
+
+    registers: int
+    spill_bytes: int
+    counted: str  # what kernels.py counted of the kernel that Apple compiled
+
+
+def on_unit(apple: Path = APPLE) -> dict[str, OnUnit]:
+    """By pipeline."""
+    theirs = json.loads(apple.read_text(encoding="utf-8")) if apple.exists() else {}
+    return {name: OnUnit(*row) for name, row in theirs.get("unit", {}).items()}
 
 
 def of_kernels(path: Path = PATH) -> dict[str, Registers]:
