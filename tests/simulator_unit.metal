@@ -24,7 +24,8 @@ kernel void product(const device A* a [[buffer(0)]], const device B* b [[buffer(
   matmul2d<descriptor, execution_simdgroup> op;
   auto left = op.template get_left_input_cooperative_tensor<A, B, D>();
   auto right = op.template get_right_input_cooperative_tensor<A, B, D>();
-  auto sum = op.template get_destination_cooperative_tensor<decltype(left), decltype(right), D>();
+  auto sum = op.template get_destination_cooperative_tensor<remove_addrspace_t<decltype(left)>,
+                                                                    remove_addrspace_t<decltype(right)>, D>();
   load(left, a, kLeft ? kM : kK);
   load(right, b, kRight ? kK : kN);
   if (kAccumulates) {

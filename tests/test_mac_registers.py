@@ -165,6 +165,11 @@ def test_the_model_takes_what_a_mac_said(tmp_path: Path, monkeypatch: pytest.Mon
     assert registers.load(apple=registers.APPLE) == before
 
 
+def test_a_phones_registers_are_not_the_units() -> None:
+    assert mac_registers.unit_chip(["applegpu_g17p", "applegpu_g16s", "apple10"]) is None
+    assert mac_registers.unit_chip(["applegpu_g17g", "applegpu_g17s", "applegpu_g17d"]) == "applegpu_g17s"
+
+
 def test_the_model_takes_what_a_mac_said_of_the_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

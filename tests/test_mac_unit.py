@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from agx_check import instances
+from driver import xcrun
 from encoding import decode, encode
 from mac_unit import answers, build, questions, variants
 from mac_unit.variants import ARGUMENTS, Row, Variant
@@ -184,6 +185,15 @@ def test_a_variant_is_right(variant: Variant, tmp_path: Path) -> None:
             assert oracle.largest_error(out, exact) <= oracle.tolerance(plain, exact)
 
 
+@pytest.mark.simulator
+def test_a_source_that_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", xcrun.install(tmp_path))
+    source = tmp_path / "wrong.metal"
+    source.write_text("kernel void wrong(device float* x) { x[0] = y; }\n")
+    with pytest.raises(build.CompileError, match="use of undeclared identifier 'y'"):
+        build.metallib(source)
+
+
 def test_a_patch_of_a_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metal/unit/forward\.h has 'no such text' 0 times, not once"):
         build.patched(tmp_path, [build.Patch("unit/forward.h", "no such text", "")])
@@ -244,6 +254,7 @@ def gains(*times_as_fast: float) -> dict[str, Any]:
     ("question", "measured", "said"),
     [
         ("layout", placed(True, True), "bit for bit: nothing changes"),
+        ("layout", {**placed(True, True), "c": {"error": "static_assert"}}, "There is no c. Elements and sums are as"),
         ("layout", placed(False, True), "Elements are elsewhere in b: metal/unit/product.h"),
         ("layout", placed(True, False), "but b add up otherwise: the simulator's"),
         ("adder", chains(36, 32, 1), "The unit adds C, before the products; a product takes 36 clocks of a SIMD-group"),

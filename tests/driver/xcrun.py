@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     if arguments[3:] == ["--version"]:
         sys.stdout.write("Apple metal version 32023 (a stand-in)\n")
         return
-    from simulator_engine import build_kernels
+    from simulator_engine import build_kernels, translate
 
     *flags, source, option, output = arguments[3:]
     assert option == "-o"
@@ -30,7 +30,10 @@ def main(arguments: list[str]) -> None:
     assert "-mmacosx-version-min=26.2" in flags  # older ones lay cooperative tensors out in another way
     includes = [flag.removeprefix("-I") for flag in flags if flag.startswith("-I")]
     library = Path(output).with_suffix(".so")
-    build_kernels([source], library, standard="metal4.0", include_dirs=includes)
+    try:
+        build_kernels([source], library, standard="metal4.0", include_dirs=includes)
+    except translate.CompileError as error:
+        sys.exit(str(error))
     Path(output).write_text(f"mfa-simulator-metallib\n{library}\n")
 
 

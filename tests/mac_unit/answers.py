@@ -13,19 +13,23 @@ NO_MLX = "Not measured: mlx.core can't be imported. `.venv/bin/pip install mlx` 
 
 
 def layout(measured: dict[str, Any]) -> str:
-    misplaced = [name for name, each in measured.items() if not each["as_expected"]]
-    others = [name for name, each in measured.items() if each["as_expected"] and not each["sums_as_expected"]]
+    refused = [name for name, each in measured.items() if "error" in each]
+    placed = {name: each for name, each in measured.items() if name not in refused}
+    misplaced = [name for name, each in placed.items() if not each["as_expected"]]
+    others = [name for name, each in placed.items() if each["as_expected"] and not each["sums_as_expected"]]
     if misplaced:
-        return (
+        said = (
             f"Elements are elsewhere in {', '.join(misplaced)}: metal/unit/product.h and `places` in "
             "tests/unit_products.py are to follow the dump."
         )
-    if others:
-        return (
+    elif others:
+        said = (
             f"Elements are where product.h takes them to be, but {', '.join(others)} add up otherwise: the simulator's "
             "arithmetic (csrc/simulator/msl/unit_product.h) is to change, kernels are not."
         )
-    return "Elements and sums are as metal/unit/product.h and the simulator have them, bit for bit: nothing changes."
+    else:
+        said = "Elements and sums are as product.h and the simulator have them, bit for bit: nothing changes."
+    return f"There is no {', '.join(refused)}. {said}" if refused else said
 
 
 def adder(measured: dict[str, Any]) -> str:

@@ -23,6 +23,10 @@ class Patch(NamedTuple):
     new: str
 
 
+class CompileError(Exception):
+    """What Metal's compiler said."""
+
+
 def toolchain() -> dict[str, str]:
     """The environment in which xcrun finds Metal's compiler."""
     script = ("sh", str(ROOT / "cmake" / "metal_toolchain.sh"))
@@ -32,10 +36,12 @@ def toolchain() -> dict[str, str]:
 
 
 def metallib(source: Path, include: Path = METAL) -> Path:
-    """Beside the source. Raises CalledProcessError; its stderr is the compiler's."""
+    """Beside the source. Raises CompileError."""
     output = source.with_suffix(".metallib")
     command = ["xcrun", "-sdk", "macosx", "metal", *FLAGS, f"-I{include}", str(source), "-o", str(output)]
-    subprocess.run(command, env=toolchain(), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=toolchain(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompileError(done.stderr[:4000])
     return output
 
 
