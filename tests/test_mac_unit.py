@@ -22,6 +22,7 @@ from simulator_engine import BOUNDS, RACES, Library, build_kernels, open_library
 from unit_products import Product, multiplied
 
 from mfa import _native
+from mfa.bench import autotune
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -210,6 +211,13 @@ def test_rows_are_those_of_the_kernels() -> None:
     assert {row.kernel for row in variants.rows_of_instances().values()} == {
         instance.name for instance in catalogue.values() if (instance.kind, instance.path) == ("forward", "unit")
     }
+
+
+def test_a_row_of_tuning_is_the_autotuners() -> None:
+    for instance in _native.catalogue():
+        if (instance.kind, instance.path) == ("forward", "unit"):
+            row = variants.rows_of_instances()[instance.name]
+            assert row.tuning == autotune.row_of(instance, "apple10")
 
 
 def test_what_is_compiled_for_the_unit_is_what_a_plan_launches() -> None:

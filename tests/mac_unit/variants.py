@@ -47,6 +47,12 @@ class Row(NamedTuple):
         """Queries of a threadgroup."""
         return 8 * self.row_tiles * self.simdgroups
 
+    @property
+    def tuning(self) -> str:
+        """Its row in tuning.def."""
+        own = f"{self.dtype}, {self.head_dim}, {self.value_dim}, {self.path}"
+        return f"TUNE_FORWARD(apple10, {own}, {self.simdgroups}, {self.row_tiles}, {self.block})"
+
     def __str__(self) -> str:
         return f"FORWARD({', '.join(map(str, self))})"
 
@@ -97,7 +103,7 @@ class Variant(NamedTuple):
     name: str
     row: Row
     patches: tuple[Patch, ...] = ()
-    means: str = ""  # what changes in mfa if it is faster
+    means: str = ""  # what changes in mfa if it is faster: a row of tuning.def or instances.def, or a header's line
 
     @property
     def base(self) -> Row:
@@ -115,7 +121,6 @@ def _refines(text: str) -> tuple[Patch, ...]:
 
 
 SETS = "kDim >= 4 * kSetWidth ? 2 : 1"
-UNROLLED = {dim: "kSetsPerStep in metal/unit/products.h for D " + str(dim) for dim in (96, 128)}
 CUT = (Patch("unit/products.h", "as_type<float>(as_type<uint>(x) + 0x1000u)", "x"),)
 
 
@@ -127,10 +132,11 @@ def variants() -> Iterator[Variant]:
             other = {"split": "shared", "shared": "split"}[of[dim].memory]
             words = {"split": "Q held in registers", "shared": "Q read again for every block"}[other]
             row = of[dim]._replace(memory=other)
-            yield Variant("queries", f"D {dim}, {words}", row, (), f"the row {row} of metal/unit/instances.def")
+            yield Variant("queries", f"D {dim}, {words}", row, (), str(row))
         for dim, steps in ((96, 3), (128, 1), (128, 4)):
             patch = Patch("unit/products.h", SETS, str(steps))
-            yield Variant("unroll", f"D {dim}, {steps} sets per step", of[dim], (patch,), UNROLLED[dim])
+            means = f"kSetsPerStep of D {dim} in metal/unit/products.h"
+            yield Variant("unroll", f"D {dim}, {steps} sets per step", of[dim], (patch,), means)
         for dim in (64, 128):
             for scope in ("simdgroup", "threadgroup"):
                 patches = _before_values(f"{scope}_barrier(mem_flags::mem_none)")
@@ -138,12 +144,10 @@ def variants() -> Iterator[Variant]:
                 yield Variant("barrier", f"D {dim}, {scope} barrier", of[dim], patches, means)
         for dim, block in ((64, 64), (80, 64), (96, 64), (128, 16)):
             row = of[dim]._replace(block=block)
-            yield Variant(
-                "block", f"D {dim}, {block} keys per step", row, (), f"TUNE_FORWARD with {block} keys, D {dim}"
-            )
+            yield Variant("block", f"D {dim}, {block} keys per step", row, (), row.tuning)
         for dim in (64, 128):
             row = of[dim]._replace(simdgroups=8)
-            yield Variant("simdgroups", f"D {dim}, 8 SIMD-groups", row, (), f"TUNE_FORWARD with 8 SIMD-groups, D {dim}")
+            yield Variant("simdgroups", f"D {dim}, 8 SIMD-groups", row, (), row.tuning)
         for dim in (64, 128):
             yield Variant("rounding", f"D {dim}, P cut", of[dim], CUT)
             if dtype == "f16":
