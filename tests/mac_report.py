@@ -217,13 +217,14 @@ def unit(device: str = "mps", length: int = 4096) -> list[dict[str, Any]] | None
 
 def unit_question(name: str) -> dict[str, Any] | None:
     """On M5, one of the design's open questions about the matrix unit; also where mfa doesn't use it."""
-    from mac_unit import questions
-
     import mfa
 
     info = mfa.device_info()
-    cores = info.cores or gpu_cores()
-    return questions.ask(name, cores) if info.family == "apple10" and cores else None
+    if info.family != "apple10":
+        return None
+    from mac_unit import questions
+
+    return questions.ask(name, info.cores or gpu_cores())
 
 
 def registers() -> dict[str, Any]:

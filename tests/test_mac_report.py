@@ -73,3 +73,4 @@ def test_report_has_every_forward_kernel_of_the_matrix_unit(monkeypatch: pytest.
 def test_report_of_other_chips_has_no_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mfa, "device_info", lambda: SimpleNamespace(family="apple9", cores=40))
     assert mac_report.unit() is None
+    assert mac_report.PARTS["unit-layout"]() is None

@@ -98,7 +98,7 @@ struct Arithmetic {
   }
 };
 
-// Who does what: all SIMD-groups one thing, or both, or every other one this and the others that, twice as often.
+// Who does what: all SIMD-groups one thing, or both; or half of them this and the others that, twice as often.
 enum Work { products, arithmetic, together, apart };
 
 template <Work kWork>
@@ -108,7 +108,8 @@ template <Work kWork>
   Chain<32, 16, 1> chain(operands);
   Arithmetic own(operands);
   if (kWork == apart) {
-    if (simdgroup % 2 == 0) {
+    // Of each scheduler one half, whether it has every fourth SIMD-group of a threadgroup or neighbours.
+    if (((simdgroup ^ simdgroup >> 2) & 1) == 0) {
       for (int step = 0; step < 2 * operands.steps; ++step) {
         chain.step();
       }

@@ -149,7 +149,7 @@ def overlap(bench: Bench) -> dict[str, Any]:
     """Products and 32 multiply-adds each, alone, in the same SIMD-groups, and in others."""
     library, measured = bench.probes(), {}
     works = ("products", "arithmetic", "together", "apart")
-    for simdgroups in SIMDGROUPS[1:]:  # of four, each scheduler's SIMD-group has one kind of work
+    for simdgroups in SIMDGROUPS[1:]:  # of four, each scheduler has but one
         launches = [bench.probe(library, f"beside_{work}", simdgroups) for work in works]
         measured[str(simdgroups)] = dict(zip(works, bench.least(launches), strict=True))
     return {"measured": measured, "answer": answers.overlap(measured)}
@@ -169,7 +169,6 @@ def spills(bench: Bench) -> dict[str, Any]:
     threads = {
         each.name: of[each.kernel].pipeline(each.kernel, instances.constants_of(each)).most_threads
         for each in instances.pipelines(on_unit=True)
-        if each.kernel in of
     }
     peak = 2 * 16**3 / UNIT * SCHEDULERS * bench.hertz(bench.probes()) * bench.cores
     shares = {}
