@@ -30,9 +30,11 @@ struct PackedRows {
   }
 };
 
+#ifndef MFA_MATRIX_UNIT
 // Read again for every block, they are for want of registers.
 template <typename T, int kDim>
 constant constexpr int kMostTogether<ReadRows<T, kDim, PackedRows<T>>> = 1;
+#endif
 
 template <typename T>
 inline PackedRows<T> sliced(PackedRows<T> rows, int first_dim) {
@@ -127,7 +129,7 @@ template <typename Rows>
 inline void scale_columns(thread Rows& rows, float own) {
   MFA_UNROLL
   for (short n = 0; n < Rows::kKeyTiles; ++n) {
-    const ushort column = n * kFragment + rows.lane.column;
+    const ushort column = rows.lane.column_of(n);
     scale_column(rows, n, float2(simd_shuffle(own, column), simd_shuffle(own, column + 1)));
   }
 }
@@ -137,7 +139,7 @@ template <typename Rows>
 inline void scale_columns(thread Rows& rows, const threadgroup float* scales) {
   MFA_UNROLL
   for (short n = 0; n < Rows::kKeyTiles; ++n) {
-    scale_column(rows, n, *(const threadgroup float2*)(scales + n * kFragment + rows.lane.column));
+    scale_column(rows, n, *(const threadgroup float2*)(scales + rows.lane.column_of(n)));
   }
 }
 

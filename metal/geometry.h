@@ -102,8 +102,9 @@ constexpr int forward_threadgroup_bytes(Path path, Memory memory, int head_dim, 
 // K and V of a block of keys, and their scales. Those of a team as above, and where it works.
 constexpr int decode_threadgroup_bytes(Path path, int head_dim, int value_dim, int rows, int block_keys,
                                        int element_size) {
-  return path == direct
-             ? 0
+  return path == direct || path == unit ? 0
+         : path == unit_team
+             ? forward_threadgroup_bytes(path, shared, head_dim, value_dim, rows, block_keys, element_size)
              : block_keys * 2 * int(sizeof(float)) +
                    (path == team
                         ? forward_threadgroup_bytes(team, shared, head_dim, value_dim, rows, block_keys, element_size) +

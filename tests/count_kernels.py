@@ -135,7 +135,7 @@ def decode_counters(instance: _native.Instance, length: int) -> dict[str, int]:
     key, value = (torch.zeros(1, 1, length, dim, dtype=dtype) for dim in (instance.head_dim, instance.value_dim))
     if is_of_latents(instance):
         value = key[..., : instance.value_dim]
-    with mfa.simulate("apple7") as sim:
+    with mfa.simulate(FAMILIES.get(instance.path, "apple7")) as sim:
         mfa.attention_with_kv_cache(query, key, value, cache_seqlens=length, num_splits=1)
     (launch,) = sim.launches
     assert launch.kernel == instance.name

@@ -108,16 +108,23 @@ def score_constants(problem: dict[str, Any], kernel: str) -> dict[str, bool]:
 
 
 def packs(problem: dict[str, Any]) -> bool:
-    """Whether decode runs: it reads K and V less often than forward; or as often, in parts or by one SIMD-group."""
+    """Whether decode runs: it reads K and V less often than forward; or as often, in parts or by one SIMD-group; or
+    alone has code for tails on the matrix unit."""
     group = problem["query_heads"] // problem["key_heads"]
-    rows = problem["query_length"] * group
-    if problem["dropout_p"] > 0 or rows > 128:
+    rows, tile = problem["query_length"] * group, decode_tile(problem)
+    on_unit = tile.path.startswith("unit")
+    if problem["dropout_p"] > 0:
         return False
     if is_empty(problem):
+        return rows <= 128 or on_unit
+    [launch] = native.plan(**problem | {"has_correction": True, "bias": "none"}).launches  # which only forward leaves
+    forward = CATALOGUE[launch.kernel]
+    if on_unit and not forward.path.startswith("unit"):
         return True
-    [forward] = native.plan(**problem | {"has_correction": True, "bias": "none"}).launches  # which only forward leaves
-    reads = tiles(rows, decode_rows(problem)), group * tiles(problem["query_length"], CATALOGUE[forward.kernel].rows)
-    return reads[0] < reads[1] or (reads[0] == reads[1] and (decode_rows(problem) == 8 or is_split(problem)))
+    if rows > (512 if on_unit else 128):
+        return False
+    reads = tiles(rows, tile.rows), group * tiles(problem["query_length"], forward.rows)
+    return reads[0] < reads[1] or (reads[0] == reads[1] and (tile.simdgroups == 1 or is_split(problem)))
 
 
 def is_empty(problem: dict[str, Any]) -> bool:
@@ -126,24 +133,26 @@ def is_empty(problem: dict[str, Any]) -> bool:
 
 def is_split(problem: dict[str, Any]) -> bool:
     """Whether there are keys for two parts, and too few tiles for a GPU. With as many reads as forward has."""
-    rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
-    row_tiles, least = tiles(rows, decode_rows(problem)), max(min(256, max(64, 32 * rows)), 5 * rows)
-    wanted = 192 if decode_rows(problem) == 8 else 128
+    rows, tile = problem["query_length"] * problem["query_heads"] // problem["key_heads"], decode_tile(problem)
+    row_tiles, least = tiles(rows, tile.rows), max(min(256, max(64, 32 * rows)), 5 * rows)
+    wanted = 192 if tile.simdgroups == 1 else 128
     groups = problem["batch"] * problem["key_heads"] * row_tiles
-    if decode_rows(problem) > 8 and groups < 16 and problem["key_length"] < 2 * least:
+    if tile.simdgroups > 1 and groups < 16 and problem["key_length"] < 2 * least:
         least = max(64, 2 * rows)
     return problem["key_length"] >= max(512, 2 * least) and groups < wanted
 
 
-def decode_rows(problem: dict[str, Any]) -> int:
-    """Of a tile: the smallest that holds all of a group's rows, or the largest."""
+def decode_tile(problem: dict[str, Any]) -> native.Instance:
+    """The smallest that holds all of a group's rows, or the largest; of such two the matrix unit's, where that is."""
     rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
-    found = sorted(
-        row.rows
+    on_unit = problem.get("family") == "apple10"
+    found = (
+        row
         for row in CATALOGUE.values()
         if (row.kind, row.dtype, (row.head_dim, row.value_dim)) == ("decode", problem["dtype"], bucket(problem))
+        and (on_unit or not row.path.startswith("unit"))
     )
-    return next((size for size in found if rows <= size), found[-1])
+    return min(found, key=lambda row: (-min(rows, row.rows), row.rows, not row.path.startswith("unit")))
 
 
 def classifies(problem: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from plan_problems import (
     bucket,
     classifies,
     declared_constants,
-    decode_rows,
+    decode_tile,
     is_empty,
     packs,
     problems,
@@ -96,7 +96,7 @@ def test_every_row_is_covered_once_within_limits(problem: dict[str, Any]) -> Non
     row = CATALOGUE[launch.kernel]
     if packs(problem):
         assert row.kind == "decode"
-        assert row.rows == decode_rows(problem)
+        assert row.name == decode_tile(problem).name
         rows = problem["query_length"] * problem["query_heads"] // problem["key_heads"]
         grid = (problem["key_heads"] * tiles(rows, row.rows), plan.params.splits, problem["batch"])
         assert plan.params.splits * plan.params.split_keys >= problem["key_length"]
@@ -227,8 +227,11 @@ def test_m5_runs_16_bits_on_the_matrix_unit(dim: int, dtype: str) -> None:
     older = "team" if dim > 256 else "staged"
     unit = "unit_team" if dim > 128 else "unit"
     assert [path(family=family, **own) for family in FAMILIES] == [older, older, older, unit]
-    for other in ({"aligned": False}, {"head_dim": dim - 8}, {"value_dim": dim - 8}, {"dtype": "f32"}):
-        assert path(family="apple10", **own | other) == path(family="apple9", **own | other) != unit
+    assert path(family="apple10", **own | {"dtype": "f32"}) == path(family="apple9", **own | {"dtype": "f32"})
+    for tails in ({"aligned": False}, {"head_dim": dim - 8}, {"value_dim": dim - 8}):
+        trained = own | tails | {"has_correction": True}
+        assert path(family="apple10", **own | tails).startswith("unit")
+        assert path(family="apple10", **trained) == path(family="apple9", **trained)
 
 
 def test_newer_families_read_aligned_float32_directly() -> None:

@@ -19,12 +19,15 @@ constexpr std::int64_t kKeysPerRow = 32, kFewKeys = 64, kEnoughKeys = 256, kLeas
                        kLeastLatentsPerRow = 2;
 // Fewer keys are done before combine could start.
 constexpr std::int64_t kWorthSplitting = 512;
-// Of a group: more fill a GPU without parts.
-constexpr std::int64_t kMostPackedRows = 128;
+// Of a group: more fill a GPU without parts. On the matrix unit, to which products cost a quarter, more rows gain by
+// reading less.
+constexpr std::int64_t kMostPackedRows = 128, kMostPackedRowsOnUnit = 512;
+
+bool is_team(Path path) { return path == team || path == unit_team; }
 
 // MLA: query heads share keys, of which the values are columns.
 bool has_latents(const Problem& problem, const Instance& tile) {
-  return problem.value_is_key && tile.path == team && problem.query_heads > problem.key_heads;
+  return problem.value_is_key && is_team(tile.path) && problem.query_heads > problem.key_heads;
 }
 
 std::int64_t choose_splits(const Instance& tile, bool is_of_latents, std::int64_t groups, std::int64_t rows,
@@ -96,6 +99,7 @@ Packing pack(const Problem& problem, const Canonical& start) {
 // (341). Forward keeps dropout, what leaves a correction for the backward pass, and block masks of more than one row of
 // blocks. Only decode reads pages and 8 bits, takes a number of parts, live keys that start anywhere, and a mask of the
 // last ones.
+// The unit's forward kernels have no code for tails, its decode kernels have, which so are forward's for inference.
 // Latents (MLA) have many heads to a key: however many rows there are, forward's teams would read them once per head.
 //
 // Tiles of teams have 16 rows, or 32: Q and O of a row take 3.2 KB of a core's registers at D 576, so that 64 would
@@ -115,8 +119,11 @@ bool packs_rows(const Problem& problem, const Canonical& start, const Instance& 
   if (problem.sequences > 0 && longest == 0) return false;
   const Packing packing = pack(problem, start);
   if (is_preferred(forward) || is_preferred(packing.tile)) return !is_preferred(forward);
-  const bool reads_latents_more_often = has_latents(problem, packing.tile) && forward.path == team;
-  if (longest * start.params.group_size > kMostPackedRows && !reads_latents_more_often) return false;
+  const bool on_unit = is_on_unit(packing.tile.path);
+  if (on_unit && !is_on_unit(forward.path)) return true;
+  const bool reads_latents_more_often = has_latents(problem, packing.tile) && is_team(forward.path);
+  const std::int64_t most = on_unit ? kMostPackedRowsOnUnit : kMostPackedRows;
+  if (longest * start.params.group_size > most && !reads_latents_more_often) return false;
   const std::int64_t reads = start.params.group_size * tiles(longest, forward.rows);
   if (packing.own_tiles > reads) return false;
   return packing.own_tiles < reads || packing.splits > 1 || packing.tile.simdgroups == 1;

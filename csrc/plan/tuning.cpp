@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 namespace mfa {
@@ -149,12 +150,21 @@ const Instance& the_instance(Kind kind, std::optional<DType> dtype) {
 bool is_preferred(const Instance& instance) { return std::ranges::find(preferred, &instance) != preferred.end(); }
 
 const Instance& choose_decode(const Problem& problem, Bucket bucket, std::int64_t rows) {
-  if (const Instance* instance = find_preferred(Kind::decode, problem, bucket, true)) return *instance;
+  // On the matrix unit a lane has two rows, and follows the block mask of one.
+  const bool on_unit = problem.family >= Family::apple10 && problem.bias.kind != BiasKind::blocks;
+  const auto takes = [&](const Instance& instance) {
+    return instance.kind == Kind::decode && instance.dtype == problem.dtype && instance.head_dim == bucket.head_dim &&
+           instance.value_dim == bucket.value_dim && (on_unit || !is_on_unit(instance.path));
+  };
+  for (const Instance* instance : preferred)
+    if (takes(*instance)) return *instance;
+  // The smallest tile that holds all rows, or else the largest; of such two, the matrix unit's.
+  const auto order = [&](const Instance& instance) {
+    return std::tuple(-std::min<std::int64_t>(rows, instance.rows), instance.rows, !is_on_unit(instance.path));
+  };
   const Instance* best = nullptr;
   for (const Instance& instance : kInstances)
-    if (instance.kind == Kind::decode && instance.dtype == problem.dtype && instance.head_dim == bucket.head_dim &&
-        instance.value_dim == bucket.value_dim && (!best || (rows > best->rows && instance.rows > best->rows)))
-      best = &instance;
+    if (takes(instance) && (!best || order(instance) < order(*best))) best = &instance;
   if (!best) throw std::logic_error("instances.def lacks a decode kernel");
   return *best;
 }

@@ -37,7 +37,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
     return;  // a threadgroup without work: there is not even a last row to read
   }
   UnitForward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> rows(
-      params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, lane_index);
+      params, tile.sequence, tile.first_row + simdgroup * kRows, sinks, alibi_slopes, tile.head, true, lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   const OwnOperand<T, kMemory == split ? held : reread, kRowTiles, kHeadDim, OwnRows<T, kRowTiles>> queries(
       {tile.queries, rows.first_row, rows.lane}, rows.lane);

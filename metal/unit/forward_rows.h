@@ -18,9 +18,9 @@ inline bool sums_score_gradient() {
   return has_correction && (has_sinks || has_alibi || (has_bias && !has_mask && !has_block_mask));
 }
 
-template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys>
-struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> {
-  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> Base;
+template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys, bool kPacked = false>
+struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPacked> {
+  typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPacked> Base;
   using Base::kKeyTiles;
   using Base::row;
   using Base::score;
@@ -28,8 +28,8 @@ struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys> {
   float limit[kRowTiles];  // of scores, for this lane
 
   UnitForward(constant AttentionParams& params, Sequence sequence, int first_row, const device float* sinks,
-              const device float* slopes, int head, ushort lane_index)
-      : Base(params, sequence, first_row, sinks, slopes, head, true, lane_index) {
+              const device float* slopes, int head, bool counts_sink, ushort lane_index)
+      : Base(params, sequence, first_row, sinks, slopes, head, counts_sink, lane_index) {
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       limit[r] = -INFINITY;

@@ -52,7 +52,7 @@ template <typename T, Memory kMemory, int kHeadDim, int kValueDim, int kSimdgrou
       query, key, value, position.x, kBlockQueries, kHeadDim, kValueDim);
   const short member = simdgroup % kMembers;
   const short own = simdgroup / kMembers;
-  Rows rows(params, tile.sequence, tile.first_row + own * kRows, sinks, alibi_slopes, tile.head, lane_index);
+  Rows rows(params, tile.sequence, tile.first_row + own * kRows, sinks, alibi_slopes, tile.head, true, lane_index);
   const Rules<T> rules(params, tile.sequence, bias, mask_classes, alibi_slopes, rng_state, tile.head);
   const HeadRows<T> keys = of_lane(sliced(tile.keys, member * kSlice), rows.lane);
   const HeadRows<T> values = of_lane(sliced(tile.values, member * kValueSlice), rows.lane);
