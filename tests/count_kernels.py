@@ -108,7 +108,8 @@ def launch_counters(instance: _native.Instance, variant: str, length: int) -> di
         torch.zeros(1, 1, length, dim, dtype=TORCH_DTYPES[instance.dtype], requires_grad=instance.kind != "forward")
         for dim in (instance.head_dim, instance.head_dim, instance.value_dim or instance.head_dim)
     )
-    if instance.path.startswith("unit") and instance.kind != "forward":  # else all P were the same, and the unit refines those
+    # Else all P were the same, and the unit refines those.
+    if instance.path.startswith("unit") and instance.kind != "forward":
         generator = torch.Generator().manual_seed(0)
         query, key = ((0.1 * torch.randn(x.shape, generator=generator)).to(x).requires_grad_() for x in (query, key))
     with mfa.simulate(FAMILIES.get(instance.path, "apple7")) as sim:

@@ -178,17 +178,20 @@ def test_forward_on_the_matrix_unit(dim: int, view: str) -> None:
 
 
 # Of the products that it makes, seven or eight.
-UNIT_BACKWARD_SHARES = {64: (0.82, 0.65), 80: (0.84, 0.66), 96: (0.82, 0.59), 128: (0.82, 0.56)}
+UNIT_BACKWARD_SHARES = {
+    **{64: (0.82, 0.65), 80: (0.84, 0.66), 96: (0.81, 0.75)},
+    **{128: (0.8, 0.63), 192: (0.81, 0.7), 256: (0.72, 0.61)},
+}
 
 
 @pytest.mark.parametrize("view", model.VIEWS)
 @pytest.mark.parametrize("dim", UNIT_BACKWARD_SHARES)
 def test_backward_on_the_matrix_unit(dim: int, view: str) -> None:
-    """The goal of 75% is met if other instructions show, and not if L1 binds: Q and dO are read twice."""
+    """The goal of 75% at D 64 is met if other instructions show, and not if L1 binds: Q and dO are read twice."""
     chip, problem = CHIPS["m5-max"], report.shape(dim)
     made = sum(map(model.products_of, model.plan_backward(problem, chip)))
     seconds = model.seconds(model.backward(TABLE, problem, chip, view=model.VIEWS[view]))
-    assert made == (7 if dim == 64 else 8)
+    assert made == (8 if dim == 80 else 7)
     least = UNIT_BACKWARD_SHARES[dim][list(model.VIEWS).index(view)]
     assert report.utilisation(problem, made, seconds, chip) >= least
 

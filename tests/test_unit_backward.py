@@ -79,7 +79,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two": {"head_dim": 128, "value_dim": 128, "alibi": "heads", "window": (30, 9), "seed": 2},
     "two, unlike": {"head_dim": 192, "value_dim": 128, "bias": ("float32", (True, False, False, True)), "seed": 2},
     "three": {"head_dim": 192, "value_dim": 192, "group": 2, "is_causal": True, "query_length": 131},
-    "four": {"head_dim": 256, "value_dim": 256, "bias": ("bool", (True, False, True, False)), "softcap": 4.0, "seed": 1},
+    "four": {
+        **{"head_dim": 256, "value_dim": 256, "softcap": 4.0, "seed": 1},
+        **{"bias": ("bool", (True, False, True, False))},
+    },
     "flat": {
         "scale": 0.0,
         "query_length": 9,
