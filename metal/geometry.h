@@ -17,7 +17,7 @@ constexpr bool is_on_unit(Path path) { return path == unit || path == unit_team;
 #define MFA_IN_NAME_unit_team "_unit_team"
 
 // SIMD-groups that share rows, by D; and keys, by D and Dv, in the backward pass on the matrix unit, where one holds
-// 128 columns of dK and dV. Other teams of the backward pass are the whole threadgroup.
+// 128 columns of dK and dV, or 160. Other teams of the backward pass are the whole threadgroup.
 constexpr int members_of(Path path, int head_dim) {
   return path == team ? kTeamMembers : path == unit_team ? (head_dim <= 256 ? 2 : 4) : 1;
 }

@@ -265,9 +265,9 @@ ON_UNIT = {  # paths of backward_dkdv, backward_dq, backward_dbias
     (192, 128): ["unit_team", "unit_team", "unit"],
     (192, 192): ["unit_team", "unit_team", "unit"],
     (256, 256): ["unit_team", "unit_team", "unit"],
-    (320, 320): ["team", "team", "unit"],
-    (384, 384): ["team", "team", "unit"],
-    (512, 512): ["team", "team", "unit"],
+    (320, 320): ["unit_team", "unit_team", "unit"],
+    (384, 384): ["unit_team", "unit_team", "unit"],
+    (512, 512): ["unit_team", "unit_team", "unit"],
     (576, 512): ["team", "team", "unit"],
 }
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.simulator
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # (D, Dv): of a SIMD-group by itself, and of teams that share keys, and maybe queries.
 ALONE = ((64, 64), (80, 80))
-TEAMS = ((96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+TEAMS = ((96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (320, 320), (384, 384), (512, 512))
 DIMS = (*ALONE, *TEAMS)
 LAYOUTS = ("contiguous", "transposed", "one head", "one batch")  # whose rows are aligned
 
@@ -76,13 +76,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bias": {"bias": ("float32", (True, False, False, True)), "softcap": 4.0, "seed": 2},
     "window": {"alibi": "heads", "has_sinks": True, "window": (30, 9), "key_heads": 2, "seed": 6},
     "half a set": {"head_dim": 80, "value_dim": 80, "group": 2},
-    "two": {"head_dim": 128, "value_dim": 128, "alibi": "heads", "window": (30, 9), "seed": 2},
+    "two": {"head_dim": 128, "value_dim": 128, "window": (30, 9), "key_heads": 2, "seed": 1},
     "two, unlike": {"head_dim": 192, "value_dim": 128, "bias": ("float32", (True, False, False, True)), "seed": 2},
-    "three": {"head_dim": 192, "value_dim": 192, "group": 2, "is_causal": True, "query_length": 131},
+    "three": {
+        **{"head_dim": 192, "value_dim": 192, "group": 2, "query_length": 131},
+        **{"is_causal": True, "alibi": "heads", "seed": 2},
+    },
     "four": {
         **{"head_dim": 256, "value_dim": 256, "softcap": 4.0, "seed": 1},
         **{"bias": ("bool", (True, False, True, False))},
     },
+    "eight": {"head_dim": 512, "value_dim": 512, "is_causal": True, "has_sinks": True, "seed": 2},
     "flat": {
         "scale": 0.0,
         "query_length": 9,
@@ -203,6 +207,9 @@ BUDGETS = {
     (192, 128): (dkdv(2, 16), dq(2, 32)),
     (192, 192): (dkdv(3, 16), dq(2, 32)),
     (256, 256): (dkdv(4, 16), dq(2, 16)),
+    (320, 320): (dkdv(5, 16), dq(4, 32)),
+    (384, 384): (dkdv(6, 16), dq(4, 32)),
+    (512, 512): (dkdv(8, 16), dq(4, 16)),
 }
 
 
@@ -303,6 +310,8 @@ OPEN_BLOCKS = {
     "BACKWARD_DKDV(f16, unit_team, 192, 128, 8, 2, 16)": (BOTH, 40, 39, 20, 8, 112),
     "BACKWARD_DKDV(f16, unit_team, 192, 192, 12, 2, 16)": (BOTH, 56, 37, 16, 8, 96),
     "BACKWARD_DKDV(f16, unit_team, 256, 256, 8, 2, 16)": (BOTH, 72, 41, 16, 8, 96),
+    "BACKWARD_DKDV(f16, unit_team, 320, 320, 10, 2, 16)": (BOTH, 88, 45, 16, 8, 96),
+    "BACKWARD_DKDV(f16, unit_team, 512, 512, 8, 2, 16)": (BOTH, 136, 57, 16, 8, 96),
     "BACKWARD_DQ(f16, unit, held, 64, 64, 4, 2, 16)": ((), 24, 13, 12, 8, 96),
     "BACKWARD_DQ(f16, unit, reread, 128, 128, 4, 2, 16)": ((), 24, 40, 24, 8, 104),
     "BACKWARD_DQ(f16, unit_team, reread, 192, 192, 8, 2, 32)": ((), 80, 57, 36, 16, 108),

@@ -9,8 +9,8 @@ namespace mfa {
 // The members' parts of a team's scores, or of dP, one quad of each lane after another.
 template <int kMembers, int kRowTiles, int kKeyTiles>
 struct UnitTeamScores {
-  static_assert(kMembers >= 2 && kMembers <= 4, "see sum()");
   static constant constexpr bool kIsTeam = true;
+  static constant constexpr bool kByPairs = (kMembers & (kMembers - 1)) == 0;
   static constant constexpr int kQuads = kRowTiles * kKeyTiles / 2 * 32;  // of a member
 
   threadgroup float4* base;  // of the team
@@ -18,9 +18,9 @@ struct UnitTeamScores {
   short member;
   ushort lane_index;
 
-  // Of one of two or four members by pairs; of three, in a circle.
+  // Of the other members, counted by pairs or in a circle.
   threadgroup float4* part(short other) const {
-    const short owner = kMembers == 3 ? (member + other) % 3 : member ^ other;
+    const short owner = kByPairs ? member ^ other : (member + other) % kMembers;
     return base + owner * kQuads + lane_index;
   }
 
@@ -34,18 +34,31 @@ struct UnitTeamScores {
     }
   }
 
-  // (0 + 1) + (2 + 3) in whatever order of the two of each sum, so that two or four members have the same bits. Three
+  // Two, four or eight members have the same bits: (0 + 1) + (2 + 3), in whatever order of the two of each sum. Others
   // may differ in the last one, which is as good.
+  float4 sum_of_parts(float4 own, short i) const {
+    float4 total = own + part(1)[i];
+    if (!kByPairs) {
+      MFA_UNROLL
+      for (short other = 2; other < kMembers; ++other) {
+        total += part(other)[i];
+      }
+    }
+    if (kByPairs && kMembers >= 4) {
+      total += part(2)[i] + part(3)[i];
+    }
+    if (kByPairs && kMembers == 8) {
+      total += (part(4)[i] + part(5)[i]) + (part(6)[i] + part(7)[i]);
+    }
+    return total;
+  }
+
   void sum(thread Fragment<float> (&score)[kRowTiles][kKeyTiles]) const {
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       MFA_UNROLL
       for (short n = 0; n < kKeyTiles; n += 2) {
-        const short i = (r * kKeyTiles + n) * 16;
-        float4 total = quad_at(&score[r][n]) + part(1)[i];
-        if (kMembers > 2) {
-          total += kMembers == 3 ? part(2)[i] : part(2)[i] + part(3)[i];
-        }
+        const float4 total = sum_of_parts(quad_at(&score[r][n]), (r * kKeyTiles + n) * 16);
         score[r][n] = total.xy;
         score[r][n + 1] = total.zw;
       }

@@ -11,7 +11,7 @@ from .model_varlen import Packed
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BACKWARD_DIMS = (64, 80, 96, 128, 320, 384, 512)
-UNIT_BACKWARD_DIMS = (64, 80, 96, 128, 192, 256)
+UNIT_BACKWARD_DIMS = (64, 80, 96, 128, 192, 256, 320, 384, 512)
 SEED = Problem(4, 8, 2048, 64)  # the problem that mps-flash-attn published timings of, on M1 Max
 SEED_FORWARD_MS, SEED_TRAINING_MS = 5.3, 55
 
