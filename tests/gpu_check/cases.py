@@ -233,7 +233,7 @@ def unit() -> Iterator[Case]:
         yield replace(base, dtype=dtype, head_dim=dim, window_right=0)
     for dtype, feature in product(("f16", "bf16"), FEATURES):
         yield replace(base, dtype=dtype, **feature)  # type: ignore[arg-type]
-    for dtype, (dim, value_dim) in product(("f16", "bf16"), (*UNIT_WIDE, *WIDE)):
+    for dtype, (dim, value_dim) in product(("f16", "bf16"), (*UNIT_WIDE, (384, 384), *WIDE)):
         yield replace(base, dtype=dtype, head_dim=dim, value_dim=value_dim, window_right=0)
     for (dim, value_dim), feature in product(UNIT_WIDE, FEATURES[1:-1]):
         yield replace(base, head_dim=dim, value_dim=value_dim, **feature)  # type: ignore[arg-type]
