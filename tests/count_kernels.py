@@ -33,6 +33,7 @@ TRUE = ["is_aligned", "is_exact_head", "writes_lse", "wants_grad_key", "wants_gr
 APART = {"dk": "wants_grad_value", "dv": "wants_grad_key"}  # variants of a kernel, and what they lack of TRUE
 KINDS = ("forward", "decode", "backward_dkdv", "backward_dq", "backward_dq_from_ds")
 LENGTHS = (128, 256)
+DBIAS_HEADS = (1, 2)
 FAMILIES = {"direct": "apple9", "unit": "apple10", "unit_team": "apple10"}  # that have a path
 TORCH_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 COUNTED = (
@@ -65,8 +66,8 @@ def rows_of_instances() -> Iterator[tuple[str, _native.Instance, str]]:
     catalogue = {instance.name: instance for instance in _native.catalogue()}
     for row in re.findall(r"^(?:FORWARD|DECODE|BACKWARD_D\w+)\(.*\)$", text, re.MULTILINE):
         name = host_name(row)
-        if name in catalogue and catalogue[name].kind in KINDS:
-            instance = catalogue[name]
+        instance = catalogue.get(name)
+        if instance and (instance.kind in KINDS or (instance.kind, instance.path) == ("backward_dbias", "unit")):
             # dV and dK may come from two launches that differ. Of those in 8x8 matrices the model has none.
             pair = instance.head_dim + instance.value_dim
             apart = instance.kind == "backward_dkdv" and not instance.path.endswith("team") and pair > 128
@@ -84,6 +85,7 @@ def host_name(row: str) -> str:
         "DECODE": "decode_{0}_d{2}_v{3}_{1}_s{4}_r{5}_k{6}",
         "BACKWARD_DKDV": "backward_dkdv_{0}_d{2}_v{3}_{1}_s{4}_r{5}_q{6}",
         "BACKWARD_DQ": "backward_dq_{0}_d{3}_v{4}_{2}_{1}_s{5}_r{6}_k{7}",
+        "BACKWARD_DBIAS": "backward_dbias_{0}_d{2}_v{3}_{1}_s{4}_k{5}",
         "BACKWARD_DQ_FROM_DS": "backward_dq_from_ds_{0}_d{1}_s{2}_q{3}_k{4}",
     }
     name = forms[macro].format(*words) if macro in forms else ""
@@ -91,10 +93,12 @@ def host_name(row: str) -> str:
 
 
 def bytes_of_ours(instance: _native.Instance, variant: str) -> list[dict[str, int]]:
-    """Counters of the kernel's launches at LENGTHS."""
+    """Counters of the kernel's launches at LENGTHS; of dBias for so many heads."""
     before = _library.set_backward_mode(5 if instance.kind == "backward_dq_from_ds" else 7)
     _library.prefer_instance(instance.name)
     try:
+        if instance.kind == "backward_dbias":
+            return [dbias_counters(instance, heads) for heads in DBIAS_HEADS]
         return [launch_counters(instance, variant, length) for length in LENGTHS]
     finally:
         _library.set_backward_mode(before)
@@ -122,6 +126,18 @@ def launch_counters(instance: _native.Instance, variant: str, length: int) -> di
     assert found, f"{instance.name} didn't run, but {[launch.kernel for launch in sim.launches]}"
     total = sum((launch.counters for launch in found), mfa.Counters())
     return vars(total)
+
+
+def dbias_counters(instance: _native.Instance, heads: int) -> dict[str, int]:
+    """Of a bias that all heads have; a threadgroup has a tile of it, and a step for each head."""
+    shapes = [(1, heads, LENGTHS[0], dim) for dim in (instance.head_dim, instance.head_dim, instance.value_dim)]
+    query, key, value = (torch.zeros(shape, dtype=TORCH_DTYPES[instance.dtype]) for shape in shapes)
+    bias = torch.zeros(LENGTHS[0], LENGTHS[0], dtype=query.dtype, requires_grad=True)
+    with mfa.simulate(FAMILIES[instance.path]) as sim:
+        out = mfa.attention(query, key, value, attn_mask=bias)
+        torch.autograd.grad(out, bias, torch.zeros_like(out))
+    (counters,) = (launch.counters for launch in sim.launches if launch.kernel == instance.name)
+    return vars(counters)
 
 
 def is_of_latents(instance: _native.Instance) -> bool:
@@ -161,6 +177,8 @@ def kernel_of(
     step.counts["shuffle"] += step.counts["vote"]
     groups = [1 if kind == "decode" else length // rows for length in LENGTHS]
     steps = [length // block for length in LENGTHS]
+    if kind == "backward_dbias":
+        groups, steps = [groups[0] * steps[0]] * 2, list(DBIAS_HEADS)
 
     def line(counter: str) -> tuple[int, int]:
         """(per step of a threadgroup, per threadgroup)"""
@@ -204,6 +222,7 @@ def ours() -> Iterator[Kernel]:
         standard = "metal4.0" if FAMILIES.get(instance.path) == "apple10" else "metal3.1"
         true = [name for name in TRUE if name != APART.get(variant)]
         true += ["value_is_key"] if is_of_latents(instance) else []
+        true += ["has_bias"] if instance.kind == "backward_dbias" else []
         ir = instructions.emit(source, [ROOT / "metal"], true, standard=standard)
         yield kernel_of(
             f"{instance.name}/{variant}" if variant else instance.name,

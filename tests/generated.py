@@ -168,10 +168,35 @@ def unit() -> str:
     return "\n".join(lines)
 
 
+def unit_shares() -> str:
+    """What the plan runs on M5's matrix unit, as a share of its peak, by both views."""
+    table, chip = kernels.of_float16(), CHIPS["m5-max"]
+    lines = ["| D | forward | backward | dBias alone |", "| ---: | ---: | ---: | ---: |"]
+    for problem in map(report.shape, report.UNIT_DIMS):
+        names = model.plan_backward(problem, chip)
+        made = sum(map(model.products_of, names)) if report.on_unit(table, names) else 0
+        dbias = table[f"backward_dbias_f16_d{problem.head_dim}_v{problem.head_dim}_unit_s4_k32"]
+        moved = model.tensor_bytes(problem, 4)
+        forward, backward, alone = [], [], []
+        for view in model.VIEWS.values():
+            seconds = model.seconds(model.forward(table, problem, chip, view=view))
+            forward.append(f"{report.utilisation(problem, 2, seconds, chip):.0%}")
+            if made:
+                seconds = model.seconds(model.backward(table, problem, chip, view=view))
+                backward.append(f"{report.utilisation(problem, made, seconds, chip):.0%}")
+            seconds = model.predict(dbias, problem, chip, moved, view=view).seconds
+            alone.append(f"{report.utilisation(problem, 2, seconds, chip):.0%}")
+        of_made = f" of {made} products" if made else ""
+        cells = (", ".join(forward), ", ".join(backward) + of_made, ", ".join(alone))
+        lines.append(f"| {problem.head_dim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 UNIT_KERNELS = ("steel_nax_f16_d{0}", "forward_f16_d{0}_v{0}_unit_s4_r2_k32")
 
 GENERATED = {
     "unit": unit,
+    "unit_shares": unit_shares,
     "support": support.markdown,
     "operations": operations,
     "libraries": libraries,

@@ -157,14 +157,15 @@ def test_forward_is_at_its_goals(dim: int, chip: Chip) -> None:
     assert worse <= ({"latency"} if dim == 80 else set())
 
 
-# Share of the matrix unit's peak, if other instructions show and if L1 binds.
-UNIT_SHARES = {64: (0.82, 0.87), 80: (0.82, 0.64), 96: (0.84, 0.76), 128: (0.86, 0.76)}
+# Share of the matrix unit's peak, if other instructions show and if L1 binds; docs/performance.md has all of them.
+UNIT_SHARES = {64: (0.85, 0.88), 80: (0.85, 0.76), 96: (0.86, 0.76), 128: (0.89, 0.76)}
 
 
 @pytest.mark.parametrize("view", model.VIEWS)
 @pytest.mark.parametrize("dim", UNIT_SHARES)
 def test_forward_on_the_matrix_unit(dim: int, view: str) -> None:
-    """The goal, 88%, is met at D 64 if L1 binds. No pipe is worse than MLX's but latency: MLX has less in registers."""
+    """The goal, 88%, is met at D 64 if L1 binds and at D 128 if not. No pipe is worse than MLX's but latency: MLX has
+    less in registers."""
     chip, problem = CHIPS["m5-max"], report.shape(dim)
     (ours,) = model.forward(TABLE, problem, chip, view=model.VIEWS[view])
     theirs = report.steel(TABLE, problem, chip, model.VIEWS[view])
@@ -173,7 +174,7 @@ def test_forward_on_the_matrix_unit(dim: int, view: str) -> None:
     worse = {name for name, seconds in ours.pipes.items() if seconds > theirs.pipes[name] * 1.0001}
     assert worse <= {"latency"}
     kernel, mlx = TABLE[ours.kernel], TABLE[theirs.kernel]
-    for count in ("unit_mma", "arithmetic", "exp", "shuffle", "load", "device_read", "barrier", "fence"):
+    for count in ("unit_mma", "arithmetic", "integer", "exp", "shuffle", "load", "device_read", "barrier", "fence"):
         assert getattr(kernel, count) <= getattr(mlx, count), count
     assert sum(model.slots(kernel, chip)) < sum(model.slots(mlx, chip))
 

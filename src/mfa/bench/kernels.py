@@ -19,7 +19,7 @@ class Kernel(NamedTuple):
     """A kernel with its function constants set for a plain problem. A step is one block of the other side's rows."""
 
     name: str
-    kind: str  # forward | decode | backward_dkdv | backward_dq | backward_dq_from_ds
+    kind: str  # forward | decode | backward_dkdv | backward_dq | backward_dq_from_ds | backward_dbias
     dtype: str
     head_dim: int
     path: str  # staged | direct | team | unit | unit_team

@@ -228,7 +228,7 @@ def plan_backward(problem: Problem, chip: Chip, mode: str = "automatic") -> list
 def products_of(name: str) -> int:
     """Matrix products of a kernel, as `plan_forward` and `plan_backward` name it."""
     kernel, _, variant = name.partition("/")
-    kinds = {"backward_dkdv": 4, "backward_dq_from_ds": 1, "backward_dq": 3, "backward": 0}
+    kinds = {"backward_dkdv": 4, "backward_dq_from_ds": 1, "backward_dq": 3, "backward_dbias": 2, "backward": 0}
     return {"dk": 3, "dv": 2}.get(variant) or next((n for kind, n in kinds.items() if kernel.startswith(kind)), 2)
 
 

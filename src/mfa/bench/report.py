@@ -11,7 +11,7 @@ from .model_varlen import Packed
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BACKWARD_DIMS = (64, 80, 96, 128, 320, 384, 512)
-UNIT_BACKWARD_DIMS = (64, 80, 96, 128, 192, 256, 320, 384, 512)
+UNIT_DIMS = (64, 80, 96, 128, 192, 256, 320, 384, 512)
 SEED = Problem(4, 8, 2048, 64)  # the problem that mps-flash-attn published timings of, on M1 Max
 SEED_FORWARD_MS, SEED_TRAINING_MS = 5.3, 55
 
@@ -63,22 +63,22 @@ def forward_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
 def unit_rows(table: dict[str, kernels.Kernel], chip: Chip) -> Iterator[str]:
     """What the plan has on the matrix unit."""
     yield f"{'D':>4} {'forward':38}" + "".join(f"{f'{name}: dense':>14}{'causal':>8}{'MLX':>7}" for name in model.VIEWS)
-    for dim in HEAD_DIMS:
+    for dim in UNIT_DIMS:
         problems = shape(dim), shape(dim, causal=True)
         names = model.plan_forward(problems[0], chip)
         if not on_unit(table, names):
             continue
-        cells = ""
+        cells, has_mlx = "", dim in HEAD_DIMS
         for view in model.VIEWS.values():
             times = [model.seconds(model.forward(table, problem, chip, view=view)) for problem in problems]
             dense, causal = (utilisation(p, 2, seconds, chip) for p, seconds in zip(problems, times, strict=True))
-            theirs = utilisation(problems[0], 2, steel(table, problems[0], chip, view).seconds, chip)
-            cells += f"{dense:>14.1%}{causal:>8.1%}{theirs:>7.1%}"
+            theirs = utilisation(problems[0], 2, steel(table, problems[0], chip, view).seconds, chip) if has_mlx else ""
+            cells += f"{dense:>14.1%}{causal:>8.1%}{theirs:>7{'.1%' if has_mlx else ''}}"
         yield f"{dim:>4} {', '.join(names):38}{cells}"
     yield f"{'D':>4} {'backward':38}" + "".join(
         f"{f'{name}: dense':>14}{'causal':>8}{'of 5':>7}" for name in model.VIEWS
     )
-    for dim in UNIT_BACKWARD_DIMS:
+    for dim in UNIT_DIMS:
         problems = shape(dim), shape(dim, causal=True)
         names = model.plan_backward(problems[0], chip)
         cells, made = "", sum(map(model.products_of, names))
