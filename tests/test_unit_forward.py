@@ -253,8 +253,8 @@ OPEN_BLOCK = {
     "FORWARD(bf16, unit, split, 64, 64, 4, 2, 32)": (40, 35, 16),
     "FORWARD(f16, unit, shared, 128, 128, 4, 2, 32)": (40, 52, 40),
     "FORWARD(bf16, unit, shared, 128, 128, 4, 2, 32)": (40, 49, 40),
-    "FORWARD(f16, unit_team, shared, 256, 256, 8, 2, 32)": (40 + 16, 60, 40 + 4 + 1),
-    "FORWARD(bf16, unit_team, shared, 512, 512, 8, 2, 32)": (40 + 48, 61, 40 + 12 + 1),
+    "FORWARD(f16, unit_team, shared, 256, 256, 8, 2, 32)": (40 + 16, 61, 40 + 4 + 1),
+    "FORWARD(bf16, unit_team, shared, 512, 512, 8, 2, 32)": (40 + 48, 62, 40 + 12 + 1),
 }
 
 
