@@ -158,13 +158,6 @@ def unit() -> str:
             prediction = model.predict(kernel, problem, chip, moved, view=model.VIEWS[view])
             shares.append(f"{report.utilisation(problem, 2, prediction.seconds, chip):.0%}")
         lines.append(f"| share of the peak, if {words} | " + " | ".join(shares) + " |")
-    for view, words in views.items():
-        cells = []
-        for problem in map(report.shape, (64, 128)):
-            made = sum(map(model.products_of, model.plan_backward(problem, chip)))
-            seconds = model.seconds(model.backward(table, problem, chip, view=model.VIEWS[view]))
-            cells += ["", f"{report.utilisation(problem, made, seconds, chip):.0%} of {made} products"]
-        lines.append(f"| backward, if {words} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
