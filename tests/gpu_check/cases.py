@@ -241,6 +241,15 @@ def unit() -> Iterator[Case]:
         yield replace(base, head_dim=dim, bias="blocks", query_length=300, key_length=417)
         yield replace(base, head_dim=dim, sequences=5, query_length=203, key_length=311, window_right=0)
 
+    caches = (("same_dtype", 0), ("same_dtype", 16), ("int8", 16), ("e4m3", 0), ("e5m2", 16))
+    decode = Case(
+        "unit", family="apple10", batch=3, query_heads=8, key_heads=2, key_length=160, window_right=0, splits=3
+    )
+    for (cache, page), tokens, dtype in product(caches, (4, 9), ("f16", "bf16")):
+        yield replace(decode, dtype=dtype, query_length=tokens, cache=cache, page_size=page)
+    for dim, value_dim in ((80, 80), (100, 72), (128, 128), (192, 192), (256, 256), (320, 320), (512, 512), (576, 512)):
+        yield replace(decode, query_length=9, cache="same_dtype", head_dim=dim, value_dim=value_dim)
+
 
 def unit_full() -> Iterator[Case]:
     """The same at full size."""
@@ -251,6 +260,11 @@ def unit_full() -> Iterator[Case]:
     for dtype, (dim, value_dim) in product(("f16", "bf16"), (*UNIT_WIDE, *WIDE)):
         yield Case("unit_full", dtype, 1, 1, 1, 8192, 8192, dim, value_dim=value_dim, backward="automatic",
                    family="apple10")  # fmt: skip
+    decode = Case("unit_full", "f16", 16, 32, 4, 6, 32768, 128, cache="same_dtype", window_right=0, heads_checked=8,
+                  family="apple10")  # fmt: skip
+    for dtype, (cache, page), dim in product(("f16", "bf16"), (("same_dtype", 16), ("int8", 0)), (64, 128, 256)):
+        yield replace(decode, dtype=dtype, cache=cache, page_size=page, head_dim=dim)
+    yield replace(decode, batch=2, query_heads=128, key_heads=1, query_length=1, head_dim=576, value_dim=512)
 
 
 GROUPS = {
