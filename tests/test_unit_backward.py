@@ -78,10 +78,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "half a set": {"head_dim": 80, "value_dim": 80, "group": 2},
     "two": {"head_dim": 128, "value_dim": 128, "window": (30, 9), "key_heads": 2, "seed": 1},
     "two, unlike": {"head_dim": 192, "value_dim": 128, "bias": ("float32", (True, False, False, True)), "seed": 2},
-    "three": {
-        **{"head_dim": 192, "value_dim": 192, "group": 2, "query_length": 131},
-        **{"is_causal": True, "alibi": "heads", "seed": 2},
-    },
+    "three": {"head_dim": 192, "value_dim": 192, "is_causal": True, "alibi": "heads", "seed": 2},
     "four": {
         **{"head_dim": 256, "value_dim": 256, "softcap": 4.0, "seed": 1},
         **{"bias": ("bool", (True, False, True, False))},
