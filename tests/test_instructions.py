@@ -146,6 +146,56 @@ def test_the_cheaper_arm_counts() -> None:
     assert (step.counts["arithmetic"], step.exceptions) == (3, 2)
 
 
+UNIT = 'tail call void asm sideeffect "unit_mma $0", "x,x,i"(float %5, float %5, i32 2)'
+UNIT_LOOP = f"""
+    define void @kernel(ptr %0, i32 %1) {{
+      br label %3
+
+    3:                                                ; preds = %16, %2
+      %4 = phi i32 [ 0, %2 ], [ %17, %16 ]
+      %5 = load float, ptr %0, align 4
+      %6 = fcmp ogt float %5, 1.000000e+00
+      br i1 %6, label %16, label %7
+
+    7:                                                ; preds = %7, %3
+      %8 = phi i32 [ 0, %3 ], [ %9, %7 ]
+      {UNIT}
+      %9 = add nuw nsw i32 %8, 2
+      %10 = icmp samesign ult i32 %8, 4
+      br i1 %10, label %7, label %11
+
+    11:                                               ; preds = %7
+      %12 = tail call float @llvm.exp2.f32(float %5)
+      %13 = fcmp ogt float %12, 1.000000e+00
+      br i1 %13, label %14, label %15
+
+    14:                                               ; preds = %11
+      {UNIT}
+      br label %15
+
+    15:                                               ; preds = %14, %11
+      %18 = fmul float %12, %12
+      br label %16
+
+    16:                                               ; preds = %15, %3
+      %17 = add nuw nsw i32 %4, 1
+      %19 = icmp eq i32 %17, %1
+      br i1 %19, label %20, label %3
+
+    20:                                               ; preds = %16
+      ret void
+    }}
+"""
+
+
+def test_on_the_matrix_unit_the_cheapest_step_that_exponentiates_counts() -> None:
+    """Thrice the inner loop, which tests its counter before it grows; no product that a branch leaves out."""
+    step = instructions.step_of(instructions.kernel_of(textwrap.dedent(UNIT_LOOP)))
+    counts = {kind: count for kind, count in step.counts.items() if count}
+    assert counts == {"load": 1, "unit_mma": 6, "exp": 1, "arithmetic": 3, "integer": 14}
+    assert step.exceptions == 2
+
+
 @pytest.mark.parametrize(
     ("operands", "kind"),
     [
