@@ -339,6 +339,24 @@ def test_which_blocks_are_refined(deviation: float, trains: bool) -> None:
     assert 0 < refined < 80
 
 
+def test_what_dropout_keeps_is_refined_as_it_then_is() -> None:
+    """Ten times as large here: more than a half of a lane's part of the sum, 8 per block, in two of three blocks."""
+    zeros = torch.zeros(1, 1, 96, 64, dtype=torch.float16)
+    with mfa.simulate("apple10", seed=0) as sim:
+        mfa.attention(zeros[:, :, :64], zeros, zeros, dropout_p=0.9)
+    assert sim.counters.unit_mma == 4 * 3 * 16 + 4 * 2 * 8
+
+
+def test_huge_scores() -> None:
+    """All alike: an FMA would leave what rounding took from the maximum, hundreds, as exponent."""
+    query, key = (torch.full((1, 1, length, 64), 3e4, dtype=torch.float16) for length in (64, 96))
+    value = torch.randn(1, 1, 96, 64, generator=torch.Generator().manual_seed(3)).half()
+    with mfa.simulate("apple10") as sim:
+        out = mfa.attention(query, key, value, scale=0.1237)
+    assert sim.counters.unit_mma >= 4 * 3 * 16
+    torch.testing.assert_close(out.double(), value.double().mean(2, keepdim=True).expand_as(out), atol=2e-4, rtol=0)
+
+
 def test_how_often_probabilities_are_refined() -> None:
     plain = 4 * 8 * 16
 
