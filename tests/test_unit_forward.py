@@ -326,17 +326,52 @@ def refined_blocks(query: Tensor, key: Tensor, share: float) -> int:
 
 
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("deviation", [0.8, 1, 1.5])
-def test_which_blocks_are_refined(deviation: float, trains: bool) -> None:
+@pytest.mark.parametrize(("dim", "deviation"), [(64, 0.8), (64, 1), (64, 1.5), (80, 1), (128, 1)])
+def test_which_blocks_are_refined(dim: int, deviation: float, trains: bool) -> None:
     """Not those in which nothing is large, though a limit of scores that is older than the sum asks for a look."""
     generator = torch.Generator().manual_seed(2)
-    query, key, value = (torch.randn(1, 1, length, 64, generator=generator) for length in (160, 256, 256))
+    query, key, value = (torch.randn(1, 1, length, dim, generator=generator) for length in (160, 256, 256))
     query, key, value = (deviation * query).half(), key.half(), value.half()
     with mfa.simulate("apple10") as sim:
         mfa.attention(query.clone().requires_grad_(trains), key, value)
     refined = refined_blocks(query[0, 0].float(), key[0, 0].float(), 1 / 16 if trains else 1 / 8)
-    assert sim.counters.unit_mma == 80 * 16 + 8 * refined
+    assert sim.counters.unit_mma == (80 * 16 + 8 * refined) * dim // 64
     assert 0 < refined < 80
+
+
+def test_probabilities_are_rounded_not_cut() -> None:
+    """Of 256 keys that all have the value 1: cut, O would be 3e-4 too small."""
+    generator = torch.Generator().manual_seed(4)
+    query, key = (0.5 * torch.randn(1, 1, length, 64, generator=generator).half() for length in (64, 256))
+    with mfa.simulate("apple10") as sim:
+        out = mfa.attention(query, key, torch.ones_like(key))
+    assert sim.counters.unit_mma > 0
+    assert float((out.double() - 1).mean().abs()) < 5e-5
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_a_refined_product_has_what_rounding_took(dim: int) -> None:
+    """Of two keys that matter, whose values all but cancel: rounding one of them to 11 bits would leave 1e-4 of O."""
+    query, key = torch.zeros(1, 1, 64, dim), torch.full((1, 1, 96, dim), -30.0)
+    query[..., 0], key[..., 1:], key[:, :, 7, 0], key[:, :, 40, 0] = math.sqrt(dim), 0, math.log(2), 0
+    value = torch.zeros(1, 1, 96, dim)
+    value[:, :, 7], value[:, :, 40] = 1, -2
+    query, key, value = query.half(), key.half(), value.half()
+    with mfa.simulate("apple10") as sim:
+        out = mfa.attention(query, key, value)
+    assert sim.counters.unit_mma > 4 * 3 * dim // 4
+    assert oracle.largest_error(out, oracle.attention(query, key, value)[0]) < 1e-6
+
+
+def test_negative_scale() -> None:
+    """Of scores whose smallest product is the largest, by far."""
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(1, 1, length, 64, generator=generator).half() for length in (64, 96, 96))
+    with mfa.simulate("apple10") as sim:
+        out = mfa.attention(8 * query, key, value, scale=-1.0)
+    assert sim.counters.unit_mma > 0
+    expected, plain = (f(8 * query, key, value, scale=-1.0)[0] for f in (oracle.attention, oracle.composition))
+    assert oracle.largest_error(out, expected) <= oracle.tolerance(plain, expected)
 
 
 def test_what_dropout_keeps_is_refined_as_it_then_is() -> None:
@@ -347,12 +382,13 @@ def test_what_dropout_keeps_is_refined_as_it_then_is() -> None:
     assert sim.counters.unit_mma == 4 * 3 * 16 + 4 * 2 * 8
 
 
-def test_huge_scores() -> None:
+@pytest.mark.parametrize("scale", [0.11, 0.12, 0.13, 0.14])
+def test_huge_scores(scale: float) -> None:
     """All alike: an FMA would leave what rounding took from the maximum, hundreds, as exponent."""
     query, key = (torch.full((1, 1, length, 64), 3e4, dtype=torch.float16) for length in (64, 96))
     value = torch.randn(1, 1, 96, 64, generator=torch.Generator().manual_seed(3)).half()
     with mfa.simulate("apple10") as sim:
-        out = mfa.attention(query, key, value, scale=0.1237)
+        out = mfa.attention(query, key, value, scale=scale)
     assert sim.counters.unit_mma >= 4 * 3 * 16
     torch.testing.assert_close(out.double(), value.double().mean(2, keepdim=True).expand_as(out), atol=2e-4, rtol=0)
 
