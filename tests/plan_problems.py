@@ -1,5 +1,6 @@
 """Problems for plan() and plan_backward(), as hypothesis draws them, and what the tests of both ask about them."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     assume(problem["batch"] * max(problem["query_heads"], problem["key_heads"]) < 2**31)
     if problem["bias"] != "none":
         problem["bias_sizes"] = tuple(draw(st.sampled_from([1, size])) for size in full_sizes(problem))
+        assume(math.prod(problem["bias_sizes"]) < 2**63)  # elements of a tensor
         problem["bias_strides"] = tuple(draw(st.integers(0, 2**40)) for _ in range(4))
     return problem
 

@@ -83,8 +83,9 @@ MUTANTS = [
     Mutant(
         "a lane misses a shuffle",
         "forward_rows.h",
-        "const float candidate = row_max(largest) * scale;",
-        "const float candidate = (lane.row == 5 && lane.column == 2 ? largest : row_max(largest)) * scale;",
+        "const float candidate = row_max(largest_score(r)) * scale;",
+        "const float largest = largest_score(r);\n"
+        "      const float candidate = (lane.row == 5 && lane.column == 2 ? largest : row_max(largest)) * scale;",
         "divergent",
     ),
     Mutant(

@@ -112,7 +112,8 @@ def _plan(problem: Decoding, chip: Chip, **more: object) -> _native.Plan:
 
 def best(kernels: dict[str, Kernel], problem: Decoding, chip: Chip) -> Prediction:
     """Of all row tiles and numbers of splits that a plan could have."""
-    tiles = [k for k in kernels.values() if k.kind == "decode" and k.head_dim == problem.head_dim]
+    own = (k for k in kernels.values() if k.kind == "decode" and k.head_dim == problem.head_dim)
+    tiles = [kernel for kernel in own if chip.has_unit or not kernel.unit_mma]
     most = math.ceil(problem.keys / tiles[0].block)
     choices = sorted({math.ceil(most / blocks) for blocks in range(1, most + 1)})
     return min(
