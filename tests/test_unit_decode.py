@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., None]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("shard", [0, *(pytest.param(shard, marks=pytest.mark.slow) for shard in range(1, 6))])
 def test_random_problems(kind: str, shard: int) -> None:
     strategy, check = KINDS[kind]
     device = M5()
