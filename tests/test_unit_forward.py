@@ -129,7 +129,7 @@ def check_random(shard: int, count: int, strategy: st.SearchStrategy[Any], check
     holds()
     forward = [kernel for kernel in device.kernels if kernel.startswith("forward")]
     assert all("_unit_" in kernel for kernel in forward)
-    assert len(forward) > count  # each problem runs two or three times
+    assert len(forward) > count // 2  # each problem runs two or three times, but decode takes many of packed rows
 
 
 def check_trained(problem: Problem, device: M5) -> None:
