@@ -50,7 +50,10 @@ struct SoftmaxRow {
   }
 };
 
-// Natural-log log-sum-exp of a row whose lanes' sums add up to `sum`; -inf for a row that saw nothing.
-inline float log_sum_exp(float maximum, float sum) { return sum == 0 ? -INFINITY : (maximum + log2(sum)) * M_LN2_F; }
+// Natural-log log-sum-exp of a row whose lanes' sums add up to `sum`; -inf for a row that saw nothing. Rounded once: of
+// a large maximum each rounding is as large as plain PyTorch's whole error.
+inline float log_sum_exp(float maximum, float sum) {
+  return sum == 0 ? -INFINITY : fma(maximum, M_LN2_F, log2(sum) * M_LN2_F);
+}
 
 }  // namespace mfa

@@ -275,7 +275,7 @@ def test_the_plan_splits_nearly_as_well_as_can_be(problem: Decoding, chip: str) 
 def test_the_plan_fills_row_tiles(problem: Decoding, chip: str) -> None:
     planned = model_decode.planned(TABLE, problem, CHIPS[chip])
     on_unit = CHIPS[chip].has_unit
-    assert TABLE[planned.kernel].rows == (8 if problem.rows <= 8 else 64)
+    assert TABLE[planned.kernel].rows == (8 if problem.rows <= 8 else 16 if on_unit and problem.rows <= 16 else 64)
     assert (TABLE[planned.kernel].unit_mma > 0) == (on_unit and problem.rows > 8)
 
 

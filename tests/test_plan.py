@@ -230,7 +230,7 @@ def test_m5_runs_16_bits_on_the_matrix_unit(dim: int, dtype: str) -> None:
     assert path(family="apple10", **own | {"dtype": "f32"}) == path(family="apple9", **own | {"dtype": "f32"})
     for tails in ({"aligned": False}, {"head_dim": dim - 8}, {"value_dim": dim - 8}):
         trained = own | tails | {"has_correction": True}
-        assert path(family="apple10", **own | tails).startswith("unit") == (dim in (64, 128, 256, 512))
+        assert path(family="apple10", **own | tails).startswith("unit")
         assert path(family="apple10", **trained) == path(family="apple9", **trained)
 
 

@@ -15,7 +15,7 @@ import oracle
 import pytest
 import torch
 from conftest import SIMULATOR, Device
-from gradient_rule import Change, differentiate, shares
+from gradient_rule import Change, differentiate, recomputed, shares
 from sdpa_cases import check_nothing_active  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -81,7 +81,11 @@ def check(device: Device, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
 
 
 def compare(device: Device, attend: Any, inputs: list[Tensor], **terms: Any) -> None:
-    """The same for `attend`, from query, key and value to out and lse; terms are the oracle's."""
+    """The same for `attend`, from query, key and value to out and lse; terms are the oracle's.
+
+    Numbers are few here, and scores may be large: then plain PyTorch's lse is exact by luck, and what an lse of 100 is
+    rounded by shows in the gradients, which kernels make from it.
+    """
     tensors = dict(zip(("query", "key", "value"), inputs, strict=True))
     grads = (normal(*inputs[0].shape[:-1], inputs[2].shape[-1], dtype=inputs[0].dtype), None)
 
@@ -91,18 +95,21 @@ def compare(device: Device, attend: Any, inputs: list[Tensor], **terms: Any) -> 
         )
 
     def plain(change: Change) -> dict[str, Tensor]:
-        return gradients(change(partial(oracle.composition, **terms)), inputs[0].dtype)
+        composition = partial(oracle.composition, **terms)
+        return gradients(change(recomputed(composition, kernels) if kernels else composition), inputs[0].dtype)
 
+    kernels = inputs[0].dtype if device.has_kernels else None
     leaves = {name: tensor.requires_grad_() for name, tensor in at(device, tensors).items()}
     with device.active():
         found = [tensor.detach().cpu() for tensor in attend(**leaves)]
         slopes = {name: x.cpu() for name, x in differentiate(attend, leaves, at(device, grads)).items()}
-    for mine, expected, composed in zip(
-        found, oracle.attention(*inputs, **terms), oracle.composition(*inputs, **terms), strict=True
+    expected = oracle.attention(*inputs, **terms)
+    summands = None, expected[1].abs().nan_to_num(posinf=0)
+    for mine, right, composed, summed in zip(
+        found, expected, oracle.composition(*inputs, **terms), summands, strict=True
     ):
-        assert oracle.largest_error(mine, expected) <= oracle.tolerance(composed, expected)
+        assert oracle.largest_error(mine, right) <= oracle.tolerance(composed, right, summands=summed)
     expected_slopes = gradients(partial(oracle.attention, **terms), torch.float64)
-    kernels = inputs[0].dtype if device.has_kernels else None
     assert max(shares(slopes, expected_slopes, plain, kernels).values()) <= 1
 
 

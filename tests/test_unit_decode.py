@@ -29,7 +29,7 @@ pytestmark = pytest.mark.simulator
 TYPES = tuple(DTYPES.values())
 # Of a SIMD-group by itself and of teams; some have tails.
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (40, 56), (72, 100))
-TEAMS = ((256, 256), (200, 40), (512, 512), (400, 450))
+TEAMS = ((192, 192), (256, 256), (200, 40), (320, 320), (300, 384), (512, 512))
 
 
 @st.composite
@@ -109,10 +109,10 @@ def launches(family: str = "apple10", **changes: Any) -> list[mfa.Launch]:
     ("changes", "tile"),
     [
         ({}, "direct_s1_r1"),  # 8 rows fill a fragment of 8x8
-        ({"rows": 2}, "unit_s4_r2"),
+        ({"rows": 2}, "unit_s1_r2"),
         ({"rows": 3}, "unit_s4_r2"),
         ({"rows": 70}, "unit_s4_r2"),
-        ({"rows": 3, "dim": 100}, "unit_s4_r2"),
+        ({"rows": 3, "dim": 72}, "unit_s4_r2"),
         ({"rows": 3, "dim": 256}, "unit_team_s8_r2"),
         ({"rows": 3, "dtype": torch.float32}, "staged_s8_r1"),
         ({"rows": 3, "family": "apple9"}, "staged_s8_r1"),
@@ -125,10 +125,10 @@ def test_what_runs_on_the_unit(changes: dict[str, Any], tile: str) -> None:
 
 def test_heads_with_a_tail_are_decoded_however_many_rows() -> None:
     """Where forward would run in 8x8 matrices: a quarter of the speed."""
-    query, key, value = inputs(2, 2, 300, 300, 100)
+    query, key, value = inputs(2, 2, 300, 300, 72)
     with mfa.simulate("apple10") as simulation:
         mfa.attention(query, key, value)
-    assert [launch.kernel for launch in simulation.launches] == ["decode_f16_d128_v128_unit_s4_r2_k32"]
+    assert [launch.kernel for launch in simulation.launches] == ["decode_f16_d80_v80_unit_s4_r2_k32"]
 
 
 def test_block_masks_stay_in_matrices_of_eight() -> None:

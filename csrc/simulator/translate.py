@@ -102,7 +102,8 @@ PATTERN = "-ftrivial-auto-var-init=pattern"  # variables start as NaN, so that w
 MODES = {
     "fast": "-Os -DMFA_SIM_FAST",
     "count": f"{PATTERN} -O2 -gdwarf-4 -g1 -gno-column-info -DMFA_SIM_COUNT -fsanitize=thread "
-    "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 -mllvm -tsan-instrument-read-before-write=1 "
+    "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-atomics=0 "
+    "-mllvm -tsan-instrument-read-before-write=1 "
     "-fno-vectorize -fno-slp-vectorize -mprefer-vector-width=128",
     "asan": f"{PATTERN} -O1 -g -gdwarf-4 -DMFA_SIM_ASAN -fsanitize=address,undefined -fno-sanitize=vptr,function "
     "-fno-sanitize-recover=undefined",

@@ -6,6 +6,7 @@ namespace mfa_sim {
 // ---- built-in inputs: a value of the lane's position, as the type that the kernel declares
 
 namespace builtin {
+#define MFA_SIM_BUILTIN MFA_SIM_UNCHECKED __attribute__((nodebug)) static
 #define MFA_SIM_BUILTINS(_)                                          \
   _(thread_position_in_grid, thread_position_in_grid)                \
   _(threads_per_grid, threads_per_grid)                              \
@@ -21,22 +22,23 @@ namespace builtin {
   _(dispatch_simdgroups_per_threadgroup, simdgroups_per_threadgroup) \
   _(threads_per_simdgroup, threads_per_simdgroup)                    \
   _(thread_execution_width, threads_per_simdgroup)
-#define MFA_SIM_FIELD(name, field)                                                  \
-  struct name {                                                                     \
-    MFA_SIM_UNCHECKED static auto of(const mfa_sim_position& p) { return p.field; } \
+#define MFA_SIM_FIELD(name, field)                                         \
+  struct name {                                                            \
+    MFA_SIM_BUILTIN auto of(const mfa_sim_position& p) { return p.field; } \
   };
 MFA_SIM_BUILTINS(MFA_SIM_FIELD)
 #undef MFA_SIM_FIELD
 #undef MFA_SIM_BUILTINS
 struct thread_index_in_quadgroup {
-  MFA_SIM_UNCHECKED static uint of(const mfa_sim_position& p) { return p.thread_index_in_threadgroup % 4; }
+  MFA_SIM_BUILTIN uint of(const mfa_sim_position& p) { return p.thread_index_in_threadgroup % 4; }
 };
 struct quadgroup_index_in_threadgroup {
-  MFA_SIM_UNCHECKED static uint of(const mfa_sim_position& p) { return p.thread_index_in_threadgroup / 4; }
+  MFA_SIM_BUILTIN uint of(const mfa_sim_position& p) { return p.thread_index_in_threadgroup / 4; }
 };
 struct quadgroups_per_threadgroup {
-  MFA_SIM_UNCHECKED static uint of(const mfa_sim_position& p) { return p.simdgroups_per_threadgroup * 8; }
+  MFA_SIM_BUILTIN uint of(const mfa_sim_position& p) { return p.simdgroups_per_threadgroup * 8; }
 };
+#undef MFA_SIM_BUILTIN
 }  // namespace builtin
 
 template <typename P>
@@ -177,7 +179,8 @@ struct Registration {
   mfa_sim_kernel kernel;
 
   template <int N>
-  Registration(const char* name, const Written (&written)[N], int max_threads, const char* file, int line) {
+  __attribute__((nodebug)) Registration(const char* name, const Written (&written)[N], int max_threads,
+                                        const char* file, int line) {
     Described::describe(parameters, written);
     kernel = {name, &Described::template enter<kFunction>, parameters, sizeof...(S), max_threads, file, line};
     mfa_sim_register_kernel(&kernel);
@@ -217,7 +220,7 @@ template <typename T, int kIndex>
 struct ConstantRegistration {
   static_assert(kIndex >= 0 && kIndex < 65536, "function constant index out of range");
   mfa_sim_function_constant entry;
-  ConstantRegistration(const char* name, const char* type) {
+  __attribute__((nodebug)) ConstantRegistration(const char* name, const char* type) {
     using Storage = ConstantStorage<T, kIndex>;
     entry = {name, kIndex, &Storage::value, sizeof(T), type, &Storage::is_set};
     mfa_sim_register_function_constant(&entry);
