@@ -41,3 +41,4 @@ constant bool is_rotary_float [[function_constant(mfa::kRotaryFloat)]];
 constant bool has_key_starts [[function_constant(mfa::kHasKeyStarts)]];
 constant bool value_is_key [[function_constant(mfa::kValueIsKey)]];
 constant bool has_block_mask [[function_constant(mfa::kHasBlockMask)]];
+constant bool sums_score_gradient [[function_constant(mfa::kSumsScoreGradient)]];

@@ -95,6 +95,7 @@ enum FunctionConstant : unsigned {
   kHasKeyStarts = 34,       // the list of key starts is bound: keys are packed too, or there is a leftpad
   kValueIsKey = 35,         // MLA: V is the first columns of K, which are read once
   kHasBlockMask = 36,       // what is bound as bias is a packed block mask
+  kSumsScoreGradient = 37,  // forward on the matrix unit: backward is going to make gradients of bias, sinks or slopes
 };
 
 // A packed block mask, int32: its header, as src/mfa/block_mask.py names it. Sections are given by their first word.

@@ -160,6 +160,11 @@ def run(
     return [tensor.to(DTYPES[row.dtype]) for tensor in decoded[:3]], decoded[3]
 
 
+def test_what_variants_replace_is_there(tmp_path: Path) -> None:
+    for number, variant in enumerate(variants.variants()):
+        build.patched(tmp_path / str(number), variant.patches)
+
+
 @pytest.mark.simulator
 @pytest.mark.parametrize("variant", list(each_variant()))
 def test_a_variant_is_right(variant: Variant, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_opcheck_gradients(kind: str) -> None:
 def test_opcheck_forward_with_correction(device: Device, dtype: torch.dtype) -> None:
     arguments = [a.to(device.type, dtype) if isinstance(a, Tensor) else a for a in forward_arguments("B,L,H,D")]
     with device.active():
-        opcheck(torch.ops.mfa.attention_forward_with_correction.default, tuple(arguments))
+        opcheck(torch.ops.mfa.attention_forward_with_correction.default, (*arguments, True))
 
 
 @pytest.mark.parametrize("mask", [[True] * 6, [False, True, True, False, False, True]])
@@ -256,7 +256,7 @@ def test_fake_results_have_the_real_layout(
         def both(query: Tensor, key: Tensor, value: Tensor, terms: Any = terms, wanted: Any = wanted) -> list[Tensor]:
             ops = torch.ops.mfa
             out, lse = ops.attention_forward(query, key, value, *terms)
-            out_too, lse_too, correction = ops.attention_forward_with_correction(query, key, value, *terms)
+            out_too, lse_too, correction = ops.attention_forward_with_correction(query, key, value, *terms, True)
             given = (out_too, None, out_too, lse_too, correction if query.dtype.itemsize == 2 else None, wanted)
             grads = ops.attention_backward(query, key, value, *terms, *given)
             return [out, lse, out_too, lse_too, correction, *grads]

@@ -225,7 +225,7 @@ def test_memory(family: str, mode: str) -> None:
     )
     scale, *others = dim**-0.5, None, None, 0.0, 0.0, None, None
     op = torch.ops.mfa.attention_forward_with_correction  # what training calls
-    out, lse, correction = op(query, key, value, None, None, None, scale, *others)
+    out, lse, correction = op(query, key, value, None, None, None, scale, *others, False)
     assert correction.nbytes == out.nbytes
     grad_out = torch.empty_like(out)
     grads = torch.autograd.grad(out, (query, key, value), grad_out)

@@ -29,13 +29,15 @@ pytestmark = pytest.mark.simulator
 TYPES = tuple(DTYPES.values())
 # Of a SIMD-group by itself and of teams; some have tails.
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (40, 56), (72, 100))
+ROWS = ((1, 1), (1, 3), (1, 8), (2, 8), (5, 3), (5, 8), (20, 1), (20, 3))  # queries, and query heads per key head
 TEAMS = ((192, 192), (256, 256), (200, 40), (320, 320), (300, 384), (512, 512))
 
 
 @st.composite
 def caches(draw: st.DrawFn) -> Cached:
+    queries, group = draw(st.sampled_from(ROWS))
     problem = draw(cached_problems(dtypes=TYPES))
-    return replace(problem, dims=draw(st.sampled_from(DIMS)), group=draw(st.sampled_from((1, 3, 8))))
+    return replace(problem, dims=draw(st.sampled_from(DIMS)), query_length=queries, group=group)
 
 
 @st.composite

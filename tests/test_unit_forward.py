@@ -16,6 +16,7 @@ import test_attention
 import test_varlen
 import torch
 from conftest import Device
+from functorch.compile import aot_function
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from plan_problems import METAL
@@ -427,3 +428,58 @@ def test_how_often_probabilities_are_refined() -> None:
     assert plain < count() < count(trains=True) < 1.4 * plain
     assert count(deviation=8) > 1.3 * plain
     assert count("bf16", trains=True, deviation=8) == plain
+
+
+TERMS = {"attn_mask": (64, 256), "sinks": (2,), "alibi_slopes": (2,)}  # with a gradient, and their shapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TERMS)
+def test_all_products_are_refined_where_a_term_is_trained(name: str, dtype: str) -> None:
+    """And not where it is only there: as slopes of ALiBi mostly are."""
+    plain = 2 * 4 * 8 * 16
+
+    def count(*trained: str) -> int:
+        generator = torch.Generator().manual_seed(1)
+        shapes = {"query": (1, 2, 64, 64), "key": (1, 2, 256, 64), "value": (1, 2, 256, 64), name: TERMS[name]}
+        tensors = {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tensors = {key: x if key in ("sinks", "alibi_slopes") else x.to(DTYPES[dtype]) for key, x in tensors.items()}
+        for trains in trained:
+            tensors[trains].requires_grad_()
+        with mfa.simulate("apple10") as sim:
+            mfa.attention(**tensors)
+        return sim.counters.unit_mma
+
+    assert count() == count("query") == count("value", "key") == plain
+    assert count(name) == count("query", name) == 1.5 * plain
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_all_products_of_packed_rows_are_refined_where_a_term_is_trained(name: str) -> None:
+    starts = torch.tensor([0, 64], dtype=torch.int32)
+
+    def count(trains: bool) -> int:
+        query = torch.zeros(64, 2, 64, dtype=torch.float16, requires_grad=True)
+        term = torch.zeros(2).requires_grad_(trains)
+        with mfa.simulate("apple10") as sim:
+            mfa.attention_varlen(query, query, query, starts, starts, 64, 64, **{name: term})
+        return sim.counters.unit_mma
+
+    assert count(True) == 1.5 * count(False) > 0
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_compiled_graph_knows_whether_a_term_is_trained(trains: bool) -> None:
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    query, slopes = torch.randn(1, 2, 5, 16, requires_grad=True), torch.randn(2).requires_grad_(trains)
+    aot_function(lambda query, slopes: mfa.attention(query, query, query, alibi_slopes=slopes), compiler)(query, slopes)
+    [call] = graphs[0].graph.find_nodes(
+        op="call_function", target=torch.ops.mfa.attention_forward_with_correction.default
+    )
+    given = dict(zip([argument.name for argument in call.target._schema.arguments], call.args, strict=False))
+    assert given.get("trains_terms", True) is trains

@@ -50,7 +50,8 @@ Operands operands_of(const Qkv& qkv, const Terms& terms) {
 }
 
 // `correction`: where to leave it, or null.
-std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction) {
+std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction,
+                                       bool trains_terms) {
   const Tensor& query = qkv.query;
   const std::int64_t value_dim = qkv.value.size(3);
   Operands operands = operands_of(qkv, terms);
@@ -61,19 +62,19 @@ std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::
     *correction = allocate(query, {0}, ScalarType::Half);
   } else if (correction) {
     *correction = allocate_rows(query, value_dim, ScalarType::Half);
-    operands.write_correction(**correction);
+    operands.write_correction(**correction, trains_terms);
   }
   operands.run(plan_forward(operands.problem));
   return {out, lse};
 }
 
 // Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
-std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr); }
+std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr, false); }
 
 // Also returns what rounding took from out, in its shape; of size 0 in float32 (metal/correction.h).
-std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms) {
+std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms, bool trains_terms) {
   std::optional<Tensor> correction;
-  const auto [out, lse] = run_forward(qkv, terms, &correction);
+  const auto [out, lse] = run_forward(qkv, terms, &correction, trains_terms);
   return {out, lse, *correction};
 }
 

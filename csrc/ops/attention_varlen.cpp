@@ -84,7 +84,8 @@ Operands operands_of(const Qkv& view, const Terms& terms) {
 }
 
 // `correction`: where to leave it, or null.
-std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction) {
+std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::optional<Tensor>* correction,
+                                       bool trains_terms) {
   const Tensor &query = qkv.query, &value = qkv.value;
   Operands operands = operands_of(view_of(qkv), terms);
   const Tensor out = packed_rows(query, value.size(2), query.scalar_type());
@@ -94,19 +95,19 @@ std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::
     *correction = allocate(query, {0}, ScalarType::Half);
   } else if (correction) {
     *correction = packed_rows(query, value.size(2), ScalarType::Half);
-    operands.write_correction(packed_view("correction", **correction));
+    operands.write_correction(packed_view("correction", **correction), trains_terms);
   }
   if (terms.sequences() > 0) operands.run(plan_forward(operands.problem));
   return {out, lse};
 }
 
 // Returns out [Tq,Hq,Dv] and lse [Hq,Tq] float32.
-std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr); }
+std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr, false); }
 
 // Also returns what rounding took from out, in its shape; of size 0 in float32.
-std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms) {
+std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms, bool trains_terms) {
   std::optional<Tensor> correction;
-  const auto [out, lse] = run_forward(qkv, terms, &correction);
+  const auto [out, lse] = run_forward(qkv, terms, &correction, trains_terms);
   return {out, lse, *correction};
 }
 

@@ -155,8 +155,9 @@ void Operands::write_results(const Tensor& out, const Tensor& lse) {
   write(kLse, lse);
 }
 
-void Operands::write_correction(const Tensor& correction) {
+void Operands::write_correction(const Tensor& correction, bool trains_terms) {
   problem.has_correction = true;
+  problem.trains_terms = trains_terms;
   write_rows(kCorrection, correction);
 }
 

@@ -37,7 +37,7 @@ class Operands {
   void read_block_mask(const torch::stable::Tensor& block_mask);
   void read(const Results& results, Gradients& gradients);
   void write_results(const torch::stable::Tensor& out, const torch::stable::Tensor& lse);
-  void write_correction(const torch::stable::Tensor& correction);
+  void write_correction(const torch::stable::Tensor& correction, bool trains_terms);
 
   void run(const Plan& plan);  // allocates what the plan needs besides
 

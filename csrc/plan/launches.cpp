@@ -53,6 +53,7 @@ constexpr NamedConstant kConstants[] = {
     {kHasKeyStarts, "has_key_starts"},
     {kValueIsKey, "value_is_key"},
     {kHasBlockMask, "has_block_mask"},
+    {kSumsScoreGradient, "sums_score_gradient"},
 };
 
 constexpr bool in_order_of_index() {

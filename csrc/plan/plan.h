@@ -74,6 +74,7 @@ struct Problem {
   double dropout_p = 0;
   bool wants_lse = true;        // forward only
   bool has_correction = false;  // of out: forward writes it, backward reads it (metal/correction.h)
+  bool trains_terms = false;    // forward only: backward will make gradients of bias, sinks or slopes
   // Packed sequences (varlen): batch is 1, query_length and key_length count all of their rows, the first strides are
   // 0, and windows are relative to each sequence's own lower-right diagonal. 0: not packed. None has more queries
   // and keys than longest_query and longest_key; 0: not known, and few queries are not looked for.

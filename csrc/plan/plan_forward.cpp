@@ -17,7 +17,8 @@ Plan plan_forward(const Problem& problem) {
                              {{kWritesLse, problem.wants_lse},
                               {kHasSinks, problem.has_sinks},
                               {kHasMaskBlocks, has_classes},
-                              {kHasCorrection, problem.has_correction}}),
+                              {kHasCorrection, problem.has_correction},
+                              {kSumsScoreGradient, problem.trains_terms && is_on_unit(instance.path)}}),
              {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
   return plan;
 }

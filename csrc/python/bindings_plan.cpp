@@ -103,8 +103,8 @@ Problem take_problem(Fields& fields) {
 #define FIELD(field) fields.take(#field, problem.field)
   FIELD(batch), FIELD(query_heads), FIELD(key_heads), FIELD(query_length), FIELD(key_length), FIELD(head_dim);
   FIELD(value_dim), FIELD(aligned), FIELD(scale), FIELD(window_left), FIELD(window_right), FIELD(softcap);
-  FIELD(value_is_key), FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse), FIELD(has_correction), FIELD(sequences),
-      FIELD(longest_query), FIELD(longest_key);
+  FIELD(value_is_key), FIELD(has_sinks), FIELD(dropout_p), FIELD(wants_lse), FIELD(has_correction), FIELD(trains_terms),
+      FIELD(sequences), FIELD(longest_query), FIELD(longest_key);
   FIELD(has_key_lengths);
   problem.query_strides = contiguous(problem.query_heads, problem.query_length, problem.head_dim);
   problem.key_strides = contiguous(problem.key_heads, problem.key_length, problem.head_dim);

@@ -75,16 +75,6 @@ struct LooseLaneRows {
   }
 };
 
-template <int kDim, typename T, int kTiles, bool kIsBounded>
-inline void load_right(thread Fragment<T>* fragments, LooseLaneRows<T, kTiles, kIsBounded> rows, short tile, short set,
-                       Lane lane) {
-  if (is_whole<kDim>(set)) {
-    fill_right(fragments, rows.whole_set(tile, set));
-  } else {
-    fill_right(fragments, rows.half_set(tile, set, lane));
-  }
-}
-
 // One block of keys; of an open one every row sees every key. Scores are those of all members of a team, which has rows
 // that see the block, or takes no part.
 template <bool kIsOpen, int kValueDim, typename T, typename Rows, typename Queries, typename TeamScores>

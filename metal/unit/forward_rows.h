@@ -12,12 +12,6 @@ namespace mfa {
 constant constexpr float kLargeShare = 1.0f / 8;
 constant constexpr float kLargeTrainedShare = 1.0f / 16;
 
-// Gradients of sinks, slopes and a bias are plain sums of dS, which delta, made of O, then reaches: 11 bits of P would
-// show in any type.
-inline bool sums_score_gradient() {
-  return has_correction && (has_sinks || has_alibi || (has_bias && !has_mask && !has_block_mask));
-}
-
 template <typename T, int kHeadDim, int kValueDim, int kRowTiles, int kBlockKeys, bool kPacked = false>
 struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPacked> {
   typedef Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPacked> Base;
@@ -62,7 +56,9 @@ struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPac
     for (short r = 0; r < kRowTiles; ++r) {
       this->exponentiate(r, rules, first_key);
     }
-    return sums_score_gradient() || (exceeds && has_large());
+    // Gradients of bias, sinks and slopes are plain sums of dS, which delta, made of O, reaches: 11 bits of P would show
+    // there in any type.
+    return sums_score_gradient || (exceeds && has_large());
   }
 
   // Whether any P of the block is large, each lane's own against its own part of the sum, a quarter of the row's. New

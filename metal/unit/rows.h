@@ -62,8 +62,9 @@ struct LaneRows {
   }
 };
 
-template <int kDim, typename T, int kTiles, bool kIsBounded>
-inline void load_right(thread Fragment<T>* fragments, LaneRows<T, kTiles, kIsBounded> rows, short tile, short set,
+// Of these rows, or of others that a lane sees so.
+template <int kDim, typename T, int kTiles, bool kIsBounded, template <typename, int, bool> class Rows>
+inline void load_right(thread Fragment<T>* fragments, Rows<T, kTiles, kIsBounded> rows, short tile, short set,
                        Lane lane) {
   if (is_whole<kDim>(set)) {
     fill_right(fragments, rows.whole_set(tile, set));

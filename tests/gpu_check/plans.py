@@ -134,7 +134,9 @@ def direct_instance(case: Case) -> str:
 
 
 def fields_of(case: Case) -> dict[str, Any]:
-    return problem(case) | {"has_correction": bool(case.backward) and case.dtype != "f32"}
+    has_correction = bool(case.backward) and case.dtype != "f32"
+    has_terms = case.sinks or case.alibi or case.bias in ("float32", "same_dtype")
+    return problem(case) | {"has_correction": has_correction, "trains_terms": has_correction and has_terms}
 
 
 def append_fields(case: Case) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _before_values(statement: str) -> tuple[Patch, ...]:
 
 
 def _refines(text: str) -> tuple[Patch, ...]:
-    return (Patch("unit/forward.h", "return simd_any(is_large);", f"return {text};"),)
+    return (Patch("unit/forward_rows.h", "return sums_score_gradient || (exceeds && has_large());", f"return {text};"),)
 
 
 SETS = "kDim >= 4 * kSetWidth ? 2 : 1"

@@ -18,7 +18,9 @@ from .._arguments import TENSORS, Dense, Varlen
 def register(
     name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None], lib: torch.library.Library
 ) -> None:
-    """As `torch.library.register_autograd`, for an op without defaults, keyword-only arguments and lists of tensors."""
+    """As `torch.library.register_autograd`, for an op without keyword-only arguments and lists of tensors, of whose
+    arguments at most the last has a default.
+    """
     op = _overload(name)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -53,19 +55,22 @@ def register(
     lib.impl(op, kernel, "Autograd", with_keyset=True)
 
 
-def register_through(name: str, through: str, *, lib: torch.library.Library) -> None:
+def register_through(
+    name: str, through: str, last: Callable[[tuple[Any, ...]], Any], *, lib: torch.library.Library
+) -> None:
     """Autograd of an op that another one does as well, with further results that backward needs.
 
     Args:
         name: the op; what it returns are the first two results of `through`.
-        through: takes the same arguments, and has autograd.
+        through: takes the same arguments and one more, and has autograd.
+        last: that argument, from the others.
     """
     op, other = _overload(name), _overload(through)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         refuse_tangents(name, arguments)
         if wants_graph(arguments):
-            return other.redispatch(keyset, *arguments)[:2]
+            return other.redispatch(keyset, *arguments, last(arguments))[:2]
         return redispatch(op, keyset, arguments)
 
     lib.impl(op, kernel, "Autograd", with_keyset=True)

@@ -1,7 +1,9 @@
 """What torch asks of a family of ops with gradients, made of what is the family's own.
 
     NAME_forward                    what is called
-    NAME_forward_with_correction    what training calls instead: also what rounding took from out, for the backward pass
+    NAME_forward_with_correction    what training calls instead: also what rounding took from out, for backward.
+                                    Its last argument, which torch drops where it is True, says whether that makes
+                                    gradients of more than query, key and value
     NAME_backward                   which has derivatives itself, by plain ATen operations
 
 The first has no autograd of its own: where a call is recorded, it is one of the second.
@@ -23,7 +25,7 @@ from .._cpu.layout import empty_correction, empty_gradients
 from . import autograd
 from .autocast import autocast
 from .family import Arguments, Corrected, Family, Outputs
-from .library import LIBRARY, ops
+from .library import LIBRARY, TRAINING, ops
 from .vmap import Dims, Results, one_by_one, unfolded
 
 
@@ -41,6 +43,7 @@ class _Rules(Generic[Arguments]):
         self.backward = getattr(ops, f"{family.name}_backward").default
         self.count = len(self.arguments._fields)
         self.of_gradients = operator.attrgetter(*self.gradients)
+        self.of_terms = operator.attrgetter(*self.gradients[3:])  # behind query, key and value
 
     def register(self) -> None:
         family, flops, fields = self.family, self.forward_flops, self.arguments._fields
@@ -48,7 +51,7 @@ class _Rules(Generic[Arguments]):
 
         forward_cpu = functools.partial(self.forward_cpu, self.forward, family.forward)
         _register(self.forward, forward_cpu, self.forward_fake, flops)
-        autograd.register_through(self.forward.name(), self.corrected.name(), lib=LIBRARY)
+        autograd.register_through(self.forward.name(), self.corrected.name(), self.trains_terms, lib=LIBRARY)
         for device in ("CPU", "MPS"):
             LIBRARY.impl(self.forward.name(), self.forward_autocast, f"Autocast{device}")
         self._register_vmap(self.forward, fields, ("out", "lse"))
@@ -57,7 +60,7 @@ class _Rules(Generic[Arguments]):
         _register(self.corrected, corrected_cpu, self.corrected_fake, flops)
         setup = self.corrected_setup
         autograd.register(self.corrected.name(), self.corrected_backward, setup_context=setup, lib=LIBRARY)
-        self._register_vmap(self.corrected, fields, ("out", "lse", "correction"))
+        self._register_vmap(self.corrected, fields + TRAINING, ("out", "lse", "correction"))
 
         _register(self.backward, self.backward_cpu, self.backward_fake, self.backward_flops)
         setup = self.backward_setup
@@ -68,7 +71,7 @@ class _Rules(Generic[Arguments]):
 
     def forward_cpu(self, op: Any, on_cpu: Callable[[Arguments], Any], *args: Any) -> Any:
         """What a forward op returns for CPU tensors; `on_cpu` is its implementation outside of a simulation."""
-        arguments, simulation = self.arguments._make(args), _simulation.active()
+        arguments, simulation = self.arguments._make(args[: self.count]), _simulation.active()
         self.family.check(arguments, metal=simulation is not None, drawn=True)
         if self.family.check_contents is not None:
             self.family.check_contents(arguments)
@@ -90,20 +93,26 @@ class _Rules(Generic[Arguments]):
         return outputs
 
     def forward_flops(self, *args: Any, **_: Any) -> int:
-        arguments = self.arguments._make(args)
+        arguments = self.arguments._make(args[: self.count])
         return 2 * self.family.pairs(arguments) * (arguments.query.shape[-1] + arguments.value.shape[-1])
 
     # -- NAME_forward_with_correction --------------------------------------------------------------------------------
 
+    def trains_terms(self, args: tuple[Any, ...]) -> bool:
+        terms = self.of_terms(self.arguments._make(args))
+        return any(term is not None and term.requires_grad for term in terms)
+
     def corrected_fake(self, *args: Any, **keywords: Any) -> Corrected:
-        out, lse = self.forward_fake(*args, **keywords)
+        keywords.pop("trains_terms", None)
+        out, lse = self.forward_fake(*args[: self.count], **keywords)
         return out, lse, empty_correction(out)
 
     def corrected_setup(self, ctx: Any, inputs: tuple[Any, ...], output: Corrected) -> None:
         out, lse, correction = output
         ctx.mark_non_differentiable(correction)
         ctx.set_materialize_grads(False)
-        autograd.save(ctx, self.arguments._make(inputs), out, lse, correction if out.dtype.itemsize == 2 else None)
+        arguments = self.arguments._make(inputs[: self.count])
+        autograd.save(ctx, arguments, out, lse, correction if out.dtype.itemsize == 2 else None)
 
     def corrected_backward(
         self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
@@ -113,7 +122,7 @@ class _Rules(Generic[Arguments]):
         mask = self.of_gradients(self.arguments._make(ctx.needs_input_grad[: self.count]))
         grads = self.backward(*arguments, grad_out, grad_lse, out, lse, correction, mask)
         found = {name: grad for name, grad, asked in zip(self.gradients, grads, mask, strict=True) if asked}
-        return tuple(map(found.get, self.arguments._fields))
+        return tuple(map(found.get, self.arguments._fields + TRAINING))
 
     # -- NAME_backward -----------------------------------------------------------------------------------------------
 
@@ -162,7 +171,7 @@ class _Rules(Generic[Arguments]):
     def vmap(
         self, op: Any, fields: tuple[str, ...], results: tuple[str, ...], info: Any, in_dims: Dims, *args: Any
     ) -> Results:
-        dims, given = dict(zip(fields, in_dims, strict=True)), dict(zip(fields, args, strict=True))
+        dims, given = dict(zip(fields, in_dims, strict=False)), dict(zip(fields, args, strict=False))
         if not self.family.folds(dims, given):
             return one_by_one(op, info.batch_size, in_dims, args)
         tensors = op(*self.family.fold(info.batch_size, dims, given))

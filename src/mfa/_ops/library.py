@@ -10,12 +10,13 @@ ops = torch.ops.mfa
 LIBRARY = torch.library.Library("mfa", "FRAGMENT")  # other packages define ops in this namespace too
 
 _RESULTS, _CORRECTION = ("out", "lse"), ("correction",)
+TRAINING = ("trains_terms",)  # what an op with a correction takes more than the one without
 SIGNATURES = {
     "attention_forward": (Dense._fields, _RESULTS),
-    "attention_forward_with_correction": (Dense._fields, _RESULTS + _CORRECTION),
+    "attention_forward_with_correction": (Dense._fields + TRAINING, _RESULTS + _CORRECTION),
     "attention_backward": (Dense._fields + Backward._fields, DENSE_GRADIENTS),
     "attention_varlen_forward": (Varlen._fields, _RESULTS),
-    "attention_varlen_forward_with_correction": (Varlen._fields, _RESULTS + _CORRECTION),
+    "attention_varlen_forward_with_correction": (Varlen._fields + TRAINING, _RESULTS + _CORRECTION),
     "attention_varlen_backward": (Varlen._fields + Backward._fields, VARLEN_GRADIENTS),
     "attention_append": (Append._fields, ("rotated_query", "lengths")),
     "attention_decode": (Decode._fields, _RESULTS),

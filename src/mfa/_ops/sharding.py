@@ -72,7 +72,7 @@ def _rule(
 
         def of_arguments(places: _Places) -> list[Any]:
             return [
-                placement(places.get(name)) if _is_tensor(arg) else None for name, arg in zip(names, args, strict=True)
+                placement(places.get(name)) if _is_tensor(arg) else None for name, arg in zip(names, args, strict=False)
             ]
 
         whole: _Way = ([None] * len(results), {})
@@ -168,8 +168,9 @@ def _forward(places: Callable[[Any], list[_Places]], kind: type[Any], *args: Any
 
 def _forward_with_correction(places: Callable[[Any], list[_Places]], kind: type[Any], *args: Any) -> list[_Way]:
     """The correction is laid out as out, or empty."""
-    is_empty = kind(*args).query.tensor_meta.dtype.itemsize > 2
-    return [([out, lse, None if is_empty else out], way) for (out, lse), way in _forward(places, kind, *args)]
+    arguments = args[: len(kind._fields)]
+    is_empty = kind(*arguments).query.tensor_meta.dtype.itemsize > 2
+    return [([out, lse, None if is_empty else out], way) for (out, lse), way in _forward(places, kind, *arguments)]
 
 
 def _backward(

@@ -256,7 +256,8 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, 
 
 
 def _forward_part(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, part: Part, terms: Terms) -> _Result:
-    return _Result(*ops.attention_forward_with_correction(*_arguments(query, key, value, sinks, part, terms)))
+    arguments = _arguments(query, key, value, sinks, part, terms)
+    return _Result(*ops.attention_forward_with_correction(*arguments, sinks is not None))
 
 
 def _backward_part(
