@@ -201,6 +201,29 @@ def test_lse_of_large_scores() -> None:
     test_attention.check(problem, M5())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 2, 40])
+def test_dropout_of_few_rows(keys: int, dtype: str) -> None:
+    """Their gradients are what is left where delta cancels dP: what rounding took from P would show in bfloat16 too."""
+    for number in range(12):
+        problem = Problem(
+            dtype=DTYPES[dtype],
+            batch=1,
+            key_heads=1,
+            group=1,
+            query_length=1,
+            key_length=keys,
+            head_dim=64,
+            value_dim=64,
+            layouts=("contiguous",) * 3,
+            window=(None, None),
+            is_causal=False,
+            scale=1.0,
+            seed=number,
+        )
+        check_dropout(problem, 0.1, "apple10")
+
+
 @pytest.mark.slow
 def test_dropout() -> None:
     """Values and gradients."""
@@ -275,11 +298,11 @@ def test_a_team_without_rows_does_nothing() -> None:
 # loads the others' parts (4 per member) and a parameter.
 OPEN_BLOCK = {
     "FORWARD(f16, unit, split, 64, 64, 4, 2, 32)": (40, 38, 16),
-    "FORWARD(bf16, unit, split, 64, 64, 4, 2, 32)": (40, 35, 16),
+    "FORWARD(bf16, unit, split, 64, 64, 4, 2, 32)": (40, 38, 16),
     "FORWARD(f16, unit, shared, 128, 128, 4, 2, 32)": (40, 52, 40),
-    "FORWARD(bf16, unit, shared, 128, 128, 4, 2, 32)": (40, 49, 40),
+    "FORWARD(bf16, unit, shared, 128, 128, 4, 2, 32)": (40, 52, 40),
     "FORWARD(f16, unit_team, shared, 256, 256, 8, 2, 32)": (40 + 16, 61, 40 + 4 + 1),
-    "FORWARD(bf16, unit_team, shared, 512, 512, 8, 2, 32)": (40 + 48, 62, 40 + 12 + 1),
+    "FORWARD(bf16, unit_team, shared, 512, 512, 8, 2, 32)": (40 + 48, 65, 40 + 12 + 1),
 }
 
 
@@ -350,16 +373,17 @@ def refined_blocks(query: Tensor, key: Tensor, share: float) -> int:
     return refined
 
 
-@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(("dtype", "trains"), [("f16", False), ("f16", True), ("bf16", True)])
 @pytest.mark.parametrize(("dim", "deviation"), [(64, 0.8), (64, 1), (64, 1.5), (80, 1), (128, 1)])
-def test_which_blocks_are_refined(dim: int, deviation: float, trains: bool) -> None:
+def test_which_blocks_are_refined(dim: int, deviation: float, dtype: str, trains: bool) -> None:
     """Not those in which nothing is large, though a limit of scores that is older than the sum asks for a look."""
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(1, 1, length, dim, generator=generator) for length in (160, 256, 256))
-    query, key, value = (deviation * query).half(), key.half(), value.half()
+    query, key, value = (tensor.to(DTYPES[dtype]) for tensor in (deviation * query, key, value))
     with mfa.simulate("apple10") as sim:
         mfa.attention(query.clone().requires_grad_(trains), key, value)
-    refined = refined_blocks(query[0, 0].float(), key[0, 0].float(), 1 / 16 if trains else 1 / 8)
+    share = 1 / 16 if trains and dtype == "f16" else 1 / 8
+    refined = refined_blocks(query[0, 0].float(), key[0, 0].float(), share)
     assert sim.counters.unit_mma == (80 * 16 + 8 * refined) * dim // 64
     assert 0 < refined < 80
 
@@ -427,7 +451,8 @@ def test_how_often_probabilities_are_refined() -> None:
     assert count(trains=True, deviation=0.01) == plain
     assert plain < count() < count(trains=True) < 1.4 * plain
     assert count(deviation=8) > 1.3 * plain
-    assert count("bf16", trains=True, deviation=8) == plain
+    assert count("bf16", deviation=8) == plain
+    assert plain < count("bf16", trains=True) < count(trains=True)
 
 
 TERMS = {"attn_mask": (64, 256), "sinks": (2,), "alibi_slopes": (2,)}  # with a gradient, and their shapes

@@ -7,8 +7,9 @@
 
 namespace mfa {
 
-// Of float16, 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum, a smaller
-// one for training, which asks for more. In bfloat the rounding of the output hides it.
+// 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum: of float16, a smaller one
+// for training, which asks for more. In bfloat the rounding of the output hides it, but not from backward: delta, made of
+// O before it was rounded, cancels most of dP in a row that one key dominates.
 constant constexpr float kLargeShare = 1.0f / 8;
 constant constexpr float kLargeTrainedShare = 1.0f / 16;
 
@@ -64,19 +65,20 @@ struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPac
   // Whether any P of the block is large, each lane's own against its own part of the sum, a quarter of the row's. New
   // limits: the sum only grows until then.
   bool has_large() {
-    const float share = 4 * (has_correction ? kLargeTrainedShare : kLargeShare);
+    const bool may_refine = kMayRefine<T> || has_correction;
+    const float share = 4 * (kMayRefine<T> && has_correction ? kLargeTrainedShare : kLargeShare);
     bool is_large = false;
     MFA_UNROLL
     for (short r = 0; r < kRowTiles; ++r) {
       float most = kRescaleThreshold;
-      if (kMayRefine<T>) {
+      if (may_refine) {
         is_large = is_large || this->largest_score(r) > share * row[r].sum;
         // Dropout scales P after the sum.
         most = has_dropout ? -INFINITY : min(most, fast::log2(share * row[r].sum));
       }
       limit[r] = fabs(row[r].maximum) > kExactProduct ? -INFINITY : row[r].maximum + most;
     }
-    return kMayRefine<T> && simd_any(is_large);
+    return may_refine && simd_any(is_large);
   }
 };
 
