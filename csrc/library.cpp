@@ -39,11 +39,11 @@ constexpr const char* kSchemas[] = {
     "attention_forward(" QKV DENSE ") -> (Tensor out, Tensor lse)",
 
     // What training calls: correction is what rounding took from out, for attention_backward. float16, with the shape
-    // and layout of out where that has 16 bits, and size 0 elsewhere. trains_terms: whether a gradient of bias, sinks or
-    // alibi_slopes is going to be asked for, which needs a more exact out. It has a default since it is younger than the
-    // op: torch keeps compiled graphs on disk, which call the op as it was.
-    "attention_forward_with_correction(" QKV DENSE ", bool trains_terms=True) -> (Tensor out, Tensor lse, "
-    "Tensor correction)",
+    // and layout of out where that has 16 bits, and size 0 elsewhere. trains_terms: whether a gradient of bias, sinks
+    // or alibi_slopes is going to be asked for, which needs a more exact out. It has a default since it is younger than
+    // the op: torch keeps compiled graphs on disk, which call the op as it was.
+    "attention_forward_with_correction(" QKV DENSE
+    ", bool trains_terms=True) -> (Tensor out, Tensor lse, Tensor correction)",
 
     // output_mask says which gradients are wanted, in the order of the results; one that is not is of size 0.
     "attention_backward(" QKV DENSE ", " BACKWARD
@@ -52,8 +52,8 @@ constexpr const char* kSchemas[] = {
 
     "attention_varlen_forward(" QKV VARLEN ") -> (Tensor out, Tensor lse)",
 
-    "attention_varlen_forward_with_correction(" QKV VARLEN ", bool trains_terms=True) -> (Tensor out, Tensor lse, "
-    "Tensor correction)",
+    "attention_varlen_forward_with_correction(" QKV VARLEN
+    ", bool trains_terms=True) -> (Tensor out, Tensor lse, Tensor correction)",
 
     "attention_varlen_backward(" QKV VARLEN ", " BACKWARD
     "bool[5] output_mask) -> (Tensor grad_query, "

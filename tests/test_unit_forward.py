@@ -493,6 +493,16 @@ def test_all_products_of_packed_rows_are_refined_where_a_term_is_trained(name: s
     assert count(True) == 1.5 * count(False) > 0
 
 
+def test_products_without_terms_are_refined_as_always() -> None:
+    """Also through the op, whose default is that there are some and that they are trained."""
+    query = torch.full((1, 1, 64, 64), 0.01, dtype=torch.bfloat16)
+    with mfa.simulate("apple10") as sim:
+        torch.ops.mfa.attention_forward_with_correction(
+            query, query, query, None, None, None, 0.125, None, None, 0.0, 0.0, None, None
+        )
+    assert sim.counters.unit_mma == 4 * 2 * 16
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_compiled_graph_knows_whether_a_term_is_trained(trains: bool) -> None:
     graphs = []

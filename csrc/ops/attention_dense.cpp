@@ -69,7 +69,9 @@ std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::
 }
 
 // Returns out [B,Hq,Lq,Dv] and lse [B,Hq,Lq] float32.
-std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr, false); }
+std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) {
+  return run_forward(qkv, terms, nullptr, false);
+}
 
 // Also returns what rounding took from out, in its shape; of size 0 in float32 (metal/correction.h).
 std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms, bool trains_terms) {

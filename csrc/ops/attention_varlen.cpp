@@ -102,7 +102,9 @@ std::tuple<Tensor, Tensor> run_forward(const Qkv& qkv, const Terms& terms, std::
 }
 
 // Returns out [Tq,Hq,Dv] and lse [Hq,Tq] float32.
-std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) { return run_forward(qkv, terms, nullptr, false); }
+std::tuple<Tensor, Tensor> forward(const Qkv& qkv, const Terms& terms) {
+  return run_forward(qkv, terms, nullptr, false);
+}
 
 // Also returns what rounding took from out, in its shape; of size 0 in float32.
 std::tuple<Tensor, Tensor, Tensor> forward_with_correction(const Qkv& qkv, const Terms& terms, bool trains_terms) {

@@ -3,6 +3,16 @@
 #include "plan/tuning.h"
 
 namespace mfa {
+namespace {
+
+bool sums_score_gradient(const Problem& problem, const Instance& instance) {
+  const BiasKind bias = problem.bias.kind;
+  const bool has_terms =
+      problem.has_sinks || problem.alibi != Alibi::none || bias == BiasKind::same_dtype || bias == BiasKind::float32;
+  return problem.trains_terms && has_terms && is_on_unit(instance.path);
+}
+
+}  // namespace
 
 Plan plan_forward(const Problem& problem) {
   const Canonical start = canonical(problem);
@@ -18,7 +28,7 @@ Plan plan_forward(const Problem& problem) {
                               {kHasSinks, problem.has_sinks},
                               {kHasMaskBlocks, has_classes},
                               {kHasCorrection, problem.has_correction},
-                              {kSumsScoreGradient, problem.trains_terms && is_on_unit(instance.path)}}),
+                              {kSumsScoreGradient, sums_score_gradient(problem, instance)}}),
              {problem.query_heads, row_tiles(problem, problem.query_length, instance.rows), problem.batch});
   return plan;
 }

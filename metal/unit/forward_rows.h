@@ -7,9 +7,9 @@
 
 namespace mfa {
 
-// 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum: of float16, a smaller one
-// for training, which asks for more. In bfloat the rounding of the output hides it, but not from backward: delta, made of
-// O before it was rounded, cancels most of dP in a row that one key dominates.
+// 11 bits of P are too few for the numerics rule where P is more than a part of its row's sum: of float16, a smaller
+// one for training, which asks for more. In bfloat the rounding of the output hides it, but not from backward: delta,
+// made of O before it was rounded, cancels most of dP in a row that one key dominates.
 constant constexpr float kLargeShare = 1.0f / 8;
 constant constexpr float kLargeTrainedShare = 1.0f / 16;
 
@@ -57,8 +57,8 @@ struct UnitForward : Forward<T, kHeadDim, kValueDim, kRowTiles, kBlockKeys, kPac
     for (short r = 0; r < kRowTiles; ++r) {
       this->exponentiate(r, rules, first_key);
     }
-    // Gradients of bias, sinks and slopes are plain sums of dS, which delta, made of O, reaches: 11 bits of P would show
-    // there in any type.
+    // Gradients of bias, sinks and slopes are plain sums of dS, which delta, made of O, reaches: 11 bits of P would
+    // show there in any type.
     return sums_score_gradient || (exceeds && has_large());
   }
 
