@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +18,11 @@ LAYOUTS = ("contiguous", "transposed", "padded", "strided", "offset", "one head"
 TIMES = int(os.environ.get("MFA_TIMES", "1"))
 # One head of a float32 problem of this many multiply-accumulates takes the simulator about 5 ms.
 LARGEST_PRODUCT = 3_000_000
+
+
+def shards(count: int, unmarked: int) -> list[Any]:
+    """Of random problems: numbers for parametrize, of which all but the first are slow."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n >= unmarked else []) for n in range(count)]
 
 
 @dataclass(frozen=True)

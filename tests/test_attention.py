@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Device
 from hypothesis import given, seed, settings
-from strategies import DTYPES, Problem, problems
+from strategies import DTYPES, Problem, problems, shards
 from torch import Tensor
 
 import mfa
@@ -61,7 +61,7 @@ def oracle_terms(terms: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "bias": mask if mask is None else mask[(None,) * (4 - mask.dim())]}
 
 
-@pytest.mark.parametrize("shard", range(12))
+@pytest.mark.parametrize("shard", shards(12, 6))
 def test_random_problems(device: Device, shard: int) -> None:
     strategy = problems(dtypes=DTYPES if device.has_kernels else (*DTYPES, torch.float64))
 

@@ -11,7 +11,7 @@ import torch
 from conftest import Device
 from gradient_rule import Change, differentiate, shares, unchanged
 from hypothesis import given, seed, settings
-from strategies import DTYPES, TIMES, Problem, problems
+from strategies import DTYPES, TIMES, Problem, problems, shards
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -114,7 +114,7 @@ def check(problem: Problem, device: Device) -> float:
     return max(found.values())
 
 
-@pytest.mark.parametrize("shard", range(10))
+@pytest.mark.parametrize("shard", shards(10, 5))
 def test_random_problems(device: Device, shard: int) -> None:
     """520 problems, half of them in each mode. With ARGS=-rP, says how near they come to what is allowed."""
     dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)

@@ -12,7 +12,7 @@ from conftest import Device
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from largest import Largest
-from strategies import DTYPES, TIMES, Problem, problems
+from strategies import DTYPES, TIMES, Problem, problems, shards
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
@@ -86,7 +86,7 @@ def blocked(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Blocked:
     )
 
 
-@pytest.mark.parametrize("shard", range(2))
+@pytest.mark.parametrize("shard", shards(2, 1))
 def test_random_masks(device: Device, shard: int, through_blocks: list[tuple[int, int]]) -> None:
     dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
 

@@ -209,16 +209,21 @@ print(memory("VmHWM") - before, (9 if training else 4) * query.nbytes + lse.nbyt
     "arguments",
     [
         "float32 causal",
-        "float32 window",
-        "float32 bottom-right",
-        "float32 alibi",
-        "float32 softcap",
         "float32 dropout",
-        "float32 padding",
-        "bfloat16 window",
-        "float32 window training",
-        "float32 softcap training",
         "bfloat16 window training",
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in (
+                "float32 window",
+                "float32 bottom-right",
+                "float32 alibi",
+                "float32 softcap",
+                "float32 padding",
+                "bfloat16 window",
+                "float32 window training",
+                "float32 softcap training",
+            )
+        ),
     ],
 )
 def test_memory_grows_with_the_lengths_only(arguments: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from conftest import Device
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, LARGEST_PRODUCT, LAYOUTS, Problem
+from strategies import DTYPES, LARGEST_PRODUCT, LAYOUTS, Problem, shards
 from test_attention import check
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def few_queries(draw: st.DrawFn) -> Problem:
 
 
 @pytest.mark.parametrize("family", GENERATIONS)
-@pytest.mark.parametrize("shard", range(12))
+@pytest.mark.parametrize("shard", shards(12, 6))
 def test_random_problems(family: str, shard: int) -> None:
     @seed(shard)
     @settings(max_examples=17)

@@ -277,7 +277,15 @@ def run(
         _library.prefer_instance(None)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def each_mutant() -> list[Any]:
+    """Every third is in the unmarked suite."""
+    return [
+        pytest.param(mutant, id=mutant.name.replace(" ", "-"), marks=[pytest.mark.slow] if number % 3 else [])
+        for number, mutant in enumerate(MUTANTS)
+    ]
+
+
+@pytest.mark.parametrize("mutant", each_mutant())
 def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     library = build(patched(mutant, tmp_path / "metal"))
     with pytest.raises(mfa.SimulationError, match=mutant.finding):

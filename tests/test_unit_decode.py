@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from serving import Cached, cached_problems
-from strategies import Problem
+from strategies import Problem, shards
 from test_few_queries import few_queries, inputs
 from test_latents import Latents
 from test_unit_forward import DTYPES, M5
@@ -83,7 +83,7 @@ KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., None]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shard", [0, *(pytest.param(shard, marks=pytest.mark.slow) for shard in range(1, 6))])
+@pytest.mark.parametrize("shard", shards(6, 1))
 def test_random_problems(kind: str, shard: int) -> None:
     strategy, check = KINDS[kind]
     device = M5()

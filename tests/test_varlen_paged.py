@@ -11,6 +11,7 @@ from conftest import Device
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from serving import DTYPES, Cached, cached_problems, dense_terms, dequantized, moved, normal, starts
+from strategies import shards
 from torch import Tensor
 
 import mfa
@@ -122,7 +123,7 @@ def check(problem: Ragged, device: Device) -> None:
         torch.testing.assert_close(other, (out, lse), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("shard", range(16))
+@pytest.mark.parametrize("shard", shards(16, 8))
 def test_random_problems(device: Device, shard: int) -> None:
     dtypes = DTYPES if device.has_kernels else (*DTYPES, torch.float64)
 
