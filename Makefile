@@ -11,6 +11,7 @@ WORKERS ?= $(if $(filter Darwin,$(PLATFORM)),0,auto)
 ARGS ?=
 
 BIN := $(VENV)/bin
+STAND_IN := PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # pyproject.toml's build-system.requires, without torch; cmake and ninja may be missing on the machine. Linux needs a clang
 # for the kernels, macOS metal-cpp.
@@ -34,7 +35,7 @@ help:
 	@echo "make demo            attention on the best device there is, compared with float64"
 	@echo "make test [ARGS=..]  all tests but slow ones; ARGS go to pytest instead, for example ARGS='-k causal'"
 	@echo "make test-slow       the others: the wheel, coverage and mutants of the backend, other packages on mfa, ..."
-	@echo "make test-mps        on Linux: the tests marked mps, on a stand-in mps device; part of make test"
+	@echo "make test-mps        on Linux: the tests marked mps but slow ones, on a stand-in mps device; part of make test"
 	@echo "make test-torch      what meets torch's API, with the oldest and the newest torch, in build/torch-VERSION"
 	@echo "make host-cost       on Linux: what a call costs the host, on the stand-in mps device"
 	@echo "make lint            ruff, mypy, clang-format, the MSL lint"
@@ -65,10 +66,13 @@ test-main: build $(STAMP)/test
 
 test-slow: build $(STAMP)/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+ifneq ($(PLATFORM),Darwin)
+	$(STAND_IN) -m "mps and slow" $(ARGS)
+endif
 
 # In processes of its own: torch caches whether there is an mps device.
 test-mps: build $(STAMP)/test
-	PYTHONPATH=tests $(BIN)/python -m pytest -p driver.stand_in -n $(WORKERS) --dist worksteal -m mps $(ARGS)
+	$(STAND_IN) -m "mps and not slow" $(ARGS)
 
 # A version is exact already: constraints in pip's configuration can only be in the way.
 test-torch:
