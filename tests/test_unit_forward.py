@@ -190,7 +190,7 @@ def test_lse_of_large_scores() -> None:
         key_length=97,
         head_dim=80,
         value_dim=80,
-        layouts=("contiguous",) * 3,
+        layouts=("transposed", "contiguous", "contiguous"),
         window=(None, None),
         is_causal=False,
         scale=4 / math.sqrt(80),
