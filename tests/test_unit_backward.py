@@ -22,6 +22,7 @@ from serving import Packed, packed_problems
 from simulator_engine import ROOT
 from strategies import TIMES, Problem, problems
 from test_block_attention import Blocked, blocked, through_blocks  # noqa: F401 (a fixture)
+from test_unit_forward import DTYPES, PROBLEM
 from torch import Tensor
 
 import mfa
@@ -31,7 +32,6 @@ import instructions
 
 pytestmark = pytest.mark.simulator
 
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # (D, Dv): of a SIMD-group by itself, and of teams that share keys, and maybe queries.
 ALONE = ((64, 64), (80, 80))
 TEAMS = ((96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (320, 320), (384, 384), (512, 512))
@@ -65,8 +65,6 @@ def unit() -> Unit:
     return Unit()
 
 
-USUAL = {"layouts": ("contiguous",) * 3, "window": (None, None), "is_causal": False, "scale": None}
-PROBLEM = Problem(torch.float16, 1, 1, 1, 77, 131, 64, 64, **USUAL)
 CHANGES: dict[str, dict[str, Any]] = {
     "ragged": {"group": 2, "batch": 2, "seed": 1},
     "causal": {

@@ -44,6 +44,8 @@ LENGTHS = (1, 15, 16, 17, 32, 33, 63, 64, 65, 97, 130)
 HEADS = ((1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3))  # batch, key heads, group
 MORE_THAN_DECODE_TAKES = {1: LENGTHS[-3:], 3: (171, 180)}  # queries, by group
 LARGEST_PRODUCT = 6_000_000  # multiply-accumulates
+USUAL: dict[str, Any] = {"layouts": ("contiguous",) * 3, "window": (None, None), "is_causal": False, "scale": None}
+PROBLEM = Problem(torch.float16, 1, 1, 1, 77, 131, 64, 64, **USUAL)
 
 
 @dataclass(frozen=True)
@@ -181,24 +183,12 @@ def test_more_random_problems(kind: str, shard: int) -> None:
 
 def test_lse_of_large_scores() -> None:
     """Rounded once: ALiBi's scores reach -57 here, and three roundings were more than twice plain PyTorch's error."""
-    problem = Problem(
-        dtype=torch.bfloat16,
-        batch=1,
-        key_heads=1,
-        group=3,
-        query_length=171,
-        key_length=97,
-        head_dim=80,
-        value_dim=80,
-        layouts=("transposed", "contiguous", "contiguous"),
-        window=(None, None),
-        is_causal=False,
-        scale=4 / math.sqrt(80),
-        bias=("bool", (False, True, False, True)),
-        alibi="heads",
-        seed=22652,
-    )
-    test_attention.check(problem, M5())
+    changes = {
+        **{"dtype": torch.bfloat16, "group": 3, "query_length": 171, "key_length": 97, "head_dim": 80, "value_dim": 80},
+        **{"layouts": ("transposed", "contiguous", "contiguous"), "scale": 4 / math.sqrt(80), "alibi": "heads"},
+        **{"bias": ("bool", (False, True, False, True)), "seed": 22652},
+    }
+    test_attention.check(replace(PROBLEM, **changes), M5())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,22 +196,8 @@ def test_lse_of_large_scores() -> None:
 def test_dropout_of_few_rows(keys: int, dtype: str) -> None:
     """Their gradients are what is left where delta cancels dP: what rounding took from P would show in bfloat16 too."""
     for number in range(12):
-        problem = Problem(
-            dtype=DTYPES[dtype],
-            batch=1,
-            key_heads=1,
-            group=1,
-            query_length=1,
-            key_length=keys,
-            head_dim=64,
-            value_dim=64,
-            layouts=("contiguous",) * 3,
-            window=(None, None),
-            is_causal=False,
-            scale=1.0,
-            seed=number,
-        )
-        check_dropout(problem, 0.1, "apple10")
+        changes = {"dtype": DTYPES[dtype], "query_length": 1, "key_length": keys, "scale": 1.0, "seed": number}
+        check_dropout(replace(PROBLEM, **changes), 0.1, "apple10")
 
 
 @pytest.mark.slow
